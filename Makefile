@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+RUN := runs/demo
+# Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo clean-demo test lint golden clean
+
+$(READY): constraints.txt setup.py
+	@echo "setup     .venv (once, some minutes; about 7 GB)"
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"teasr needs Python 3.11 or newer, this is {sys.version}: make PYTHON=python3.11"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt setuptools wheel
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation -c constraints.txt -e '.[demo,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python data_prep/demo_photos.py $(RUN)/photos
+	@$(BIN)/python data_prep/make_shards.py --config data_prep/presets/demo_train.yaml
+	@$(BIN)/python data_prep/make_shards.py --config data_prep/presets/demo_heldout.yaml
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --config launch/presets/tiny_teasr.yaml
+	@$(BIN)/python eval/benchmark.py $(RUN) --data $(RUN)/shards/heldout --steps 1 2 4 8
+	@echo "dashboard $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   (then open the address it prints)"
+
+clean-demo:
+	rm -rf $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+golden: $(READY)
+	$(BIN)/python tests/golden.py
+
+clean: clean-demo
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

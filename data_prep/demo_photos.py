@@ -1,0 +1,42 @@
+"""Lay out the colour photographs that ship with scikit-image: some to train on, others held out.
+
+python data_prep/demo_photos.py runs/demo/photos
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+# All public domain or CC0, see README.txt in scikit-image's data folder.
+PHOTOS = {
+    "train": ("coffee.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png"),
+    "heldout": ("astronaut.png", "chelsea.png"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Copy the photographs; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder that gets train/ and heldout/")
+    options = parser.parse_args(arguments)
+    try:
+        import skimage.data
+    except ImportError:
+        print("error: the demo uses scikit-image's photographs: pip install 'teasr[demo]'", file=sys.stderr)
+        return 2
+    source = Path(skimage.data.__file__).parent
+    for part, names in PHOTOS.items():
+        (options.out / part).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if not (source / name).is_file():
+                print(f"error: {source} lacks {name}: install the scikit-image of constraints.txt", file=sys.stderr)
+                return 2
+            shutil.copyfile(source / name, options.out / part / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Train a model from a recipe; the same command resumes it.
+
+    deepspeed launch/train.py --config launch/presets/tiny_teasr.yaml
+    deepspeed --num_gpus 2 launch/train.py --config launch/presets/tiny_teasr.yaml train.batch=16 run_dir=runs/two
+    python launch/train.py --config launch/presets/tiny_teasr.yaml --print
+
+key=value arguments (dotted, value in YAML) win over the file. Without the launcher it runs as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from teasr import recipe
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, check, train; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="recipe, such as launch/presets/tiny_teasr.yaml")
+    parser.add_argument("--print", action="store_true", help="print the whole config with every default, and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.updates=100")
+    options = parser.parse_args(arguments)
+    try:
+        settings = recipe.load(options.config, options.overrides)
+        if options.print:
+            print(settings.to_yaml(), end="")
+            return 0
+        from teasr.training import Trainer
+
+        Trainer(settings).fit()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ValueError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

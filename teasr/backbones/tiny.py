@@ -1,0 +1,330 @@
+"""A dual-branch diffusion transformer of about a million parameters: the whole method on a laptop, no weights needed.
+
+It mirrors the 20B backbone: noise tokens run through the base weights at t_cur, condition tokens through base weights
+plus LoRA at t_tar of either sign, both attend to each other at shared positions (TEASR sec. 3.4). Its codec is linear
+(PCA of 8x8 patches, fitted to the shards), and its output is preconditioned to start at the LQ picture.
+
+Shape legend: B batch, K branch (0 noise, 1 condition), L tokens of one branch, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from teasr.backbones.base import Backbone
+from teasr.backbones.branch_lora import add_branch_lora, base, branch
+from teasr.flow import per_sample
+from teasr.randomness import seed_of
+
+PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
+ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px
+TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large diffusion transformers
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Size and switches of the tiny backbone.
+
+    train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base, which
+    then comes from `base` (a safetensors file, or `random` on purpose).
+    """
+
+    latent_channels: int = 48  # principal components kept of 8x8x3 = 192
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: int = 4
+    lora_rank: int = 16
+    lora_alpha: int = 16
+    train: Literal["full", "lora"] = "full"
+    base: str | None = None
+    decoupled_timestep: bool = True  # false: both times fused into one embedding on both branches (Table 3, row 1)
+    output_skip: bool = True  # start at the LQ picture
+    whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.latent_channels <= PATCH_PX * PATCH_PX * 3:
+            raise ValueError(f"backbone.latent_channels = {self.latent_channels}: allowed are 1 to {PATCH_PX**2 * 3}")
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"backbone.width = {self.width} and backbone.heads = {self.heads}: the width of a head must be a whole "
+                "number divisible by 4 (rotary positions of two axes); try width=128 heads=4"
+            )
+        if self.train == "lora" and self.base is None:
+            raise ValueError(
+                "backbone.train = lora freezes the base, but backbone.base names none: give a safetensors file, or "
+                "backbone.base=random for an experiment without a prior"
+            )
+
+
+class PCACodec(nn.Module):
+    """Linear image codec: principal components of 8x8x3 patches, scaled to about unit variance."""
+
+    def __init__(self, channels: int, whiten: float):
+        super().__init__()
+        self.channels, self.whiten = channels, whiten
+        self.register_buffer("mean", torch.zeros(192))
+        self.register_buffer("basis", torch.zeros(channels, 192))  # orthonormal rows
+        self.register_buffer("scale", torch.zeros(channels))  # zero until fitted
+        self.register_buffer("residual", torch.ones(channels))  # rms of z_hq - z_lq, for the output skip
+
+    def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit basis, scales and the HQ-LQ residual in float64 on pairs of pictures [3, H, W] in [-1, 1]."""
+        hq, lq = [], []
+        for x_hq, x_lq in pairs:
+            hq.append(_patches(x_hq[None]).flatten(0, 2).double())
+            lq.append(_patches(x_lq[None]).flatten(0, 2).double())
+        if not hq:
+            raise ValueError("the codec cannot be fitted: no pictures were given; check the shard folder")
+        hq, lq = torch.cat(hq), torch.cat(lq)
+        if len(hq) < 2 * 192:
+            raise ValueError(
+                f"the codec needs at least 384 patches of 8x8 px to be fitted, got {len(hq)}: make more shards"
+            )
+        mean = hq.mean(0)
+        variance, vectors = torch.linalg.eigh((hq - mean).T @ (hq - mean) / len(hq))
+        basis = vectors.flip(1).T[: self.channels]
+        basis = basis * torch.where(basis.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a sign that does not depend on LAPACK
+        std = variance.flip(0)[: self.channels].clamp(min=1e-8).sqrt()
+        scale = std**self.whiten
+        scale = scale * ((std / scale).square().mean().sqrt())  # overall variance 1
+        residual = (((hq - lq) @ basis.T) / scale).square().mean(0).sqrt().clamp(min=1e-2)
+        for name, value in (("mean", mean), ("basis", basis), ("scale", scale), ("residual", residual)):
+            getattr(self, name).copy_(value)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, C, H/8, W/8]."""
+        z = (_patches(x) - self.mean.to(x)) @ self.basis.to(x).T / self.scale.to(x)
+        return z.permute(0, 3, 1, 2).contiguous()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, 8h, 8w]."""
+        patches = (z.permute(0, 2, 3, 1) * self.scale.to(z)) @ self.basis.to(z) + self.mean.to(z)
+        b, h, w, _ = patches.shape
+        patches = patches.reshape(b, h, w, 3, PATCH_PX, PATCH_PX)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * PATCH_PX, w * PATCH_PX)
+
+
+def _patches(x: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, H/8, W/8, 192]."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // PATCH_PX, PATCH_PX, w // PATCH_PX, PATCH_PX)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of times [B] in fp32, [B, width]; a negative time flips the sine half only."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = TIME_SCALE * t[:, None] * freqs
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def rotary_angles(h: int, w: int, head_width: int, device: torch.device) -> Tensor:
+    """Angles [h w, head_width / 2] of two-axis rotary positions, the first half for rows, the second for columns."""
+    n = head_width // 4
+    freqs = ROPE_BASE ** (-torch.arange(n, device=device) / n)
+    rows, cols = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    return torch.cat((rows.reshape(-1, 1) * freqs, cols.reshape(-1, 1) * freqs), dim=1)
+
+
+def rotate(x_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions: pairs (i, i + E/2) are turned by their angle."""
+    a, b = x_BHLE.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class DualBlock(nn.Module):
+    """Transformer block over two token streams with their own modulation and one joint attention."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int, last: bool):
+        super().__init__()
+        self.heads, self.last = heads, last
+        self.mod = nn.Linear(width, 6 * width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
+
+    def forward(self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, 2, L, D] -> the same; the last block returns the noise branch only, [B, L, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = branch(self.mod, F.silu(temb_BKD)).unsqueeze(2).chunk(6, dim=-1)
+        y = modulate(x_BKLD, shift1, scale1)
+        k, v = (self._heads(branch(layer, y).flatten(1, 2)) for layer in (self.to_k, self.to_v))
+        q = branch(self.to_q, y).flatten(1, 2) if not self.last else base(self.to_q, y[:, 0])
+        q, k = self.norm_q(self._heads(q)), self.norm_k(k)
+        positions = cos.shape[0]
+        q = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]])
+        k = rotate(k, cos[:positions], sin[:positions])
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.last:  # nothing reads the condition tokens any more: skip what would never get a gradient
+            x = x_BKLD[:, 0] + gate1[:, 0] * base(self.to_out, attended)
+            y = modulate(x, shift2[:, 0], scale2[:, 0])
+            return x + gate2[:, 0] * base(self.fc2, F.gelu(base(self.fc1, y), approximate="tanh"))
+        x = x_BKLD + gate1 * branch(self.to_out, attended.unflatten(1, (2, -1)))
+        y = modulate(x, shift2, scale2)
+        return x + gate2 * branch(self.fc2, F.gelu(branch(self.fc1, y), approximate="tanh"))
+
+    def _heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive LayerNorm: normalise the last axis, then scale and shift."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class TinyDiT(nn.Module):
+    """The trained network: latents [B, C, h, w] and two times [B] -> velocity [B, C, h, w]."""
+
+    def __init__(self, config: TinyConfig):
+        super().__init__()
+        self.config = config
+        c, d = config.latent_channels, config.width
+        self.img_in = nn.Linear(c, d)
+        self.time_in, self.time_out = nn.Linear(d, d), nn.Linear(d, d)
+        self.blocks = nn.ModuleList(
+            DualBlock(d, config.heads, config.mlp_ratio, last=i == config.depth - 1) for i in range(config.depth)
+        )
+        self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
+        self.register_buffer("residual", torch.ones(c))  # a copy of the codec's, so that the network is self-contained
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Xavier everywhere; open gates, modulation that depends on time at once, and a zero output: start at the LQ picture.
+
+        Gates start near 1: with gates *and* output at zero no block would see a gradient for many updates. And with a
+        modulation of zero the branches start alike: telling the condition from the noise then took twice as long.
+        Queries and keys start with a strong common part, which rotary positions turn into attention to the same place
+        in both branches; a random start needs thousands of updates to find its condition (docs/log.md).
+        """
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+                if name.endswith(".mod"):
+                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                if name in ("norm_out", "proj_out"):
+                    nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            gate1, gate2 = block.mod.bias.data.chunk(6)[2::3]
+            gate1.fill_(1.0)
+            gate2.fill_(1.0)
+            for layer in (block.to_q, block.to_k):
+                layer.weight.data.mul_(0.3)
+                layer.bias.data.unflatten(0, (block.heads, 2, -1))[:, 0].fill_(4.0)
+            for norm in (block.norm_q, block.norm_k):
+                norm.weight.data.fill_(3.0)
+
+    def lora_targets(self) -> str:
+        """Every Linear that condition tokens pass, less those of the last block whose result nothing reads."""
+        last = self.config.depth - 1
+        inner = rf"blocks\.(?!{last}\.)\d+\.(mod|to_q|to_k|to_v|to_out|fc1|fc2)"
+        return rf"img_in|{inner}|blocks\.{last}\.(mod|to_k|to_v)"
+
+    def time_embedding(self, t: Tensor, like: Tensor) -> Tensor:
+        """[B] -> [B, D]; the sinusoid in fp32, whatever the network computes in."""
+        embedding = sinusoid(t.float(), self.config.width).to(like.dtype)
+        return self.time_out(F.silu(self.time_in(embedding)))
+
+    def tokens(self, z_t: Tensor, z_lq: Tensor) -> Tensor:
+        """Both latents [B, C, h, w] -> tokens [B, 2, L, D]; noise first."""
+        return branch(self.img_in, torch.stack((z_t, z_lq), dim=1).flatten(3).transpose(2, 3))
+
+    def forward(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
+        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch."""
+        h, w = z_t.shape[-2:]
+        temb_cur, temb_tar = self.time_embedding(torch.cat((t_cur, t_tar)), z_t).chunk(2)
+        if not self.config.decoupled_timestep:
+            temb_cur = temb_tar = temb_cur + temb_tar
+        temb_BKD = torch.stack((temb_cur, temb_tar), dim=1)
+        angles = rotary_angles(h, w, self.config.width // self.config.heads, z_t.device).repeat(2, 1)
+        cos, sin = angles.cos().to(z_t.dtype), angles.sin().to(z_t.dtype)
+        x = self.tokens(z_t, z_lq)
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, temb_BKD, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, temb_BKD, cos, sin)
+        shift, scale = self.norm_out(F.silu(temb_cur)).unsqueeze(1).chunk(2, dim=-1)
+        out = self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, (h, w))
+        return self._precondition(out, z_t, t_cur, z_lq) if self.config.output_skip else out
+
+    def _precondition(self, out: Tensor, z_t: Tensor, t_cur: Tensor, z_lq: Tensor) -> Tensor:
+        """Best linear velocity given (z_t, z_lq), plus the network's output scaled to its remaining error.
+
+        With d = z0 - z_lq ~ N(0, sigma^2) a channel and y = z_t - (1 - t) z_lq = (1 - t) d + t eps, the posterior mean
+        of v = eps - z0 is y (t - (1 - t) sigma^2) / n - z_lq and its variance sigma^2 / n, n = (1 - t)^2 sigma^2 + t^2.
+        At t = 1 and a zero output the one-step estimate (TEASR eq. 6) is exactly z_lq.
+        """
+        t, sigma2 = per_sample(t_cur.to(z_t.dtype), z_t), per_sample(self.residual.to(z_t.dtype) ** 2, z_t[0])
+        n = (1 - t) ** 2 * sigma2 + t**2
+        y = z_t - (1 - t) * z_lq
+        return y * (t - (1 - t) * sigma2) / n - z_lq + (sigma2 / n).sqrt() * out
+
+
+def load_base(net: TinyDiT, path: Path) -> None:
+    """Weights of a base without LoRA, from a safetensors file. ValueError when missing or of another shape."""
+    try:
+        net.load_state_dict(load_file(path), strict=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"backbone.base = {path} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+
+
+class Tiny(Backbone):
+    """The tiny backbone: `TinyDiT` and its linear codec."""
+
+    def __init__(self, config: TinyConfig, seed: int = 0):
+        self.config = config
+        self.codec = PCACodec(config.latent_channels, config.whiten).requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(seed, "tiny init"))
+            net = TinyDiT(config)
+            if config.base not in (None, "random"):
+                load_base(net, Path(config.base))
+            add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(config.train == "full" or "lora_" in name)
+        self.net = net
+        self.latent_channels = config.latent_channels
+        self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.check_size(*x.shape[-2:])
+        return self.codec.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z)
+
+    @property
+    def needs_fit(self) -> bool:
+        return not bool(self.codec.scale.any())
+
+    def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.codec.fit(pairs)
+        self.net.residual.copy_(self.codec.residual)
+
+    def exports(self, name: str, parameter: nn.Parameter) -> bool:
+        """Everything: a tiny base is not worth a second file."""
+        return True
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.codec.to(device)
+
+    def fixed_state(self) -> dict[str, Tensor]:
+        return self.codec.state_dict()
+
+    def load_fixed_state(self, state: dict[str, Tensor]) -> None:
+        self.codec.load_state_dict(state)
+        self.net.residual.copy_(self.codec.residual)

@@ -1,0 +1,134 @@
+"""Strict YAML to frozen dataclasses: an unknown key is an error that names the nearest one; dotted overrides; diffs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file that holds a mapping. ValueError names the file and what is wrong with it."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"config {path} does not exist") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config {path} must hold `key: value` lines, it holds {type(data).__name__}")
+    return data
+
+
+def override(data: dict, assignments: list[str]) -> dict:
+    """Apply `a.b=value` assignments (the value in YAML) to a copy of nested mappings."""
+    data = {key: override(value, []) if isinstance(value, dict) else value for key, value in data.items()}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"override {assignment!r} is not of the form section.key=value")
+        *sections, key = name.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"override {assignment!r}: {section} is a value, not a section")
+        place[key] = yaml.safe_load(value)
+    return data
+
+
+def build(cls: type[T], data: Any, where: str = "") -> T:
+    """Make the dataclass `cls` from a mapping; `where` is the dotted place for messages. Raises ValueError."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where or 'the config'} must be a section with keys, got {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in fields:
+            raise ValueError(unknown_key(_join(where, key), str(key), list(fields)))
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = [n for n in fields if n in required and n not in data]
+    if missing:
+        raise ValueError(f"config key {_join(where, missing[0])} is missing: add it ({_type_name(hints[missing[0]])})")
+    return cls(**{key: convert(hints[key], value, _join(where, key)) for key, value in data.items()})
+
+
+def unknown_key(where: str, key: str, allowed: list[str]) -> str:
+    """The message for a key that does not exist."""
+    near = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
+    return f"config key {where} does not exist: {hint}"
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Check a YAML value against a type hint and bring it to that type. Raises ValueError naming the place."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"config key {where} = {value!r}: allowed are {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is ... else arguments
+        if not isinstance(value, list) or len(kinds) != len(value):
+            raise ValueError(f"config key {where} = {value!r}: expected a list, {_type_name(hint)}")
+        return tuple(convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"config key {where} = {value!r}: expected a section with keys")
+        return {str(k): convert(arguments[1], v, _join(where, k)) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"config key {where} = {value!r}: expected {_type_name(hint)}")
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain mappings, lists and scalars, as YAML and JSON hold them."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    return [to_dict(value) for value in config] if isinstance(config, tuple | list) else config
+
+
+def flatten(data: dict, where: str = "") -> dict[str, Any]:
+    """Nested mappings -> {"a.b.c": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= flatten(value, _join(where, key)) if isinstance(value, dict) else {_join(where, key): value}
+    return flat
+
+
+def diff(old: dict, new: dict) -> list[str]:
+    """Lines `key: old -> new` for what differs between two nested mappings."""
+    a, b = flatten(old), flatten(new)
+    return [f"{k}: {a.get(k, '(none)')} -> {b.get(k, '(none)')}" for k in sorted(a | b) if a.get(k) != b.get(k)]

@@ -1,0 +1,74 @@
+"""Who this process is among the ranks, and the few things ranks do together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and size as the launcher set them in the environment (one rank when it set nothing)."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, and fill in what a single process without launcher lacks."""
+        defaults = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+        }
+        if "RANK" not in os.environ:
+            os.environ |= {k: v for k, v in defaults.items() if k not in os.environ}
+        return cls(*(int(os.environ.get(k, defaults[k])) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that prints, logs and commits files."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Mean over ranks of scalars that every rank has under the same names; one reduction."""
+        if not values:
+            return {}
+        stacked = torch.stack([v.detach().double().to(self.device) for v in values.values()])
+        if self.size > 1:
+            dist.all_reduce(stacked)
+            stacked /= self.size
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def from_main(self, value: Any) -> Any:
+        """The value that rank 0 has (small picklable things made by this very program)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

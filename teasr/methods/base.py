@@ -1,0 +1,70 @@
+"""What a method is to the trainer: named networks, and loss terms that come one at a time.
+
+The trainer back-propagates each term as soon as it is yielded and only then asks for the next, so that no two graphs
+are alive at once. A method sees backbones, `flow` and `losses`; never DeepSpeed, MLflow or a concrete backbone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from teasr.backbones.base import Backbone
+from teasr.randomness import Draws
+
+
+@dataclass
+class Batch:
+    """One micro-batch: pictures [B, 3, H, W] in [-1, 1], LQ already brought to the size of HQ; keys name the samples."""
+
+    x_hq: Tensor
+    x_lq: Tensor
+    keys: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.x_hq.to(device), self.x_lq.to(device), self.keys)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run is: `update` of `updates`, and which micro-batch of the update (`micro` of `micros`)."""
+
+    update: int
+    updates: int
+    micro: int = 0
+    micros: int = 1
+
+
+@dataclass
+class Term:
+    """A scalar to back-propagate now, through the network it names, and what to log with it."""
+
+    name: str
+    network: str
+    loss: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One paper."""
+
+    networks: tuple[str, ...]  # the first is the one that is averaged, exported and used for restoring
+
+    @abstractmethod
+    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
+        """Yield the loss terms of one micro-batch in order; each graph may be freed before the next is built."""
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        """Weight of each logged term in the total at this point of the run."""
+        return {}
+
+    def to(self, device: torch.device) -> None:  # noqa: B027 - most methods hold no networks of their own
+        """Move what the method itself holds (a perceptual metric)."""
+
+    def check(self, accumulation: int) -> None:  # noqa: B027 - most methods take any
+        """Raise ValueError when this method cannot run with so many micro-batches an update."""

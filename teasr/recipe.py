@@ -1,0 +1,100 @@
+"""A run from its YAML: which backbone, method, data and training settings, and how to build them.
+
+The registries of backbones and methods live here; adding one is a file, a line here and a preset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from teasr import config as cfg
+from teasr.backbones.base import Backbone
+from teasr.backbones.tiny import Tiny, TinyConfig
+from teasr.data.shards import DataConfig
+from teasr.methods.base import Method
+from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.settings import TrackingConfig, TrainConfig
+
+BACKBONES: dict[str, tuple[type, type[Backbone]]] = {"tiny": (TinyConfig, Tiny)}
+METHODS: dict[str, tuple[type, type[Method]]] = {"teasr": (TeasrConfig, Teasr)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that defines a run; `run_dir` is where it lives."""
+
+    run_dir: str
+    seed: int
+    backbone_name: str
+    backbone: Any
+    method_name: str
+    method: Any
+    data: DataConfig
+    train: TrainConfig
+    tracking: TrackingConfig
+
+    def to_dict(self) -> dict:
+        """As in the YAML file, every default written out."""
+        return {
+            "run_dir": self.run_dir,
+            "seed": self.seed,
+            "backbone": {"name": self.backbone_name} | cfg.to_dict(self.backbone),
+            "method": {"name": self.method_name} | cfg.to_dict(self.method),
+            "data": cfg.to_dict(self.data),
+            "train": cfg.to_dict(self.train),
+            "tracking": cfg.to_dict(self.tracking),
+        }
+
+    def to_yaml(self) -> str:
+        """The YAML file that makes this recipe again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+    def build_backbone(self) -> Backbone:
+        """The backbone with its initial weights."""
+        return BACKBONES[self.backbone_name][1](self.backbone, seed=self.seed)
+
+    def build_method(self) -> Method:
+        """The method; raises ValueError when something it needs (LPIPS weights) is missing."""
+        return METHODS[self.method_name][1](self.method)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides. Raises ValueError naming the key and the cure."""
+    return parse(cfg.override(cfg.read_yaml(path), overrides or []))
+
+
+def parse(data: dict) -> Recipe:
+    """A recipe from nested mappings."""
+    sections = ("run_dir", "seed", "backbone", "method", "data", "train", "tracking")
+    for key in data:
+        if key not in sections:
+            raise ValueError(cfg.unknown_key(str(key), str(key), list(sections)))
+    for key in ("run_dir", "backbone", "method", "data", "train"):
+        if key not in data:
+            raise ValueError(f"config key {key} is missing: every run needs it")
+    backbone_name, backbone = _component(BACKBONES, data["backbone"], "backbone")
+    method_name, method = _component(METHODS, data["method"], "method")
+    return Recipe(
+        run_dir=cfg.convert(str, data["run_dir"], "run_dir"),
+        seed=cfg.convert(int, data.get("seed", 0), "seed"),
+        backbone_name=backbone_name,
+        backbone=backbone,
+        method_name=method_name,
+        method=method,
+        data=cfg.build(DataConfig, data["data"], "data"),
+        train=cfg.build(TrainConfig, data["train"], "train"),
+        tracking=cfg.build(TrackingConfig, data.get("tracking") or {}, "tracking"),
+    )
+
+
+def _component(registry: dict, data: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(data, dict) or "name" not in data:
+        raise ValueError(f"config key {where}.name is missing: one of {', '.join(registry)}")
+    name = data["name"]
+    if name not in registry:
+        raise ValueError(f"config key {where}.name = {name!r}: allowed are {', '.join(registry)}")
+    return name, cfg.build(registry[name][0], {k: v for k, v in data.items() if k != "name"}, where)

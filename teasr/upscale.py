@@ -1,0 +1,65 @@
+"""A picture in, a restored picture out, in any number of steps.
+
+from teasr.upscale import Upscaler
+upscaler = Upscaler.from_pretrained("runs/demo")
+upscaler(picture, steps=4).save("restored.png")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from teasr import checkpoint, images
+from teasr.backbones.base import Backbone
+from teasr.recipe import Recipe, parse
+from teasr.sampler import sample
+
+
+class Upscaler:
+    """A trained model, ready to restore."""
+
+    def __init__(self, backbone: Backbone, scale: int = 4, recipe: Recipe | None = None, source: Path | None = None):
+        self.backbone, self.scale, self.recipe, self.source = backbone, scale, recipe, source
+        backbone.net.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, weights: str = "ema", device: str | None = None) -> Upscaler:
+        """From a run folder (its newest checkpoint) or a checkpoint folder; `weights` is `ema` or `weights`.
+
+        Raises ValueError naming what is missing or damaged.
+        """
+        folder = checkpoint.resolve(Path(path))
+        recipe = parse(yaml.safe_load((folder / "config.yaml").read_text()))
+        file = folder / f"{weights}.safetensors"
+        if not file.is_file():
+            have = ", ".join(f.stem for f in sorted(folder.glob("*.safetensors")) if f.stem != "fixed")
+            raise ValueError(f"{folder} holds no {file.name}; there is: {have}")
+        backbone = recipe.build_backbone()
+        backbone.load_fixed_state(load_file(folder / "fixed.safetensors"))
+        backbone.load_weights(load_file(folder / "weights.safetensors") | load_file(file))
+        backbone.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        return cls(backbone, recipe=recipe, source=folder)
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image | np.ndarray, steps: int = 1, seed: int = 0) -> Image.Image | np.ndarray:
+        """Restore an RGB picture (PIL or uint8 [H, W, 3]) at `scale` times its size in `steps` steps; the same type out."""
+        array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise ValueError(f"expected an RGB picture [H, W, 3] in uint8, got {array.shape} in {array.dtype}")
+        device = next(self.backbone.net.parameters()).device
+        x = images.to_tensor(images.upsample(array, self.scale))[None].to(device)
+        height, width = x.shape[-2:]
+        m = self.backbone.pixel_multiple
+        x = F.pad(x, (0, -width % m, 0, -height % m), mode="replicate")
+        z_lq = self.backbone.encode(x)
+        eps = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        x_hat = self.backbone.decode(sample(self.backbone, z_lq, eps, steps))
+        restored = images.to_uint8(x_hat[0, :, :height, :width])
+        return Image.fromarray(restored) if isinstance(picture, Image.Image) else restored
