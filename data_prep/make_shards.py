@@ -37,7 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
 def make(config: PrepConfig) -> None:
     """Make the shard set of `config` and say what became of every photograph."""
     plan = make_plan(config)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     line, done, manifests = ProgressLine("prepare", len(plan.crops), "samples"), 0, []
 
     def count() -> None:

@@ -69,7 +69,6 @@ def evaluate(options: argparse.Namespace) -> None:
         name: {metric: float(np.mean([row[metric] for row in rows if row["method"] == name])) for metric in METRICS}
         for name in ["bicubic", *map(str, options.steps)]
     }
-    out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["picture", "method", *METRICS], lineterminator="\n")
     writer.writeheader()

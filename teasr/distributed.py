@@ -22,16 +22,10 @@ class World:
     @classmethod
     def from_environment(cls) -> World:
         """Read RANK, WORLD_SIZE and LOCAL_RANK, and fill in what a single process without launcher lacks."""
-        defaults = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29500",
-        }
         if "RANK" not in os.environ:
-            os.environ |= {k: v for k, v in defaults.items() if k not in os.environ}
-        return cls(*(int(os.environ.get(k, defaults[k])) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+            single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(single | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(free_port()))})
+        return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property
     def main(self) -> bool:

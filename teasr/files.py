@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash at any moment leaves the old file or the new one. OSError if it cannot."""
+    """Write `data` to `path` so that a crash at any moment leaves the old file or the new one.
+
+    Makes the folder if need be. OSError if it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

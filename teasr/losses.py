@@ -57,17 +57,22 @@ def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of each sample, [B, ...] -> [B]."""
+    return x.detach().float().flatten(1).square().mean(1).sqrt()
+
+
 def checkerboard_energy(x: Tensor, period_px: int) -> Tensor:
-    """Share of the high-pass energy of images [B, 3, H, W] that repeats every `period_px` pixels; 0 = none, 1 = all.
+    """Share of the high-pass energy of images [B, 3, H, W] that repeats every `period_px` pixels, mean over B.
 
     One-step diffusion transformers tend to print their patch grid on the picture. Folding the high-passed luma on the
-    grid keeps exactly its harmonics of 1 / period (Parseval), so no FFT is needed. A picture without a grid gives
-    about 1 / (number of cells).
+    grid keeps exactly its harmonics of 1 / period (Parseval), so no FFT is needed. 1 = nothing else, and a picture
+    without a grid gives about 1 / (number of cells).
     """
     luma = x.float().mean(1, keepdim=True)
     high = luma - F.avg_pool2d(luma, 3, 1, 1, count_include_pad=False)
     rows, cols = (n // period_px * period_px for n in high.shape[-2:])
     high = high[..., :rows, :cols]
     cells = high.reshape(-1, rows // period_px, period_px, cols // period_px, period_px)
-    folded = cells.mean(dim=(1, 3))
-    return (folded.square().mean() / high.square().mean().clamp(min=1e-12)).detach()
+    folded = cells.mean(dim=(1, 3)).square().mean(dim=(1, 2))
+    return (folded / cells.square().mean(dim=(1, 2, 3, 4)).clamp(min=1e-12)).mean().detach()

@@ -268,7 +268,14 @@ def start_ranks(train: TrainConfig, world: World) -> None:
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // world.size))
         # Its shared-memory all-reduce is compiled at start, which needs a compiler and a minute; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
+            "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
+        ) from None
 
 
 def engine_settings(train: TrainConfig, world_size: int) -> dict:

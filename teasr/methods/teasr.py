@@ -188,7 +188,7 @@ class Teasr(Method):
         """
         z_hat, v = one_step(student, z_lq, draws)
         z_fake = z_hat.detach()
-        logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.std()}
+        logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.flatten(1).std(1).mean()}
         scores, v_target = self._no_grad_round(student, z_fake, z_lq, draws, times, weight, shortcut)
         gradient = torch.zeros_like(z_fake)  # of the loss with respect to v
         if scores is not None:
@@ -201,13 +201,13 @@ class Teasr(Method):
             rectify = weight["rectify"] * losses.rectification_gradient(difference, w.to(difference.dtype))
             gradient += rectify
             logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w.to(difference.dtype))
-            logs["score_difference"] = difference.square().mean().sqrt()
+            logs["score_difference"] = losses.rms(difference).mean()
         if weight["mse"] or weight["lpips"]:
             data, more = self._data_gradient(student, z_fake, x_hq, weight)
             gradient -= data  # d z_hat / d v = -1
             logs |= more
             if scores is not None:
-                logs["rectify_to_data"] = rectify.norm() / data.norm().clamp(min=1e-12)
+                logs["rectify_to_data"] = (losses.rms(rectify) / losses.rms(data).clamp(min=1e-12)).mean()
         return Term("one_step", "student", (v * gradient).sum(), logs), z_fake, v_target
 
     def _no_grad_round(

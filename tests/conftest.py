@@ -1,0 +1,89 @@
+"""What tests share: one thread, photographs that ship with scikit-image, a small shard set, a small recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.modules.setdefault("conftest", sys.modules[__name__])
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder with three photographs."""
+    import shutil
+
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("coffee.png", "chelsea.png", "rocket.jpg"):
+        shutil.copyfile(Path(skimage.data.__file__).parent / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(photos, tmp_path_factory) -> Path:
+    """A shard set: 48 random crops of 64 px in 4 shards, degraded by the default preset."""
+    return make_shards(photos, tmp_path_factory.mktemp("shards"))
+
+
+def make_shards(photos: Path, out: Path, **settings) -> Path:
+    """Make a small shard set and return its folder."""
+    from teasr.data.making import PrepConfig, finish, make_plan, process_shard
+
+    defaults = {"crop_px": 64, "crops_per_photo": 16, "shard_samples": 12}
+    plan = make_plan(PrepConfig(photos=str(photos), out=str(out), **(defaults | settings)))
+    finish(plan, [process_shard(plan, i) for i in range(plan.shards)])
+    return out
+
+
+def small_recipe(shards: Path, run_dir: Path, zero: str = "zero3", **changes) -> dict:
+    """A recipe that trains in seconds, as nested mappings; `changes` are dotted keys with __ for the dots."""
+    data = {
+        "run_dir": str(run_dir),
+        "backbone": {"name": "tiny", "width": 32, "depth": 2, "heads": 2, "lora_rank": 4, "lora_alpha": 4},
+        "method": {
+            "name": "teasr",
+            "lambda_mse": 10.0,
+            "lambda_lpips": 0.0,
+            "w_cap": 10.0,
+            "ramps": {"rectify": {"start": 0, "length": 2}},
+        },
+        "data": {"shards": str(shards), "streams": 4},
+        "train": {
+            "updates": 5,
+            "batch": 4,
+            "micro_batch": 2,
+            "learning_rate": 2e-3,
+            "ema": 0.9,
+            "cpu_threads": 1,
+            "deepspeed": str(ROOT / f"ds_configs/{zero}.json"),
+        },
+        "tracking": {"mlflow": False},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            data[section][name] = value
+        else:
+            data[section] = value
+    return data
+
+
+def partitioning(zero: str, folder: Path) -> Path:
+    """A copy of a ds_configs file under which even tiny parameters are partitioned, as large ones are."""
+    settings = json.loads((ROOT / f"ds_configs/{zero}.json").read_text())
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"{zero}.json"
+    path.write_text(json.dumps(settings))
+    return path
