@@ -59,7 +59,9 @@ def upsample(lq: np.ndarray, scale: int) -> np.ndarray:
 
 
 def comparison(rows: list[list[np.ndarray]], titles: list[str]) -> np.ndarray:
-    """A grid of equal-sized pictures with a title above each column."""
+    """A grid of equal-sized pictures with a title above each column; small pictures are enlarged by whole factors."""
+    factor = max(1, 256 // rows[0][0].shape[1])
+    rows = [[np.kron(x, np.ones((factor, factor, 1), np.uint8)) for x in row] for row in rows]
     h, w = rows[0][0].shape[:2]
     bar, gap = 22, 4
     sheet = Image.new("RGB", (len(titles) * (w + gap) - gap, bar + len(rows) * (h + gap) - gap), "white")

@@ -89,10 +89,22 @@ def test_members_are_a_pair_and_its_story(shards):
 def test_grid_layout_takes_every_whole_crop_once(photos, tmp_path):
     out = make_shards(photos, tmp_path / "grid", layout="grid", crop_px=128, shard_samples=64)
     boxes = [
-        tuple(json.loads(r["json"])["crop"][:2]) + (json.loads(r["json"])["source"],)
+        (*json.loads(r["json"])["crop"][:2], json.loads(r["json"])["source"])
         for r in read_shard(f"{out}/shard-000000.tar")
     ]
     assert len(boxes) == len(set(boxes)) == 4 * 3 + 3 * 2 + 5 * 3
+
+
+def test_scaled_crops_come_from_the_shrunken_photo(photos, tmp_path):
+    out = make_shards(photos, tmp_path / "scaled", scales=(1.0, 0.25), crops_per_photo=8)
+    records = [json.loads(r["json"]) for i in range(2) for r in read_shard(f"{out}/shard-{i:06d}.tar")]
+    assert sorted({r["scale"] for r in records}) == [0.25, 1.0]
+    for r in records:
+        width, height = r["size"]
+        assert r["crop"][0] + 64 <= width * r["scale"] + 1 and r["crop"][1] + 64 <= height * r["scale"] + 1
+    assert sum(r["scale"] == 0.25 for r in records) == 12
+    with pytest.raises(ValueError, match="scales"):
+        PrepConfig(photos="x", out="y", scales=(2.0,))
 
 
 def test_unusable_pictures_are_skipped_and_named(photos, tmp_path):
@@ -159,7 +171,7 @@ def test_augmentation_turns_both_pictures_alike(shards):
     stream = PairStream(ShardSet.open(str(shards)), config, 0, 0, 1, 0)
     plain = PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), augment="none"), 0, 0, 1, 0)
     turned = 0
-    for (hq, lq, *_), (hq0, lq0, *_) in islice(zip(stream, plain, strict=False), 12):
+    for (hq, lq, *_), (hq0, *_) in islice(zip(stream, plain, strict=False), 12):
         assert np.corrcoef(hq.flatten(), lq.flatten())[0, 1] > 0.5  # still the same scene
         assert sorted(hq.flatten().tolist()) == sorted(hq0.flatten().tolist())
         turned += not np.array_equal(hq, hq0)

@@ -194,7 +194,7 @@ def test_codec_keeps_photographs():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="60x64 px.*multiples of 8"):
+    with pytest.raises(ValueError, match=r"60x64 px.*multiples of 8"):
         make().encode(torch.zeros(1, 3, 64, 60))
     with pytest.raises(ValueError, match="width"):
         TinyConfig(width=30, heads=4)

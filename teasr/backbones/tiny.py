@@ -290,7 +290,9 @@ class Tiny(Backbone):
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, "tiny init"))
             net = TinyDiT(config)
-            if config.base not in (None, "random"):
+            if config.base == "random":  # a frozen zero output would let no gradient through to the LoRA
+                nn.init.xavier_uniform_(net.proj_out.weight)
+            elif config.base is not None:
                 load_base(net, Path(config.base))
             add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
         for name, parameter in net.named_parameters():

@@ -37,6 +37,9 @@ class PrepConfig:
     crop_px: int = 512
     layout: Literal["random", "grid"] = "random"  # grid: every whole crop side by side, for held-out sets
     crops_per_photo: int = 1  # of the random layout
+    scales: tuple[float, ...] = (
+        1.0,
+    )  # crops are cut from the photo at these sizes in turn; small ones show more structure
     shard_samples: int = 2048
     seed: int = 0
 
@@ -44,6 +47,8 @@ class PrepConfig:
         preset = degradation.preset(self.degradation)
         if self.crop_px < preset.scale or self.crop_px % preset.scale:
             raise ValueError(f"crop_px = {self.crop_px}: must be a positive multiple of the scale {preset.scale}")
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales = {self.scales}: sizes inside (0, 1], such as [1.0, 0.5]")
         for name in ("crops_per_photo", "shard_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be >= 1")
@@ -65,11 +70,11 @@ class Photo:
 
 @dataclass(frozen=True)
 class Plan:
-    """All crops of a shard set in their final order, (photo, index of its crop, left, top)."""
+    """All crops of a shard set in their final order, (photo, index of its crop, scale, left, top)."""
 
     config: PrepConfig
     photos: tuple[Photo, ...]
-    crops: tuple[tuple[int, int, int, int], ...]
+    crops: tuple[tuple[int, int, float, int, int], ...]
     skipped: tuple[tuple[str, str], ...]  # (photo, reason)
 
     @property
@@ -105,7 +110,7 @@ def make_plan(config: PrepConfig) -> Plan:
     if not photos:
         name, reason = skipped[0]
         raise ValueError(f"none of the {len(skipped)} pictures in {folder} can be used ({name}: {reason})")
-    crops = [(i, j, left, top) for i, p in enumerate(photos) for j, (left, top) in enumerate(_places(p, config))]
+    crops = [(i, j, *place) for i, photo in enumerate(photos) for j, place in enumerate(_places(photo, config))]
     if config.layout == "random":
         order = np.random.default_rng(seed_of(config.seed, "order")).permutation(len(crops))
         crops = [crops[i] for i in order]
@@ -124,15 +129,19 @@ def inspect_photo(path: Path, name: str) -> Photo:
         raise ValueError(f"cannot be read as a picture ({error})") from error
 
 
-def _places(photo: Photo, config: PrepConfig) -> list[tuple[int, int]]:
-    n = config.crop_px
+def _places(photo: Photo, config: PrepConfig) -> list[tuple[float, int, int]]:
+    """(scale, left, top) of every crop; a scale at which the photo is smaller than the crop is left out."""
+    n, rng = config.crop_px, np.random.default_rng(seed_of(config.seed, photo.sha256, "places"))
+    sizes = [(scale, *_scaled(photo.width, photo.height, scale)) for scale in config.scales]
+    sizes = [size for size in sizes if min(size[1:]) >= n] or [(1.0, photo.width, photo.height)]
     if config.layout == "grid":
-        return [(x, y) for y in range(0, photo.height - n + 1, n) for x in range(0, photo.width - n + 1, n)]
-    rng = np.random.default_rng(seed_of(config.seed, photo.sha256, "places"))
-    return [
-        (int(rng.integers(photo.width - n + 1)), int(rng.integers(photo.height - n + 1)))
-        for _ in range(config.crops_per_photo)
-    ]
+        return [(f, x, y) for f, w, h in sizes for y in range(0, h - n + 1, n) for x in range(0, w - n + 1, n)]
+    chosen = [sizes[j % len(sizes)] for j in range(config.crops_per_photo)]
+    return [(f, int(rng.integers(w - n + 1)), int(rng.integers(h - n + 1))) for f, w, h in chosen]
+
+
+def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
+    return round(width * scale), round(height * scale)
 
 
 def shard_name(shard: int) -> str:
@@ -182,10 +191,10 @@ def _finished(path: Path, manifest_path: Path, identity: str) -> dict | None:
     return None
 
 
-def make_sample(plan: Plan, photo: int, index: int, left: int, top: int) -> dict[str, bytes]:
+def make_sample(plan: Plan, photo: int, index: int, scale: float, left: int, top: int) -> dict[str, bytes]:
     """Members of one sample: the HQ crop, its degraded LQ, and how they came about."""
     config, source = plan.config, plan.photos[photo]
-    picture = _read_photo(Path(config.photos) / source.name)
+    picture = _read_photo(Path(config.photos) / source.name, scale)
     hq = np.ascontiguousarray(picture[top : top + config.crop_px, left : left + config.crop_px])
     seed = seed_of(config.seed, source.sha256, index)
     lq, drawn = degradation.degrade(hq, degradation.preset(config.degradation), np.random.default_rng(seed))
@@ -194,6 +203,7 @@ def make_sample(plan: Plan, photo: int, index: int, left: int, top: int) -> dict
         "source": source.name,
         "sha256": source.sha256,
         "size": [source.width, source.height],
+        "scale": scale,
         "crop": [left, top, config.crop_px, config.crop_px],
         "seed": seed,
         "degradation": drawn,
@@ -206,8 +216,12 @@ def make_sample(plan: Plan, photo: int, index: int, left: int, top: int) -> dict
 
 
 @functools.lru_cache(maxsize=16)
-def _read_photo(path: Path) -> np.ndarray:
-    return images.read_rgb(path)
+def _read_photo(path: Path, scale: float) -> np.ndarray:
+    picture = images.read_rgb(path)
+    if scale == 1:
+        return picture
+    size = _scaled(picture.shape[1], picture.shape[0], scale)
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
 def finish(plan: Plan, manifests: list[dict]) -> Path:

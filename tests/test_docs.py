@@ -1,0 +1,80 @@
+"""What the documents name exists: files of the tree, code of the equation tables, commands of the Makefile."""
+
+import importlib
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_file_is_in_the_tree_and_every_name_of_the_tree_exists():
+    tree = README.split("## The tree")[1].split("\n## ")[0]
+    for path in sorted((ROOT / "teasr").rglob("*.py")):
+        if path.name != "__init__.py":
+            assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
+    names = {p.name for p in ROOT.rglob("*") if ".venv" not in p.parts and "runs" not in p.parts}
+    for name in re.findall(r"[\w]+\.(?:py|md)\b", tree):
+        assert name in names, f"README names {name}, which does not exist"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md"])
+def test_code_named_beside_equations_exists(document):
+    text = (ROOT / document).read_text()
+    table = text.split("## The paper's equations" if document == "README.md" else "## Equations to code")[1].split(
+        "\n## "
+    )[0]
+    named = re.findall(r"`([\w./]+)`", table)
+    assert len(named) >= 10
+    for name in named:
+        if name.endswith(".py"):
+            assert (ROOT / "teasr" / name).is_file(), name
+            continue
+        if name in ("flow", "cons", "adv"):
+            continue
+        parts = name.removeprefix("teasr.").split(".")
+        parts = ["methods", "teasr", *parts] if parts[0] == "Teasr" else parts
+        for i in range(len(parts), 0, -1):
+            try:
+                found = importlib.import_module(".".join(["teasr", *parts[:i]]))
+            except ModuleNotFoundError:
+                continue
+            for attribute in parts[i:]:
+                found = getattr(found, attribute)
+            break
+        else:
+            pytest.fail(f"{document} names {name}, which does not exist")
+
+
+def test_defaults_in_the_choice_table_are_those_of_the_code():
+    from teasr.methods.teasr import TeasrConfig
+
+    config = TeasrConfig()
+    assert [getattr(config, f"lambda_{n}") for n in ("flow", "cons", "adv", "mse", "lpips")] == [1.0] * 5
+    assert (
+        config.lambda_rectify == 0.5
+        and config.s_range == (0.02, 0.98)
+        and config.score_clamp == 1
+        and config.w_cap is None
+    )
+    assert config.ramps["rectify"].start == 1500 and config.ramps["rectify"].length == 2000
+    assert config.cons_mix == (0.5, 0.25, 0.25) and config.cons_grid == (2, 4, 8)
+
+
+def test_no_document_has_a_gap_or_an_address_of_a_package_index():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "constraints.txt", ROOT / "Makefile"]:
+        text = path.read_text()
+        assert not re.search(r"DEMO_[A-Z]+|TODO|FIXME", text), path
+        assert not re.search(r"https?://[^ )]*(pypi|index|mirror)", text), path
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([\w-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_constraints_pin_every_version():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) > 100 and all(re.fullmatch(r"[\w.-]+==[\w.+-]+", line) for line in lines)

@@ -1,0 +1,80 @@
+"""The layering of docs/architecture, read from the imports: nouns never import verbs, and heavy libraries stay in their file."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = sorted((ROOT / "teasr").rglob("*.py"))
+VERBS = [p for folder in ("data_prep", "launch", "eval") for p in sorted((ROOT / folder).glob("*.py"))]
+ALLOWED = {  # third-party module -> the only files of the package that may import it
+    "deepspeed": {"training.py"},
+    "mlflow": {"tracking.py"},
+    "webdataset": {"data/shards.py"},
+    "peft": {"backbones/branch_lora.py"},
+    "lpips": {"losses.py"},
+    "pyiqa": set(),
+}
+INSIDE = {  # file or folder of the package -> modules of teasr it may import
+    "flow.py": set(),
+    "randomness.py": set(),
+    "files.py": set(),
+    "config.py": set(),
+    "settings.py": set(),
+    "progress.py": set(),
+    "metrics.py": set(),
+    "images.py": set(),
+    "degradation.py": set(),
+    "distributed.py": set(),
+    "losses.py": {"flow"},
+    "sampler.py": {"flow", "backbones.base"},
+    "methods/": {"flow", "losses", "randomness", "backbones.base", "methods.base"},
+    "backbones/": {"flow", "randomness", "backbones.base", "backbones.branch_lora"},
+    "checkpoint.py": {"files", "distributed"},
+    "tracking.py": {"config", "files", "settings"},
+}
+
+
+def imports(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_package(path):
+    name = path.relative_to(ROOT / "teasr").as_posix()
+    found = imports(path)
+    assert not found & {"data_prep", "launch", "eval", "tests"}
+    for library, files in ALLOWED.items():
+        if any(i.split(".")[0] == library for i in found):
+            assert name in files, f"{name} imports {library}"
+    modules = {p.relative_to(ROOT / "teasr").with_suffix("").as_posix().replace("/", ".") for p in PACKAGE}
+    own = {i.removeprefix("teasr.") for i in found if i.startswith("teasr.")} & modules
+    for place, allowed in INSIDE.items():
+        if name == place or (place.endswith("/") and name.startswith(place)):
+            assert own <= allowed, f"{name} imports {sorted(own - allowed)}"
+
+
+@pytest.mark.parametrize("path", VERBS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_verbs_do_not_import_each_other(path):
+    assert not {i.split(".")[0] for i in imports(path)} & {"data_prep", "launch", "eval", *(p.stem for p in VERBS)}
+
+
+def test_every_module_says_what_it_is():
+    for path in [*PACKAGE, *VERBS]:
+        tree = ast.parse(path.read_text())
+        if path.name != "__init__.py" or path.parent.name == "teasr":
+            assert ast.get_docstring(tree), path
+        inherits = path.parent.name in ("methods", "backbones")  # their contract has the docstrings
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+                for inner in node.body if isinstance(node, ast.ClassDef) and not inherits else []:
+                    if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                        assert ast.get_docstring(inner), f"{path}: {node.name}.{inner.name}"
