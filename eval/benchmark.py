@@ -84,7 +84,11 @@ def evaluate(options: argparse.Namespace) -> None:
         metrics |= {f"eval/bicubic_{m}": {0: scores["bicubic"][m]} for m in METRICS}
         metrics |= {f"eval/{m}_{n}_steps": {0: scores[str(n)][m]} for m in METRICS for n in options.steps}
         files = [out / "scores.json", out / "scores_by_picture.csv", out / "comparison.png"]
-        print("logged to", log_results(run_dir, recipe.tracking, recipe.to_dict(), metrics, files))
+        try:
+            print("logged to", log_results(run_dir, recipe.tracking, recipe.to_dict(), metrics, files))
+        except ValueError as error:
+            print(f"warning: {error}; the files are complete, run this again when it is back", flush=True)
+            return
     write_atomic(out / "evaluation.json", json.dumps({"what": what, "commit": git_commit()}, indent=1).encode())
 
 

@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from torch import distributed
+
 from teasr import recipe
 
 
@@ -34,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         Trainer(settings).fit()
     except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ValueError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or distributed.is_initialized():  # before that all ranks find the same: one line is enough
+            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

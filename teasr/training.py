@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from teasr.backbones.base import Backbone
 from teasr.config import diff
 from teasr.data.shards import PairStream, ShardSet, batches, check_shards, check_streams, decode_near, read_shard
 from teasr.distributed import World
+from teasr.ema import Ema
 from teasr.files import write_atomic
 from teasr.images import to_tensor, upsample
 from teasr.methods.base import Batch, Method, Progress
@@ -264,7 +265,9 @@ def start_ranks(train: TrainConfig, world: World) -> None:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.device)
+    else:
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // world.size))
         # Its shared-memory all-reduce is compiled at start, which needs a compiler and a minute; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -316,11 +319,6 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
             yield to_tensor(sample.hq), to_tensor(upsample(sample.lq, sample.hq.shape[0] // sample.lq.shape[0]))
 
 
-def local(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The storage that this rank holds of a parameter: its ZeRO-3 partition, or all of it."""
-    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
-
-
 def gather(backbone: Backbone) -> dict[str, torch.Tensor]:
     """What the backbone wants exported, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
     import deepspeed
@@ -333,39 +331,3 @@ def gather(backbone: Backbone) -> dict[str, torch.Tensor]:
                 if main:
                     state[name] = parameter.detach().cpu().clone()
     return state
-
-
-class Ema:
-    """Exponential moving average of the trained parameters, each rank averaging only the part it holds."""
-
-    def __init__(self, net: torch.nn.Module, decay: float, world: World):
-        self.decay, self.world = decay, world
-        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.shadow = {name: local(p).detach().clone().float() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, update: int) -> None:
-        """Average in the weights after `update` (0-based); young averages forget faster, (1 + n) / (10 + n)."""
-        decay = min(self.decay, (1 + update) / (10 + update))
-        for name, parameter in self.parameters.items():
-            self.shadow[name].lerp_(local(parameter).float(), 1 - decay)
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Inside the block the networks hold the average."""
-        kept = {name: local(p).clone() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            local(parameter).copy_(self.shadow[name])
-        try:
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                local(parameter).copy_(kept[name])
-
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Take this rank's part of whole tensors."""
-        for name, shadow in self.shadow.items():
-            whole, n = state[name].flatten().float(), shadow.numel()
-            if whole.numel() != n:  # a ZeRO-3 partition: the flat tensor cut evenly, the last part padded
-                whole = whole[self.world.rank * n : (self.world.rank + 1) * n]
-            shadow.flatten()[: whole.numel()].copy_(whole)
