@@ -173,7 +173,8 @@ def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: di
             if known["uri"] == uri:
                 client.get_run(known["run_id"])
                 client.update_run(known["run_id"], status="RUNNING")
-                client.set_tag(known["run_id"], "resumed_from_update", resume_from)
+                if resume_from:
+                    client.set_tag(known["run_id"], "resumed_from_update", resume_from)
                 return known["run_id"]
         except MlflowException:
             pass  # the store was cleared: a new run below
@@ -182,7 +183,9 @@ def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: di
         place = None
         if uri.startswith("sqlite:"):
             place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / config.experiment).as_uri()
-        experiment_id = client.create_experiment(config.experiment, artifact_location=place)
+        experiment_id = client.create_experiment(
+            config.experiment, artifact_location=place, tags={"mlflow.experimentKind": "custom_model_development"}
+        )
     else:
         experiment_id = experiment.experiment_id
     tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": "launch/train.py", "run_dir": str(run_dir)}

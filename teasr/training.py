@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from teasr import checkpoint
@@ -65,11 +66,13 @@ class Trainer:
         start_ranks(self.train, self.world)
         found = checkpoint.latest(self.root) if self.world.main else None
         self.found: Path | None = self.world.from_main(found)
+        self.update = self._check_found() if self.found else 0
         self._fit_fixed_parts()
         self.method.to(self.world.device)
         self.engines = {name: self._start_engine(network, settings) for name, network in self.networks.items()}
         self.ema = Ema(self.student.net.module, self.train.ema, self.world) if self.train.ema else None
-        self.update = self._resume()
+        if self.found:
+            self._load()
 
     def fit(self) -> None:
         """Train to the last update, saving on the way; says so when there is nothing left to do."""
@@ -89,19 +92,15 @@ class Trainer:
             while self.update < updates:
                 started = time.perf_counter()
                 micro = [next(data) for _ in range(self.accumulation)]
-                loaded = time.perf_counter()
+                waited = time.perf_counter() - started
                 logs = self._one_update([batch for batch, _ in micro])
                 self.update += 1
                 bad = [name for _, names in micro for name in names]
                 for name in bad:
                     print(f"skipped a broken sample: {name}", flush=True)
-                seconds = time.perf_counter() - started
                 if tracker:
-                    timing = {
-                        "update_s": seconds,
-                        "data_wait_s": loaded - started,
-                        "images_per_s": self.train.batch / seconds,
-                    }
+                    seconds = time.perf_counter() - started
+                    timing = {"update_s": seconds, "data_wait_s": waited, "images_per_s": self.train.batch / seconds}
                     tracker.log(self.update, logs | {"bad_samples": len(bad)}, timing)
                 line.show(self.update, loss=logs["loss"])
                 if self.update % self.train.save_every_updates == 0 or self.update == updates:
@@ -226,12 +225,8 @@ class Trainer:
                 write_atomic(folder / "state.json", json.dumps(state, indent=1).encode())
                 write_atomic(folder / "config.yaml", self.recipe.to_yaml().encode())
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint, if any; returns the update to go on from. ValueError when it does not fit."""
-        if self.found is None:
-            return 0
-        import yaml
-
+    def _check_found(self) -> int:
+        """The update that the found checkpoint goes on from. ValueError when it is of another run or world."""
         state = json.loads((self.found / "state.json").read_text())
         old = parse(yaml.safe_load((self.found / "config.yaml").read_text())).to_dict()
         changes = diff(old, self.recipe.to_dict())
@@ -244,15 +239,17 @@ class Trainer:
             raise ValueError(
                 f"{self.found} was written by {state['world_size']} rank(s), this start has {self.world.size}: start with as many"
             )
+        for line in [f"resuming from {self.found} at update {state['update']}", *(f"  changed: {c}" for c in changes)]:
+            self._say(line)
+        return state["update"]
+
+    def _load(self) -> None:
+        """Weights, optimiser and average of the found checkpoint; positions and noise follow from the update."""
         for name, engine in self.engines.items():
             path, _ = engine.load_checkpoint(str(self.found), tag=f"engine-{name}", load_module_strict=False)
             assert path is not None, f"DeepSpeed found no engine-{name} in {self.found}"
         if self.ema:
             self.ema.load(load_file(self.found / "ema.safetensors"))
-        self._say(
-            f"resuming from {self.found} at update {state['update']}" + "".join(f"\n  changed: {c}" for c in changes)
-        )
-        return state["update"]
 
     def _say(self, text: str) -> None:
         if self.world.main:

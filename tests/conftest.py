@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.modules.setdefault("conftest", sys.modules[__name__])
 
 
 @pytest.fixture(scope="session")

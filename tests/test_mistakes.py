@@ -1,11 +1,17 @@
 """launch/train.py, data_prep/make_shards.py and eval/benchmark.py: a user's mistake is one line with the cure, exit code 2."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, make_shards, small_recipe
+
+from teasr.distributed import free_port
 
 
 def verb(path: str):
@@ -57,6 +63,24 @@ def test_train_refuses_ranks_that_do_not_divide_the_batch(tmp_path, shards, caps
         monkeypatch.setenv(name, value)
     assert verb("launch/train.py")(["--config", config(tmp_path, shards)]) == 2
     assert "3 rank(s) x train.micro_batch = 2: use a batch that is a multiple of 6" in one_line(capsys)
+
+
+def test_the_launcher_passes_the_failure_on(tmp_path, shards):
+    """Two real ranks: one line of ours, however many ranks found the mistake, and a non-zero exit of the launcher."""
+    folder = Path(sys.executable).parent
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    command = [folder / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py"]
+    done = subprocess.run(
+        [*command, "--config", config(tmp_path, shards), "train.batch=6"],
+        cwd=ROOT,
+        env=env | {"PATH": f"{folder}:{env['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1 and "2 rank(s) x train.micro_batch = 2: use a batch that is a multiple of 4" in ours[0]
 
 
 def test_train_refuses_pictures_that_the_model_cannot_take(tmp_path, photos, capsys, monkeypatch):

@@ -173,13 +173,13 @@ def test_resume_goes_on_to_the_same_bits(shards, tmp_path, stage):
     whole = small_recipe(shards, tmp_path / "whole", train__updates=6, **common)
     half = small_recipe(shards, tmp_path / "halves", train__updates=3, **common)
     rest = small_recipe(shards, tmp_path / "halves", train__updates=6, **common)
-    other = small_recipe(shards, tmp_path / "halves", train__updates=6, **common, method__lambda_adv=2.0)
+    other = small_recipe(shards, tmp_path / "halves", train__updates=6, **common, backbone__width=64)
     start([whole, half, rest, rest, other], tmp_path, 1)
     a, b = (tmp_path / name / "checkpoints/step-00000006" for name in ("whole", "halves"))
     for name in ("weights.safetensors", "ema.safetensors", "fixed.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "halves/metrics.csv").read_bytes()
-    assert "method.lambda_adv: 1.0 -> 2.0" in (tmp_path / "halves/error.txt").read_text()
+    assert "backbone.width: 32 -> 64" in (tmp_path / "halves/error.txt").read_text()
 
 
 @pytest.mark.parametrize(

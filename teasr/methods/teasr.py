@@ -125,43 +125,41 @@ class Teasr(Method):
     def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
         """Up to four terms; a term of zero weight is not computed, nor is anything only it would need."""
         student, weight = networks["student"], self._select(self.weights(progress), draws, progress)
-        times = Times.draw(self.config, draws, student)
         with torch.no_grad():
             z0, z_lq = student.encode(batch.x_hq), student.encode(batch.x_lq)
-        z_t = flow.interpolate(z0, eps := draws.normal("flow noise", z0), times.t)
-        shortcut = (z_t, times.t, times.m, times.s) if weight["cons"] else None
-        v_target = z_fake = None
+        times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
+        given = Given(student, batch.x_hq, z_lq, draws, times, weight)
+        jump = Jump(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
+        z_fake = jump_target = None
 
         if weight["rectify"] or weight["mse"] or weight["lpips"]:
-            term, z_fake, v_target = self._one_step(student, batch.x_hq, z_lq, draws, times, weight, shortcut)
+            term, z_fake, jump_target = self._one_step(given, jump)
             yield term
             del term
         elif weight["adv"]:
             with torch.no_grad():
-                z_fake = one_step(student, z_lq, draws)[0]
+                z_fake = one_step(given)[0]
 
-        if weight["cons"]:
-            if v_target is None:
+        if jump is not None:
+            if jump_target is None:
                 with torch.no_grad():
-                    v_target = self._finish_shortcut(
-                        student, z_lq, shortcut, student.velocity(z_t, times.t, z_lq, times.m)
-                    )
-            loss = losses.mse(student.velocity(z_t, times.t, z_lq, times.s), v_target)  # eq. 4, stop-gradient target
+                    jump_target = finish(given, jump, student.velocity(jump.z_t, jump.t, z_lq, jump.m))
+            v = student.velocity(jump.z_t, jump.t, z_lq, jump.s)
+            loss = losses.mse(v, jump_target)  # eq. 4; the target carries no gradient
             yield Term("cons", "student", weight["cons"] * loss, {"cons": loss.detach()})
-            del loss
+            del v, loss
 
         if weight["flow"]:
             # t_tar = t_cur is the instantaneous velocity, the one that eq. 10 uses as the real score.
-            r = times.flow
-            z_r = flow.interpolate(z0, eps, r)
-            loss = losses.mse(student.velocity(z_r, r, z_lq, r), flow.velocity_target(z0, eps))
+            t = times.flow
+            v = student.velocity(flow.interpolate(z0, eps, t), t, z_lq, t)
+            loss = losses.mse(v, flow.velocity_target(z0, eps))
             yield Term("flow", "student", weight["flow"] * loss, {"flow": loss.detach()})
-            del loss
+            del v, loss
 
         if weight["adv"]:
-            eps_fake = draws.normal("fake noise", z0)
-            z_a = flow.interpolate(z_fake, eps_fake, times.fake)  # eq. 7
-            v = student.velocity(z_a, times.fake, z_lq, -times.fake)
+            t, eps_fake = times.fake, draws.normal("fake noise", z0)
+            v = student.velocity(flow.interpolate(z_fake, eps_fake, t), t, z_lq, -t)  # eq. 7
             loss = losses.mse(v, flow.velocity_target(z_fake, eps_fake))  # eq. 8
             yield Term("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
 
@@ -178,86 +176,106 @@ class Teasr(Method):
             return {name: 4 * value if name in group else 0.0 for name, value in weight.items()}
         return weight
 
-    def _one_step(
-        self, student: Backbone, x_hq: Tensor, z_lq: Tensor, draws: Draws, times: Times, weight: dict, shortcut
-    ) -> tuple[Term, Tensor, Tensor | None]:
+    def _one_step(self, given: Given, jump: Jump | None) -> tuple[Term, Tensor, Tensor | None]:
         """L_data + L_rectify at the one-step estimate as one scalar whose gradient is exactly theirs.
 
-        Returns the term, the detached estimate, and the consistency target where its first half could ride along in
-        the batched no-grad forward.
+        Returns the term, the detached estimate, and the target of the jump, whose first half rides along in the
+        batched forward without graph.
         """
-        z_hat, v = one_step(student, z_lq, draws)
+        weight = given.weight
+        z_hat, v = one_step(given)
         z_fake = z_hat.detach()
         logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.flatten(1).std(1).mean()}
-        scores, v_target = self._no_grad_round(student, z_fake, z_lq, draws, times, weight, shortcut)
+        difference, jump_target = self._score_difference(given, z_fake, jump)
         gradient = torch.zeros_like(z_fake)  # of the loss with respect to v
-        if scores is not None:
-            w = (
-                flow.tar_weight(times.score, self.config.w_cap)
-                if self.config.time_aware
-                else torch.ones_like(times.score)
-            )
-            difference = flow.score_difference(*scores, self.config.score_clamp)
-            rectify = weight["rectify"] * losses.rectification_gradient(difference, w.to(difference.dtype))
+        if difference is not None:
+            w = self._time_weight(given.times.score).to(difference.dtype)
+            rectify = weight["rectify"] * losses.rectification_gradient(difference, w)  # eq. 11
             gradient += rectify
-            logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w.to(difference.dtype))
+            logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w)
             logs["score_difference"] = losses.rms(difference).mean()
         if weight["mse"] or weight["lpips"]:
-            data, more = self._data_gradient(student, z_fake, x_hq, weight)
+            data, data_logs = self._data_gradient(given, z_fake)
             gradient -= data  # d z_hat / d v = -1
-            logs |= more
-            if scores is not None:
+            logs |= data_logs
+            if difference is not None:
                 logs["rectify_to_data"] = (losses.rms(rectify) / losses.rms(data).clamp(min=1e-12)).mean()
-        return Term("one_step", "student", (v * gradient).sum(), logs), z_fake, v_target
+        return Term("one_step", "student", (v * gradient).sum(), logs), z_fake, jump_target
 
-    def _no_grad_round(
-        self, student: Backbone, z_fake: Tensor, z_lq: Tensor, draws: Draws, times: Times, weight: dict, shortcut
-    ):
-        """Fake score, real score and the first half of the shortcut, in one batched forward without graph."""
-        rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        if weight["rectify"]:
-            s = times.score
-            z_s = flow.interpolate(z_fake, draws.normal("score noise", z_fake), s)  # eq. 9
+    def _time_weight(self, s: Tensor) -> Tensor:
+        """w(s) of eq. 14, or 1 without TAR."""
+        return flow.tar_weight(s, self.config.w_cap) if self.config.time_aware else torch.ones_like(s)
+
+    @torch.no_grad()
+    def _score_difference(self, given: Given, z_fake: Tensor, jump: Jump | None) -> tuple[Tensor | None, Tensor | None]:
+        """D of eq. 10 and the target of the jump; fake score, real score and first half in one batched forward."""
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t, t_cur, t_tar
+        if given.weight["rectify"]:
+            s = given.times.score
+            z_s = flow.interpolate(z_fake, given.draws.normal("score noise", z_fake), s)  # eq. 9
             rows += [(z_s, s, -s), (z_s, s, s)]
-        if shortcut is not None:
-            z_t, t, m, _ = shortcut
-            rows.append((z_t, t, m))
+        if jump is not None:
+            rows.append((jump.z_t, jump.t, jump.m))
         if not rows:
             return None, None
-        with torch.no_grad():
-            z, t_cur, t_tar = (torch.cat(column) for column in zip(*rows, strict=True))
-            v = student.velocity(z, t_cur, z_lq.repeat(len(rows), 1, 1, 1), t_tar).chunk(len(rows))
-            v_target = None if shortcut is None else self._finish_shortcut(student, z_lq, shortcut, v[-1])
-        return (v[:2] if weight["rectify"] else None), v_target
+        z, t_cur, t_tar = (torch.cat(column) for column in zip(*rows, strict=True))
+        v = given.student.velocity(z, t_cur, given.z_lq.repeat(len(rows), 1, 1, 1), t_tar).chunk(len(rows))
+        jump_target = None if jump is None else finish(given, jump, v[-1])
+        if not given.weight["rectify"]:
+            return None, jump_target
+        v_fake, v_real, *_ = v
+        return flow.score_difference(v_fake, v_real, self.config.score_clamp), jump_target
 
-    @staticmethod
-    def _finish_shortcut(student: Backbone, z_lq: Tensor, shortcut, u1: Tensor) -> Tensor:
-        """Second half m -> s from where the first half arrives, and their composition (eqs. 2-3); without graph."""
-        z_t, t, m, s = shortcut
-        u2 = student.velocity(flow.step(z_t, u1, t, m), m, z_lq, s)
-        return flow.shortcut_target(u1, u2, t, m, s)
-
-    def _data_gradient(self, student: Backbone, z_fake: Tensor, x_hq: Tensor, weight: dict) -> tuple[Tensor, dict]:
+    @torch.enable_grad()
+    def _data_gradient(self, given: Given, z_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of the pixel losses (eqs. 12-13) at the one-step estimate; the decoder's graph dies here."""
-        with torch.enable_grad():
-            leaf = z_fake.clone().requires_grad_()
-            x_hat = student.decode(leaf)
-            logs: dict[str, Tensor] = {"checkerboard": losses.checkerboard_energy(x_hat, student.patch_px)}
-            total = torch.zeros((), device=leaf.device)
-            if weight["mse"]:
-                logs["mse"] = (pixel := losses.mse(x_hat, x_hq)).detach()
-                total = total + weight["mse"] * pixel
-            if weight["lpips"]:
-                logs["lpips"] = (perceptual := self.lpips(x_hat, x_hq).mean()).detach()
-                total = total + weight["lpips"] * perceptual
-            return torch.autograd.grad(total, leaf)[0], logs
+        leaf = z_fake.clone().requires_grad_()
+        x_hat = given.student.decode(leaf)
+        logs = {"checkerboard": losses.checkerboard_energy(x_hat.detach(), given.student.patch_px)}
+        total = torch.zeros((), device=leaf.device)
+        if given.weight["mse"]:
+            loss = losses.mse(x_hat, given.x_hq)
+            logs["mse"], total = loss.detach(), total + given.weight["mse"] * loss
+        if given.weight["lpips"]:
+            loss = self.lpips(x_hat, given.x_hq).mean()
+            logs["lpips"], total = loss.detach(), total + given.weight["lpips"] * loss
+        return torch.autograd.grad(total, leaf)[0], logs
 
 
-def one_step(student: Backbone, z_lq: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Given:
+    """What all terms of one micro-batch share."""
+
+    student: Backbone
+    x_hq: Tensor
+    z_lq: Tensor
+    draws: Draws
+    times: Times
+    weight: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A shortcut t -> m -> s of L_cons that starts at z_t."""
+
+    z_t: Tensor
+    t: Tensor
+    m: Tensor
+    s: Tensor
+
+
+def finish(given: Given, jump: Jump, u1: Tensor) -> Tensor:
+    """The second half m -> s from where the first half `u1` arrives, and the velocity of both together (eqs. 2-3)."""
+    z_m = flow.step(jump.z_t, u1, jump.t, jump.m)
+    u2 = given.student.velocity(z_m, jump.m, given.z_lq, jump.s)
+    return flow.shortcut_target(u1, u2, jump.t, jump.m, jump.s)
+
+
+def one_step(given: Given) -> tuple[Tensor, Tensor]:
     """The one-step estimate z_hat = eps - v(eps, 1, z_lq, 0) (eq. 6) and its velocity, with graph if enabled."""
-    eps = draws.normal("one-step noise", z_lq)
+    eps = given.draws.normal("one-step noise", given.z_lq)
     one, zero = torch.ones(len(eps), device=eps.device), torch.zeros(len(eps), device=eps.device)
-    v = student.velocity(eps, one, z_lq, zero)
+    v = given.student.velocity(eps, one, given.z_lq, zero)
     return flow.z0_from_velocity(eps, v, one), v
 
 
