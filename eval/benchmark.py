@@ -25,7 +25,7 @@ from teasr.progress import ProgressLine
 from teasr.randomness import seed_of
 from teasr.tracking import git_commit, log_results
 
-COMPARED = 6  # pictures in comparison.png
+COMPARED = 6  # pictures in comparison.png, at most
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,6 +96,7 @@ def restore_all(upscaler, shards: ShardSet, steps: list[int], seed: int) -> tupl
     """Scores of every picture and method, and the rows of the comparison sheet."""
     rows, pictures = [], []
     line = ProgressLine("evaluate", len(shards), "pictures")
+    compared = {round(i * (len(shards) - 1) / (COMPARED - 1)) for i in range(COMPARED)}  # spread over the set
     for sample in samples(shards):
         scale = sample.hq.shape[0] // sample.lq.shape[0]
         if scale != upscaler.scale:
@@ -106,7 +107,7 @@ def restore_all(upscaler, shards: ShardSet, steps: list[int], seed: int) -> tupl
         made |= {str(n): upscaler(sample.lq, steps=n, seed=seed_of(seed, sample.key)) for n in steps}
         scores = {name: {m: f(x, sample.hq) for m, f in METRICS.items()} for name, x in made.items()}
         rows += [{"picture": sample.key, "method": name} | values for name, values in scores.items()]
-        if len(pictures) < COMPARED:
+        if len(rows) // len(made) - 1 in compared:
             pictures.append([*made.values(), sample.hq])
         line.show(len(rows) // len(made), psnr_y=scores[str(steps[0])]["psnr_y"])
     line.close()
