@@ -97,19 +97,18 @@ def restore_all(upscaler, shards: ShardSet, steps: list[int], seed: int) -> tupl
     rows, pictures = [], []
     line = ProgressLine("evaluate", len(shards), "pictures")
     compared = {round(i * (len(shards) - 1) / (COMPARED - 1)) for i in range(COMPARED)}  # spread over the set
-    for sample in samples(shards):
-        scale = sample.hq.shape[0] // sample.lq.shape[0]
-        if scale != upscaler.scale:
+    for i, sample in enumerate(samples(shards)):
+        if sample.scale != upscaler.scale:
             raise ValueError(
-                f"{sample.key} is a x{scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
+                f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
             )
-        made = {"bicubic": images.upsample(sample.lq, scale)}
+        made = {"bicubic": sample.lq_up}
         made |= {str(n): upscaler(sample.lq, steps=n, seed=seed_of(seed, sample.key)) for n in steps}
         scores = {name: {m: f(x, sample.hq) for m, f in METRICS.items()} for name, x in made.items()}
         rows += [{"picture": sample.key, "method": name} | values for name, values in scores.items()]
-        if len(rows) // len(made) - 1 in compared:
+        if i in compared:
             pictures.append([*made.values(), sample.hq])
-        line.show(len(rows) // len(made), psnr_y=scores[str(steps[0])]["psnr_y"])
+        line.show(i + 1, psnr_y=scores[str(steps[0])]["psnr_y"])
     line.close()
     return rows, pictures
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -82,9 +83,7 @@ class MlflowSink:
     """An MLflow run fed by a daemon thread. When MLflow fails it says so once and drops; the CSV files have it all."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
-        # Without these a dead server blocks every call for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        fail_fast()
         self.run_dir, self.config, self.params, self.resume_from = run_dir, config, params, resume_from
         self.uri = tracking_uri(run_dir, config)
         self.run_id: str | None = None
@@ -156,6 +155,12 @@ class MlflowSink:
             self._fail(error)
 
 
+def fail_fast() -> None:
+    """Make MLflow give up on a dead server at once; left alone it blocks every call for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
 def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
     """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent}/mlflow.db"
@@ -204,8 +209,7 @@ def log_results(
 
     Raises ValueError naming the store when MLflow does not take them.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    fail_fast()
     from mlflow import MlflowClient
 
     uri = tracking_uri(run_dir, config)
@@ -223,6 +227,7 @@ def log_results(
     return f"{uri}, run {run_id}"
 
 
+@functools.cache
 def git_commit() -> str:
     """Commit of the source tree, with `+changes` when it is not clean; `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent.parent

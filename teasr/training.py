@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from teasr import checkpoint
@@ -26,11 +25,11 @@ from teasr.data.shards import PairStream, ShardSet, batches, check_shards, check
 from teasr.distributed import World
 from teasr.ema import Ema
 from teasr.files import write_atomic
-from teasr.images import to_tensor, upsample
+from teasr.images import to_tensor
 from teasr.methods.base import Batch, Method, Progress
 from teasr.progress import ProgressLine
 from teasr.randomness import Draws
-from teasr.recipe import Recipe, parse
+from teasr.recipe import Recipe, load
 from teasr.settings import TrainConfig
 from teasr.tracking import Tracker, git_commit
 
@@ -228,7 +227,7 @@ class Trainer:
     def _check_found(self) -> int:
         """The update that the found checkpoint goes on from. ValueError when it is of another run or world."""
         state = json.loads((self.found / "state.json").read_text())
-        old = parse(yaml.safe_load((self.found / "config.yaml").read_text())).to_dict()
+        old = load(self.found / "config.yaml").to_dict()
         changes = diff(old, self.recipe.to_dict())
         fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
         if fatal:
@@ -313,7 +312,7 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
         raw = read_shard(url)
         for place in range(min(each, count)):
             sample = decode_near(raw, place, url)
-            yield to_tensor(sample.hq), to_tensor(upsample(sample.lq, sample.hq.shape[0] // sample.lq.shape[0]))
+            yield to_tensor(sample.hq), to_tensor(sample.lq_up)
 
 
 def gather(backbone: Backbone) -> dict[str, torch.Tensor]:

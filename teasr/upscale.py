@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from teasr import checkpoint, images
 from teasr.backbones.base import Backbone
-from teasr.recipe import Recipe, parse
+from teasr.recipe import Recipe, load
 from teasr.sampler import sample
 
 
@@ -36,7 +35,7 @@ class Upscaler:
         Raises ValueError naming what is missing or damaged.
         """
         folder = checkpoint.resolve(Path(path))
-        recipe = parse(yaml.safe_load((folder / "config.yaml").read_text()))
+        recipe = load(folder / "config.yaml")
         file = folder / f"{weights}.safetensors"
         if not file.is_file():
             have = ", ".join(f.stem for f in sorted(folder.glob("*.safetensors")) if f.stem != "fixed")

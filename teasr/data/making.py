@@ -37,9 +37,7 @@ class PrepConfig:
     crop_px: int = 512
     layout: Literal["random", "grid"] = "random"  # grid: every whole crop side by side, for held-out sets
     crops_per_photo: int = 1  # of the random layout
-    scales: tuple[float, ...] = (
-        1.0,
-    )  # crops are cut from the photo at these sizes in turn; small ones show more structure
+    scales: tuple[float, ...] = (1.0,)  # the photo is taken at these sizes in turn; small ones show more structure
     shard_samples: int = 2048
     seed: int = 0
 

@@ -82,6 +82,16 @@ class Sample:
     lq: np.ndarray
     bad: tuple[str, ...] = ()
 
+    @property
+    def scale(self) -> int:
+        """How many times larger HQ is."""
+        return self.hq.shape[0] // self.lq.shape[0]
+
+    @property
+    def lq_up(self) -> np.ndarray:
+        """LQ brought to the size of HQ by bicubic up-sampling."""
+        return images.upsample(self.lq, self.scale)
+
 
 def read_shard(url: str) -> list[dict]:
     """All raw samples of one shard in file order, through webdataset. ValueError names a shard that cannot be read."""
@@ -171,7 +181,7 @@ class PairStream(IterableDataset):
             i += workers
 
     def _tensors(self, sample: Sample, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        hq, lq = sample.hq, images.upsample(sample.lq, sample.hq.shape[0] // sample.lq.shape[0])
+        hq, lq = sample.hq, sample.lq_up
         turn = seed_of(self.seed, "augment", n)
         if self.config.augment != "none" and turn & 1:
             hq, lq = hq[:, ::-1], lq[:, ::-1]
