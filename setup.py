@@ -38,7 +38,9 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image"],  # its photographs
-        "dev": ["pytest", "ruff", "scikit-image"],
+        "dev": ["jpeglib", "pytest", "ray", "ruff", "scikit-image"],
+        "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
         "metrics": ["pyiqa"],  # PolyForm Noncommercial licence: reference metrics only, nothing here imports it
+        "ray": ["ray"],  # data preparation on a cluster
     },
 )

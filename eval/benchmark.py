@@ -22,7 +22,7 @@ from teasr.data.shards import Sample, ShardSet, decode, read_shard
 from teasr.files import write_atomic
 from teasr.metrics import METRICS
 from teasr.progress import ProgressLine
-from teasr.randomness import seed_of
+from teasr.seed import seed_of
 from teasr.tracking import git_commit, log_results
 
 COMPARED = 6  # pictures in comparison.png, at most

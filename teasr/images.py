@@ -1,49 +1,167 @@
-"""Pictures in and out: files to uint8 RGB, uint8 to tensors in [-1, 1], and the bicubic up-sampling of LQ."""
+"""Pictures in and out: files to uint8 RGB, uint8 to tensors in [-1, 1], and the bicubic up-sampling of LQ.
+
+torch is imported where a tensor is made: the processes that prepare data do without it.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+MAX_PIXELS = 178_956_970  # Pillow's limit: a file of a few kilobytes may claim to be larger
+ORIENTATION = 0x0112
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # it warns from here on and refuses at twice as many
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
-    """A picture file or its bytes -> [H, W, 3] uint8 RGB, turned upright by its EXIF. ValueError names a broken one."""
-    name = name or str(source)
+    """A picture file or its bytes -> [H, W, 3] uint8 RGB in sRGB, upright by its EXIF, alpha dropped.
+
+    Grey, palette, CMYK and 16-bit pictures are converted. ValueError names one that is broken, animated, of several pages or
+    beyond `MAX_PIXELS`.
+    """
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{name} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as a picture ({error}); remove it or save it again") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a photo and its depth map
+            if frames > 1:
+                raise ValueError(f"it is animated or has pages: {frames} frames")
+            if _is_plain(picture, data):
+                return decode_rgb(data, name)
+            return np.asarray(_to_srgb(ImageOps.exif_transpose(picture)))
+    except UnidentifiedImageError as error:
+        deep = _read_deep_tiff(data)  # three channels of 16 bit, which Pillow does not know
+        if deep is not None:
+            return deep
+        raise _broken(name, error) from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise _broken(name, error) from error
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """All picture files below a folder in sorted order, whatever the case of their suffix. ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one that holds pictures")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); put some there or name another folder")
-    return found
+def _is_plain(picture: Image.Image, data: bytes) -> bool:
+    """Whether OpenCV would decode to the same pixels, up to twice as fast as Pillow."""
+    if picture.mode != "RGB" or picture.format not in ("JPEG", "PNG") or picture.info.get("icc_profile"):
+        return False
+    if "transparency" in picture.info or "adobe_transform" in picture.info:
+        return False
+    if picture.format == "PNG":  # Pillow would decode it to find out
+        return b"eXIf" not in data and b"Raw profile" not in data
+    return picture.getexif().get(ORIENTATION, 1) == 1
+
+
+def _broken(name: str, error: Exception) -> ValueError:
+    text = "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
+    text = text.removeprefix(f"{name} ").removeprefix("cannot be read as a picture: ")
+    return ValueError(f"{name} cannot be read as a picture ({text}); remove it or save it again")
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """Any mode -> RGB; an embedded colour profile other than sRGB is applied."""
+    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        sixteen = np.asarray(picture).astype(np.float32)
+        return Image.fromarray((sixteen / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("it holds floating-point numbers of unknown range")
+    profile = picture.info.get("icc_profile")
+    if profile and picture.mode in ("RGB", "CMYK"):
+        try:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(embedded):
+                return ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a damaged profile says nothing: the numbers are taken for sRGB
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _read_deep_tiff(data: bytes) -> np.ndarray | None:
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+    if picture is None or picture.dtype != np.uint16:
+        return None
+    return (picture / np.float32(257)).round().astype(np.uint8)
+
+
+def has_transparency(data: bytes) -> bool:
+    """Whether any pixel of a picture file is not fully opaque."""
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.mode in ("RGBA", "LA", "PA"):
+            return picture.getchannel("A").getextrema()[0] < 255
+        return "transparency" in picture.info and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def decode_rgb(data: bytes, name: str) -> np.ndarray:
+    """Bytes of a PNG, WebP or JPEG that this package wrote -> [H, W, 3] uint8 RGB, faster than `read_rgb`.
+
+    ValueError names what cannot be decoded.
+    """
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    x = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if x is None:
+        raise ValueError(f"{name} cannot be read as a picture: truncated or damaged data")
+    return x
+
+
+def walk_pictures(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Names of all picture files below a folder, sorted; and (name, reason) for what could not be looked into."""
+    names, unreadable, links = [], [], []
+    for root, folders, files in os.walk(folder, onerror=unreadable.append):
+        names += [os.path.join(root, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
+        links += [os.path.join(root, f) for f in folders if os.path.islink(os.path.join(root, f))]
+    problems = [(error.filename, f"folder cannot be read: {error.strerror}") for error in unreadable]
+    problems += [(link, "link to a folder: not followed, name that folder itself") for link in links]
+
+    def below(path: str) -> str:
+        return Path(path).relative_to(folder).as_posix()
+
+    return sorted(map(below, names)), sorted((below(path), reason) for path, reason in problems)
 
 
 def png_bytes(x: np.ndarray) -> bytes:
     """[H, W, 3] uint8 -> PNG."""
+    return _encode(".png", x, [])
+
+
+def webp_bytes(x: np.ndarray) -> bytes:
+    """[H, W, 3] uint8 -> lossless WebP, its fastest setting."""
     buffer = io.BytesIO()
-    Image.fromarray(x).save(buffer, "PNG", compress_level=3)
+    Image.fromarray(x).save(buffer, "WEBP", lossless=True, method=0, quality=0, exact=True)
     return buffer.getvalue()
+
+
+def jpeg_bytes(x: np.ndarray, quality: int) -> bytes:
+    """[H, W, 3] uint8 -> JPEG with full chroma (4:4:4)."""
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return _encode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
+
+
+def _encode(suffix: str, x: np.ndarray, options: list[int]) -> bytes:
+    ok, data = cv2.imencode(suffix, cv2.cvtColor(x, cv2.COLOR_RGB2BGR), options)
+    assert ok, f"OpenCV refused to write {suffix}"
+    return data.tobytes()
 
 
 def to_tensor(x: np.ndarray) -> Tensor:
     """[H, W, 3] uint8 -> [3, H, W] float32 in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -53,9 +171,25 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def upsample(lq: np.ndarray, scale: int) -> np.ndarray:
-    """Bicubic up-sampling (PIL, as OSEDiff tests with): [h, w, 3] uint8 -> [h * scale, w * scale, 3] uint8."""
-    h, w = lq.shape[:2]
-    return np.asarray(Image.fromarray(lq).resize((w * scale, h * scale), Image.Resampling.BICUBIC))
+    """Bicubic up-sampling as Pillow does it (OSEDiff's test): [h, w, 3] uint8 -> [h * scale, w * scale, 3] uint8."""
+    return upsample_planes(planes(lq), scale).permute(1, 2, 0).contiguous().numpy()
+
+
+def upsample_planes(lq: Tensor, scale: int) -> Tensor:
+    """`upsample` for [3, h, w] uint8, by torch's integer path: four times as fast, off by a level in 1 of 10,000 values."""
+    import torch
+
+    size = (lq.shape[1] * scale, lq.shape[2] * scale)
+    return torch.nn.functional.interpolate(lq[None], size=size, mode="bicubic", antialias=True)[0]
+
+
+def planes(x: np.ndarray) -> Tensor:
+    """[H, W, 3] uint8 -> [3, H, W] uint8."""
+    import torch
+
+    out = np.empty((3, *x.shape[:2]), np.uint8)
+    cv2.split(np.ascontiguousarray(x), list(out))
+    return torch.from_numpy(out)
 
 
 def comparison(rows: list[list[np.ndarray]], titles: list[str]) -> np.ndarray:

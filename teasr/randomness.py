@@ -6,17 +6,12 @@ the same numbers, and a term that is switched off does not shift the draws of th
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any printable parts; stable across processes, machines and Python versions."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from teasr.seed import seed_of
 
 
 @dataclass(frozen=True)

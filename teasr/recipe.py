@@ -14,7 +14,7 @@ import yaml
 from teasr import config as cfg
 from teasr.backbones.base import Backbone
 from teasr.backbones.tiny import Tiny, TinyConfig
-from teasr.data.shards import DataConfig
+from teasr.data.stream import DataConfig
 from teasr.methods.base import Method
 from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.settings import TrackingConfig, TrainConfig

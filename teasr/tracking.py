@@ -21,6 +21,7 @@ from teasr.files import write_atomic
 from teasr.settings import TrackingConfig
 
 RUN_FILE = "mlflow_run.json"
+BAD_FILE = "bad_samples.txt"  # what the reader had to pass over, one a line
 
 
 class CsvLog:
@@ -57,6 +58,7 @@ class Tracker:
     """Where a run's numbers and pictures go. Only rank 0 makes one."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
+        self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics = CsvLog(run_dir / "metrics.csv", resume_from)
         self.timing = CsvLog(run_dir / "timing.csv", resume_from)
@@ -76,6 +78,8 @@ class Tracker:
     def close(self, status: str) -> None:
         """Flush; `status` as MLflow names it: FINISHED, FAILED or KILLED."""
         if self.mlflow:
+            if (self.run_dir / BAD_FILE).is_file():
+                self.mlflow.artifact(self.run_dir / BAD_FILE)
             self.mlflow.close(status)
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from teasr import checkpoint
 from teasr.backbones.base import Backbone
 from teasr.config import diff
-from teasr.data.shards import PairStream, ShardSet, batches, check_shards, check_streams, decode_near, read_shard
+from teasr.data.shards import ShardSet, decode_near, read_shard
+from teasr.data.stream import PairStream, batches, check_shards, check_streams
 from teasr.distributed import World
 from teasr.ema import Ema
 from teasr.files import write_atomic
@@ -31,7 +32,7 @@ from teasr.progress import ProgressLine
 from teasr.randomness import Draws
 from teasr.recipe import Recipe, load
 from teasr.settings import TrainConfig
-from teasr.tracking import Tracker, git_commit
+from teasr.tracking import BAD_FILE, Tracker, git_commit
 
 RUN_OWNS = (  # keys that the run config decides; a second value in a ds_configs file is an error
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
@@ -60,7 +61,8 @@ class Trainer:
         self.networks: dict[str, Backbone] = {name: recipe.build_backbone() for name in self.method.networks}
         self.student = self.networks[self.method.networks[0]]
         if self.world.main:
-            check_shards(self.shards, self.student.check_size)
+            for problem in check_shards(self.shards, self.student.check_size, recipe.data.max_bad_share):
+                self._say(f"warning: {problem}")
             self.run_dir.mkdir(parents=True, exist_ok=True)
         start_ranks(self.train, self.world)
         found = checkpoint.latest(self.root) if self.world.main else None
@@ -83,24 +85,24 @@ class Trainer:
             self.shards, self.recipe.data, self.recipe.seed, self.world.rank, self.world.size,
             self.update * self.train.batch // self.world.size,
         )  # fmt: skip
-        data = batches(stream, self.train.micro_batch)
+        data = batches(stream, self.train.micro_batch, self.world.device)
         line = ProgressLine("train", updates, "updates", self.update, enabled=self.world.main)
         tracker = self._start_tracker()
-        status = "KILLED"
+        status, named = "KILLED", set()
         try:
             while self.update < updates:
                 started = time.perf_counter()
                 micro = [next(data) for _ in range(self.accumulation)]
                 waited = time.perf_counter() - started
-                logs = self._one_update([batch for batch, _ in micro])
-                self.update += 1
                 bad = [name for _, names in micro for name in names]
-                for name in bad:
-                    print(f"skipped a broken sample: {name}", flush=True)
+                self._name(sorted(set(bad) - named))
+                named |= set(bad)
+                logs = self._one_update([batch for batch, _ in micro], len(bad))
+                self.update += 1
                 if tracker:
                     seconds = time.perf_counter() - started
                     timing = {"update_s": seconds, "data_wait_s": waited, "images_per_s": self.train.batch / seconds}
-                    tracker.log(self.update, logs | {"bad_samples": len(bad)}, timing)
+                    tracker.log(self.update, logs, timing)
                 line.show(self.update, loss=logs["loss"])
                 if self.update % self.train.save_every_updates == 0 or self.update == updates:
                     self.save()
@@ -113,7 +115,15 @@ class Trainer:
             if tracker:
                 tracker.close(status)
 
-    def _one_update(self, micro: list[Batch]) -> dict[str, float]:
+    def _name(self, bad: list[str]) -> None:
+        """Print what had to be passed over in the data, and keep it in bad_samples.txt, which goes to MLflow at the end."""
+        if bad:
+            lines = [f"update {self.update + 1}, rank {self.world.rank}: skipped {name}" for name in bad]
+            print(*lines, sep="\n", flush=True)
+            with open(self.run_dir / BAD_FILE, "a") as file:
+                file.write("\n".join(lines) + "\n")
+
+    def _one_update(self, micro: list[Batch], bad: int) -> dict[str, float]:
         """All terms of all micro-batches, then one optimiser step of every network; returns what to log."""
         rate = self.train.rate(self.update)
         sums: dict[str, list[torch.Tensor]] = {}
@@ -125,12 +135,14 @@ class Trainer:
                 samples = tuple((i * b + j) * w.size + w.rank for j in range(b))
                 draws = Draws(self.recipe.seed, self.update, samples, w.device)
                 progress = Progress(self.update, self.train.updates, i, len(micro))
-                for term in self.method.terms(self.networks, batch.to(w.device), draws, progress):
+                for term in self.method.terms(self.networks, batch, draws, progress):
                     self.engines[term.network].backward(term.loss / len(micro))
                     for name, value in term.logs.items():
                         sums.setdefault(name, []).append(value.detach())
                     del term
-        logs = self.world.mean({name: torch.stack(values).mean() for name, values in sums.items()})
+        means = {name: torch.stack(values).mean() for name, values in sums.items()}
+        logs = self.world.mean(means | {"bad_samples": torch.tensor(bad)})
+        logs["bad_samples"] *= self.world.size
         self._refuse_nan(logs, micro)
         for engine in self.engines.values():
             for group in engine.optimizer.param_groups:

@@ -36,11 +36,11 @@ def shards(photos, tmp_path_factory) -> Path:
 
 def make_shards(photos: Path, out: Path, **settings) -> Path:
     """Make a small shard set and return its folder."""
-    from teasr.data.making import PrepConfig, finish, make_plan, process_shard
+    from teasr.data.job import make_set
+    from teasr.data.plan import PrepConfig
 
     defaults = {"crop_px": 64, "crops_per_photo": 16, "shard_samples": 12}
-    plan = make_plan(PrepConfig(photos=str(photos), out=str(out), **(defaults | settings)))
-    finish(plan, [process_shard(plan, i) for i in range(plan.shards)])
+    make_set(PrepConfig(photos=str(photos), out=str(out), **(defaults | settings)))
     return out
 
 

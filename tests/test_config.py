@@ -19,7 +19,7 @@ def test_presets_load_are_short_and_come_back_the_same(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_prep/presets").glob("*.yaml")), ids=lambda p: p.name)
 def test_data_presets_load(path):
-    from teasr.data.making import PrepConfig
+    from teasr.data.plan import PrepConfig
 
     cfg.build(PrepConfig, cfg.read_yaml(path))
 

@@ -1,6 +1,8 @@
 """The layering of docs/architecture, read from the imports: nouns never import verbs, and heavy libraries stay in their file."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -11,25 +13,55 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "deepspeed": {"training.py"},
     "mlflow": {"tracking.py"},
     "webdataset": {"data/shards.py"},
+    "jpeglib": {"data/lossless.py"},
+    "ray": {"data/engines.py"},
     "peft": {"backbones/branch_lora.py"},
     "lpips": {"losses.py"},
     "pyiqa": set(),
 }
 INSIDE = {  # file or folder of the package -> modules of teasr it may import
     "flow.py": set(),
-    "randomness.py": set(),
+    "seed.py": set(),
+    "randomness.py": {"seed"},
     "files.py": set(),
     "config.py": set(),
     "settings.py": set(),
     "progress.py": set(),
     "metrics.py": set(),
     "images.py": set(),
-    "degradation.py": set(),
+    "degradation/": {
+        "degradation",
+        "degradation.kernels",
+        "degradation.lean",
+        "degradation.peer",
+        "degradation.pipeline",
+    },
+    "data/layout.py": set(),
+    "data/card.py": set(),
+    "data/engines.py": set(),
+    "data/plan.py": {"degradation", "seed", "data.layout", "data.lossless", "data.sources"},
+    "data/verifying.py": {"degradation", "images", "progress", "seed", "data.engines", "data.layout", "data.making"},
+    "data/shards.py": {"images", "data.layout"},
+    "data/stream.py": {"degradation", "images", "seed", "methods.base", "data.shards"},
+    "data/lossless.py": set(),
+    "data/latents.py": {
+        "config",
+        "files",
+        "images",
+        "progress",
+        "prompts",
+        "data.layout",
+        "data.making",
+        "data.engines",
+        "data.shards",
+    },
+    "prompts.py": {"config", "files"},
+    "data/sources.py": {"images", "files", "data.layout"},
     "distributed.py": set(),
     "losses.py": {"flow"},
     "sampler.py": {"flow", "backbones.base"},
     "methods/": {"flow", "losses", "randomness", "backbones.base", "methods.base"},
-    "backbones/": {"flow", "randomness", "backbones.base", "backbones.branch_lora"},
+    "backbones/": {"flow", "randomness", "seed", "backbones.base", "backbones.branch_lora"},
     "checkpoint.py": {"files", "distributed"},
     "tracking.py": {"config", "files", "settings"},
 }
@@ -59,6 +91,12 @@ def test_package(path):
     for place, allowed in INSIDE.items():
         if name == place or (place.endswith("/") and name.startswith(place)):
             assert own <= allowed, f"{name} imports {sorted(own - allowed)}"
+
+
+def test_preparing_data_needs_no_torch():
+    """Workers are many: a second and 200 MB each."""
+    code = "import sys, teasr.data.job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path", VERBS, ids=lambda p: str(p.relative_to(ROOT)))

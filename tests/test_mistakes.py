@@ -111,16 +111,16 @@ def test_train_prints_its_whole_config(tmp_path, shards, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=x"], "config key photos is missing"),
-        (["photos=/nowhere", "out=x"], "/nowhere is not a folder"),
-        (["photos=PHOTOS", "out=x", "degradation=heavy"], "use one of osediff"),
-        (["photos=PHOTOS", "out=x", "crop_px=100000"], "none of the 3 pictures"),
-        (["photos=PHOTOS", "out=x", "crop=64"], "did you mean crop_px"),
+        (["out=OUT"], "config key photos is missing"),
+        (["photos=/nowhere", "out=OUT"], "/nowhere is not a folder"),
+        (["photos=PHOTOS", "out=OUT", "degradation=heavy"], "use one of osediff"),
+        (["photos=PHOTOS", "out=OUT", "crop_px=100000"], "none of the 3 pictures"),
+        (["photos=PHOTOS", "out=OUT", "crop=64"], "did you mean crop_px"),
         (["photos=PHOTOS", "out=/proc/x", "crop_px=64"], "/proc/x"),
     ],
 )
-def test_make_shards_names_the_mistake(photos, capsys, arguments, message):
-    arguments = [a.replace("PHOTOS", str(photos)) for a in arguments]
+def test_make_shards_names_the_mistake(photos, tmp_path, capsys, arguments, message):
+    arguments = [a.replace("PHOTOS", str(photos)).replace("OUT", str(tmp_path)) for a in arguments]
     assert verb("data_prep/make_shards.py")(arguments) == 2
     assert message in one_line(capsys)
 

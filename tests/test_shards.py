@@ -1,4 +1,4 @@
-"""data/making.py and data/shards.py: deterministic bytes, kill and resume, order as a function of position, bad shards."""
+"""data/shards.py: order as a function of position, augmentation, broken samples and shards, URLs, online degradation."""
 
 import io
 import json
@@ -7,20 +7,13 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_shards
+from PIL import Image
 
-from teasr.data.making import PrepConfig, finish, make_plan, process_shard
-from teasr.data.shards import (
-    DataConfig,
-    PairStream,
-    ShardSet,
-    batches,
-    check_shards,
-    check_streams,
-    decode,
-    read_shard,
-    slots,
-)
+from teasr import images
+from teasr.data.shards import ShardSet, decode, read_shard
+from teasr.data.stream import DataConfig, PairStream, batches, check_shards, check_streams, slots
 
 
 def index(folder):
@@ -47,89 +40,14 @@ def rewrite(path, change):
                 tar.addfile(info, io.BytesIO(data))
 
 
-def test_same_settings_same_bytes_other_seed_other(photos, shards, tmp_path):
-    again = make_shards(photos, tmp_path / "a")
-    assert index(again)["set_sha256"] == index(shards)["set_sha256"]
-    other = make_shards(photos, tmp_path / "b", seed=1)
-    assert index(other)["set_sha256"] != index(shards)["set_sha256"]
-
-
-def test_interrupted_making_goes_on_to_the_same_set(photos, shards, tmp_path):
-    """Half a set, a shard without manifest and a torn temporary file are what a kill leaves behind."""
-    out = make_shards(photos, tmp_path / "a")
-    whole = index(out)["set_sha256"]
-    kept = out / "shard-000000.tar"
-    before = kept.stat().st_mtime_ns
-    (out / "shard-000001.json").unlink()
-    (out / "shard-000002.tar").write_bytes(b"torn")
-    (out / "shard-000003.tar").unlink()
-    (out / "index.json").unlink()
-    make_shards(photos, out)
-    assert index(out)["set_sha256"] == whole == index(shards)["set_sha256"]
-    assert kept.stat().st_mtime_ns == before  # a finished shard is not made again
-
-
-def test_new_settings_replace_the_old_set(photos, tmp_path):
-    out = make_shards(photos, tmp_path / "a", crops_per_photo=16)
-    assert len(list(out.glob("*.tar"))) == 4
-    make_shards(photos, out, crops_per_photo=4)
-    assert len(list(out.glob("*.tar"))) == 1 and len(ShardSet.open(str(out))) == 12
-
-
 def test_members_are_a_pair_and_its_story(shards):
     raw = read_shard(f"{shards}/shard-000000.tar")
     assert len(raw) == 12
     sample = decode(raw[0])
     assert sample.hq.shape == (64, 64, 3) and sample.lq.shape == (16, 16, 3)
     record = json.loads(raw[0]["json"])
-    assert record["degradation"]["preset"] == "osediff" and record["crop"][2:] == [64, 64]
+    assert record["degradation"][0]["preset"] == "osediff" and record["crop"][2:] == [64, 64]
     assert record["source"] in ("coffee.png", "chelsea.png", "rocket.jpg")
-
-
-def test_grid_layout_takes_every_whole_crop_once(photos, tmp_path):
-    out = make_shards(photos, tmp_path / "grid", layout="grid", crop_px=128, shard_samples=64)
-    boxes = [
-        (*json.loads(r["json"])["crop"][:2], json.loads(r["json"])["source"])
-        for r in read_shard(f"{out}/shard-000000.tar")
-    ]
-    assert len(boxes) == len(set(boxes)) == 4 * 3 + 3 * 2 + 5 * 3
-
-
-def test_scaled_crops_come_from_the_shrunken_photo(photos, tmp_path):
-    out = make_shards(photos, tmp_path / "scaled", scales=(1.0, 0.25), crops_per_photo=8)
-    records = [json.loads(r["json"]) for i in range(2) for r in read_shard(f"{out}/shard-{i:06d}.tar")]
-    assert sorted({r["scale"] for r in records}) == [0.25, 1.0]
-    for r in records:
-        width, height = r["size"]
-        assert r["crop"][0] + 64 <= width * r["scale"] + 1 and r["crop"][1] + 64 <= height * r["scale"] + 1
-    assert sum(r["scale"] == 0.25 for r in records) == 12
-    with pytest.raises(ValueError, match="scales"):
-        PrepConfig(photos="x", out="y", scales=(2.0,))
-
-
-def test_unusable_pictures_are_skipped_and_named(photos, tmp_path):
-    from PIL import Image
-
-    folder = tmp_path / "mixed pictures é"
-    folder.mkdir()
-    data = (photos / "coffee.png").read_bytes()
-    (folder / "good.PNG").write_bytes(data)
-    (folder / "twin.png").write_bytes(data)
-    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    Image.new("RGB", (20, 20)).save(folder / "small.png")
-    out = make_shards(folder, tmp_path / "out")
-    skipped = {s["name"]: s["reason"] for s in index(out)["skipped"]}
-    assert (
-        "same bytes" in skipped["twin.png"]
-        and "20x20" in skipped["small.png"]
-        and "cannot be read" in skipped["torn.jpg"]
-    )
-    (folder / "good.PNG").unlink()
-    (folder / "twin.png").unlink()
-    with pytest.raises(ValueError, match="none of the 2 pictures"):
-        make_plan(PrepConfig(photos=str(folder), out="x", crop_px=64))
-    with pytest.raises(ValueError, match="holds no pictures"):
-        make_plan(PrepConfig(photos=str(tmp_path / "out"), out="x", crop_px=64))
 
 
 def test_order_is_the_same_for_any_number_of_ranks_and_workers(shards):
@@ -163,7 +81,7 @@ def test_slots_with_uneven_shards():
     whole = [list(islice(slots(shards, 0, v, 2, 0), 30)) for v in (0, 1)]
     for v in (0, 1):
         assert list(islice(slots(shards, 0, v, 2, 11), 5)) == whole[v][11:16]
-        assert [p for *_, p in whole[v]] == list(range(30))
+        assert [slot.position for slot in whole[v]] == list(range(30))
 
 
 def test_augmentation_turns_both_pictures_alike(shards):
@@ -201,7 +119,8 @@ def test_a_missing_member_is_named(photos, tmp_path):
     [
         (lambda out: (out / "index.json").unlink(), "holds no index.json"),
         (lambda out: (out / "index.json").write_text("{"), "cannot be used"),
-        (lambda out: (out / "index.json").write_text('{"format": 1, "shards": []}'), "holds no samples"),
+        (lambda out: (out / "index.json").write_text('{"format": 2, "shards": []}'), "holds no samples"),
+        (lambda out: (out / "index.json").write_text('{"format": 1, "shards": []}'), "make the shards again"),
         (lambda out: (out / "shard-000002.tar").unlink(), r"shard-000002\.tar cannot be read"),
         (lambda out: (out / "shard-000002.tar").write_bytes(b"x" * 1000), r"shard-000002\.tar cannot be read"),
         (lambda out: rewrite(out / "shard-000001.tar", lambda n, d: b"?"), r"shard-000001\.tar holds no usable sample"),
@@ -222,14 +141,137 @@ def test_streams_must_fit_ranks_workers_and_shards(shards):
         check_streams(opened, DataConfig("x", streams=8), world=1)
 
 
-def test_a_full_disk_leaves_nothing_half_written(photos, tmp_path, monkeypatch):
-    import os
+def stream_of(out, n, **config):
+    stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out), **config), 0, 0, 1, 0)
+    return list(islice(iter(stream), n))
 
-    plan = make_plan(PrepConfig(photos=str(photos), out=str(tmp_path), crop_px=64, crops_per_photo=2))
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        process_shard(plan, 0)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    finish(plan, [process_shard(plan, 0)])
-    assert len(ShardSet.open(str(tmp_path))) == 6
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "noise"])
+def test_a_broken_shard_is_stood_in_for_by_another_and_shifts_nothing(photos, shards, tmp_path, harm):
+    """Its 12 samples are named; every other sample comes at the place where it would have come."""
+    out = make_shards(photos, tmp_path / "a")
+    path = out / "shard-000002.tar"
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:70], "empty": b"", "noise": bytes(range(256)) * 40}[harm])
+    good, found = keys(shards, n=96), stream_of(out, 96)
+    lost = [i for i, key in enumerate(good) if 24 <= int(key) < 36]
+    assert [i for i, (a, b) in enumerate(zip(good, found, strict=True)) if a != b[2]] == lost and len(lost) == 24
+    assert [i for i, row in enumerate(found) if row[3]] == lost
+    assert all("shard-000002.tar" in row[3][0] for row in found if row[3])
+    assert not {row[2] for row in found} & {f"{i:09d}" for i in range(24, 36)}
+
+
+def test_a_shard_that_ends_early_is_noticed_and_shifts_nothing(photos, shards, tmp_path):
+    """Cut at the border of a member, a tar reads without complaint: its lost samples are named, the others stay."""
+    out = make_shards(photos, tmp_path / "a")
+    rewrite(out / "shard-000001.tar", lambda name, data: None if int(name[:9]) >= 18 else data)
+    good, found = keys(shards, n=48), stream_of(out, 48)
+    differ = [a for a, b in zip(good, found, strict=True) if a != b[2]]
+    assert sorted(differ) == [f"{i:09d}" for i in range(18, 24)]
+    assert all("holds 6 of 12 samples" in row[3][0] for row in found if row[3]) and sum(bool(r[3]) for r in found) == 6
+    torn = out / "shard-000002.tar"
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    found = stream_of(out, 48)
+    assert any("shard-000002.tar" in name for row in found for name in row[3])
+
+
+@pytest.mark.parametrize("fmt", ["png", "webp-lossless", "jpeg98"])
+def test_a_flipped_bit_in_any_member_is_noticed(photos, tmp_path, fmt):
+    """WebP and JPEG decode flipped bits without complaint: their check sums are in the sample's JSON."""
+    out = make_shards(photos, tmp_path / "a", hq_format=fmt)
+    target = []
+
+    def flip(name, data):
+        if name.startswith("000000003.hq."):
+            target.append(name)
+            data = bytearray(data)
+            data[len(data) // 2] ^= 16
+        return bytes(data)
+
+    rewrite(out / "shard-000000.tar", flip)
+    named = [name for row in stream_of(out, 48) for name in row[3]]
+    assert len(named) == 1 and target[0] in named[0]
+
+
+def test_too_many_broken_samples_stop_the_run(photos, tmp_path):
+    out = make_shards(photos, tmp_path / "a")
+    (out / "shard-000002.tar").unlink()
+    for share, stops in ((0.01, True), (0.3, False)):
+        stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out), max_bad_share=share), 0, 0, 1, 0)
+        if stops:
+            with pytest.raises(
+                ValueError, match=r"9 of \d+ samples are broken, more than data.max_bad_share = 0.01 .*verify_shards"
+            ):
+                list(islice(batches(stream, 4), 24))
+        else:
+            assert sum(len(names) for _, names in islice(batches(stream, 4), 24)) == 24
+    with pytest.raises(ValueError, match="1 of 4 shards looked at"):
+        check_shards(ShardSet.open(str(out)), lambda h, w: None, 0.01)
+    assert len(check_shards(ShardSet.open(str(out)), lambda h, w: None, 0.3)) == 1
+
+
+def test_nothing_left_to_stand_in_is_an_error(photos, tmp_path):
+    out = make_shards(photos, tmp_path / "a")
+    for path in out.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no shard of .* can be used"):
+        stream_of(out, 1)
+
+
+def test_urls_as_webdataset_opens_them(shards):
+    """A pipe with {name} in place of the file, and file: URLs, read the same samples as the folder."""
+    folder = keys(shards, n=50)
+    assert keys(f"pipe:cat {shards}/{{name}}", n=50) == folder
+    assert keys(f"file:{shards}", n=50) == folder
+    with pytest.raises(ValueError, match="cannot be used"):
+        ShardSet.open("pipe:cat /nowhere/{name} 2>/dev/null")
+
+
+def test_variants_take_turns_by_epoch(photos, tmp_path):
+    """Over K epochs every variant of a sample is seen once."""
+    out = make_shards(photos, tmp_path / "k", variants=2)
+    seen = {}
+    for _, lq, key, _ in stream_of(out, 96, augment="none"):
+        seen.setdefault(key, []).append(lq)
+    assert all(len(pair) == 2 and not torch.equal(*pair) for pair in seen.values()) and len(seen) == 48
+
+
+def test_online_degradation_is_new_each_epoch_and_a_function_of_the_position(photos, shards, tmp_path):
+    config = {"degrade": "online", "augment": "none"}
+    stored, online = stream_of(shards, 96, augment="none"), stream_of(shards, 96, **config)
+    assert [row[2] for row in stored] == [row[2] for row in online]
+    assert all(torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1]) for a, b in zip(stored, online, strict=True))
+    by_key = {}
+    for _, lq, key, _ in online:
+        by_key.setdefault(key, []).append(lq)
+    assert all(not torch.equal(*pair) for pair in by_key.values())
+    stream = PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), **config), 0, 0, 1, 40)
+    assert torch.equal(next(iter(stream))[1], online[40][1])
+    ranks = [PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), **config), 0, r, 2, 10) for r in (0, 1)]
+    assert all(torch.equal(next(iter(s))[1], online[20 + r][1]) for r, s in enumerate(ranks))
+
+
+def test_online_degradation_with_another_preset_sharpens_what_it_must(shards, photos, tmp_path):
+    plain = stream_of(shards, 12, augment="none")
+    usm = stream_of(shards, 12, augment="none", degrade="online", degradation="realesrgan_usm")
+    assert sum(not torch.equal(a[0], b[0]) for a, b in zip(plain, usm, strict=True)) >= 6  # a night sky has no edges
+    made = make_shards(photos, tmp_path / "usm", degradation="realesrgan_usm")
+    again = stream_of(made, 12, augment="none", degrade="online")
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(stream_of(made, 12, augment="none"), again, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(usm, again, strict=True))  # the same pictures either way
+    with pytest.raises(ValueError, match=r"set data.degrade=online too"):
+        DataConfig("x", degradation="osediff")
+    pairs = ShardSet("x", ("a",), (1,), (1,), {"lq": "LR"})
+    with pytest.raises(ValueError, match="holds real pairs"):
+        PairStream(pairs, DataConfig("x", streams=1, degrade="online"), 0, 0, 1, 0)
+
+
+def test_upsampling_is_pillows_bicubic():
+    """Up to one level in 1 of 1,000 values; it commutes with mirroring, so the reader may mirror the small picture."""
+    x = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    up = images.upsample(x, 4)
+    difference = np.abs(up.astype(int) - np.asarray(Image.fromarray(x).resize((256, 192), Image.Resampling.BICUBIC)))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert np.array_equal(images.upsample(x[:, ::-1], 4), up[:, ::-1])

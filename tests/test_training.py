@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, partitioning, small_recipe
 from safetensors.torch import load_file
 
-from teasr.data.shards import PairStream, ShardSet, batches
+from teasr.data.shards import ShardSet
+from teasr.data.stream import PairStream, batches
 from teasr.distributed import free_port
 from teasr.methods.base import Progress
 from teasr.randomness import Draws

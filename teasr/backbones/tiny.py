@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from teasr.backbones.base import Backbone
 from teasr.backbones.branch_lora import add_branch_lora, base, branch
 from teasr.flow import per_sample
-from teasr.randomness import seed_of
+from teasr.seed import seed_of
 
 PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
 ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px

@@ -1,8 +1,8 @@
-"""Photographs to shards: a deterministic plan of crops, and one pure function that writes one shard.
+"""One shard: a pure function from its spec to a tar and a manifest; and the index that commits the set.
 
-The bytes of a shard depend on the photographs, the settings and the versions of the image libraries alone; it is
-written to a temporary file, synced and renamed, and its manifest last. Whatever is interrupted is made again, whatever
-has a manifest is kept.
+The bytes of a shard depend on the photographs, the settings and the image libraries alone. A shard is written to a
+temporary file, synced and renamed, and its manifest last: whatever is interrupted is made again, whatever has a manifest is kept,
+and two workers on one shard write the same bytes.
 """
 
 from __future__ import annotations
@@ -12,231 +12,172 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from teasr import config as cfg
 from teasr import degradation, images
-from teasr.data.shards import FORMAT
-from teasr.files import write_atomic
-from teasr.randomness import seed_of
+from teasr.data import lossless
+from teasr.data.card import card
+from teasr.data.layout import FORMAT, INDEX, lq_field, read_manifest, sample_key
+from teasr.data.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
+from teasr.files import atomic_file, write_atomic
+from teasr.seed import seed_of
+
+HQ_SUFFIX = {"png": "png", "webp-lossless": "webp", "jpeg98": "jpg"}
 
 
-@dataclass(frozen=True)
-class PrepConfig:
-    """What is cut out of which photographs and how it is degraded."""
+def process_shard(spec: ShardSpec, on_sample: Callable[[int], None] = lambda samples: None) -> dict:
+    """Write one shard and its manifest, or keep a finished one; returns the manifest.
 
-    photos: str  # folder, searched recursively
-    out: str  # folder of the shard set
-    degradation: str = "osediff"
-    crop_px: int = 512
-    layout: Literal["random", "grid"] = "random"  # grid: every whole crop side by side, for held-out sets
-    crops_per_photo: int = 1  # of the random layout
-    scales: tuple[float, ...] = (1.0,)  # the photo is taken at these sizes in turn; small ones show more structure
-    shard_samples: int = 2048
-    seed: int = 0
-
-    def __post_init__(self):
-        preset = degradation.preset(self.degradation)
-        if self.crop_px < preset.scale or self.crop_px % preset.scale:
-            raise ValueError(f"crop_px = {self.crop_px}: must be a positive multiple of the scale {preset.scale}")
-        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales = {self.scales}: sizes inside (0, 1], such as [1.0, 0.5]")
-        for name in ("crops_per_photo", "shard_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be >= 1")
-
-    def identity(self) -> dict:
-        """The settings that decide the bytes (not where they come from or go to)."""
-        return {k: v for k, v in cfg.to_dict(self).items() if k not in ("photos", "out")}
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A source picture: path below the folder, content hash, size upright."""
-
-    name: str
-    sha256: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All crops of a shard set in their final order, (photo, index of its crop, scale, left, top)."""
-
-    config: PrepConfig
-    photos: tuple[Photo, ...]
-    crops: tuple[tuple[int, int, float, int, int], ...]
-    skipped: tuple[tuple[str, str], ...]  # (photo, reason)
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-len(self.crops) // self.config.shard_samples)
-
-    def identity(self, shard: int) -> str:
-        """Hash of everything that decides the bytes of a shard, libraries aside."""
-        n = self.config.shard_samples
-        rows = [(self.photos[p].sha256, *rest) for p, *rest in self.crops[shard * n : (shard + 1) * n]]
-        text = json.dumps([FORMAT, self.config.identity(), shard, rows], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def make_plan(config: PrepConfig) -> Plan:
-    """Look at every photograph once and lay out the crops. ValueError when no photograph can be used."""
-    folder = Path(config.photos)
-    photos, skipped, seen = [], [], {}
-    for path in images.find_pictures(folder):
-        name = path.relative_to(folder).as_posix()
-        try:
-            photo = inspect_photo(path, name)
-            if min(photo.width, photo.height) < config.crop_px:
-                raise ValueError(f"smaller than the crop: {photo.width}x{photo.height} px")
-            if photo.sha256 in seen:
-                raise ValueError(f"the same bytes as {seen[photo.sha256]}")
-        except ValueError as error:
-            skipped.append((name, str(error)))
-            continue
-        seen[photo.sha256] = name
-        photos.append(photo)
-    if not photos:
-        name, reason = skipped[0]
-        raise ValueError(f"none of the {len(skipped)} pictures in {folder} can be used ({name}: {reason})")
-    crops = [(i, j, *place) for i, photo in enumerate(photos) for j, place in enumerate(_places(photo, config))]
-    if config.layout == "random":
-        order = np.random.default_rng(seed_of(config.seed, "order")).permutation(len(crops))
-        crops = [crops[i] for i in order]
-    return Plan(config, tuple(photos), tuple(crops), tuple(skipped))
-
-
-def inspect_photo(path: Path, name: str) -> Photo:
-    """Hash and upright size, from the header alone. ValueError when it is no picture."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if picture.getexif().get(0x0112, 1) >= 5:  # orientations that turn by 90 degrees
-                width, height = height, width
-        return Photo(name, hashlib.sha256(path.read_bytes()).hexdigest(), width, height)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as a picture ({error})") from error
-
-
-def _places(photo: Photo, config: PrepConfig) -> list[tuple[float, int, int]]:
-    """(scale, left, top) of every crop; a scale at which the photo is smaller than the crop is left out."""
-    n, rng = config.crop_px, np.random.default_rng(seed_of(config.seed, photo.sha256, "places"))
-    sizes = [(scale, *_scaled(photo.width, photo.height, scale)) for scale in config.scales]
-    sizes = [size for size in sizes if min(size[1:]) >= n] or [(1.0, photo.width, photo.height)]
-    if config.layout == "grid":
-        return [(f, x, y) for f, w, h in sizes for y in range(0, h - n + 1, n) for x in range(0, w - n + 1, n)]
-    chosen = [sizes[j % len(sizes)] for j in range(config.crops_per_photo)]
-    return [(f, int(rng.integers(w - n + 1)), int(rng.integers(h - n + 1))) for f, w, h in chosen]
-
-
-def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
-    return round(width * scale), round(height * scale)
-
-
-def shard_name(shard: int) -> str:
-    """File name of a shard."""
-    return f"shard-{shard:06d}.tar"
-
-
-def process_shard(plan: Plan, shard: int, on_sample: Callable[[], None] = lambda: None) -> dict:
-    """Write one shard and its manifest into the output folder, or keep a finished one; returns the manifest."""
-    path = Path(plan.config.out) / shard_name(shard)
-    manifest_path = path.with_suffix(".json")
-    kept = _finished(path, manifest_path, plan.identity(shard))
-    if kept:
-        return kept
-    buffer, n = io.BytesIO(), plan.config.shard_samples
-    keys = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for offset, crop in enumerate(plan.crops[shard * n : (shard + 1) * n]):
-            keys.append(f"{shard * n + offset:09d}")
-            for suffix, data in make_sample(plan, *crop).items():
-                info = tarfile.TarInfo(f"{keys[-1]}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-            on_sample()
-    data = buffer.getvalue()
-    write_atomic(path, data)
-    manifest = {
-        "shard": path.name,
-        "nsamples": len(keys),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "first_key": keys[0],
-        "last_key": keys[-1],
-        "identity": plan.identity(shard),
-    }
-    write_atomic(manifest_path, json.dumps(manifest, indent=1).encode())
+    `on_sample(n)` is told of every n samples done. OSError when the disk fails, ValueError when a photograph has
+    changed since it was looked at; neither leaves anything half-written.
+    """
+    manifest = read_manifest(spec.path, spec.identity)
+    if manifest is None:
+        with atomic_file(spec.path) as file:
+            hashed = Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for key, crop in zip(_keys(spec), spec.crops, strict=True):
+                    for name, data in make_sample(spec.config, crop).items():
+                        add_member(tar, f"{key}.{name}", data)
+                    on_sample(1)
+        manifest = {
+            "shard": spec.path.name,
+            "nsamples": len(spec.crops),
+            "bytes": hashed.bytes,
+            "sha256": hashed.sha256.hexdigest(),
+            "first_key": _keys(spec)[0],
+            "last_key": _keys(spec)[-1],
+            "identity": spec.identity,
+            "libraries": libraries(),
+        }
+        write_atomic(spec.path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
+    else:
+        on_sample(len(spec.crops))
     return manifest
 
 
-def _finished(path: Path, manifest_path: Path, identity: str) -> dict | None:
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        if manifest["identity"] == identity and path.stat().st_size == manifest["bytes"]:
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing or from an interrupted run: made again
-    return None
+def _keys(spec: ShardSpec) -> list[str]:
+    first = spec.shard * spec.config.shard_samples
+    return [sample_key(first + i) for i in range(len(spec.crops))]
 
 
-def make_sample(plan: Plan, photo: int, index: int, scale: float, left: int, top: int) -> dict[str, bytes]:
-    """Members of one sample: the HQ crop, its degraded LQ, and how they came about."""
-    config, source = plan.config, plan.photos[photo]
-    picture = _read_photo(Path(config.photos) / source.name, scale)
-    hq = np.ascontiguousarray(picture[top : top + config.crop_px, left : left + config.crop_px])
-    seed = seed_of(config.seed, source.sha256, index)
-    lq, drawn = degradation.degrade(hq, degradation.preset(config.degradation), np.random.default_rng(seed))
+class Hashed:
+    """A file to write that counts and hashes what goes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """As that of the file."""
+        self.bytes += len(data)
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.bytes
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a member that depends on name and data alone: no time, no owner."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def libraries() -> dict[str, str]:
+    """Versions that decide the bytes of pictures and draws."""
+    names = ("numpy", "opencv-python-headless", "pillow", "scipy")
+    return {name: version(name) for name in names}
+
+
+def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
+    """Members of one sample: HQ, its LQ variants, and how they came about."""
+    photo, n = crop.photo, config.crop_px
+    path = Path(config.photos) / photo.name
+    picture = _read_photo(path, photo.sha256, crop.scale)
+    plain = np.ascontiguousarray(picture[crop.top : crop.top + n, crop.left : crop.left + n])
+    hq = degradation.sharpen(plain, config.preset) if config.lq is None else plain
+    members, kept = {}, config.keeps_jpeg and photo.mcu_px > 0 and crop.scale == 1
+    if kept:
+        members["hq.jpg"] = lossless.crop(path, crop.left, crop.top, n)
+    else:
+        members[f"hq.{HQ_SUFFIX[config.hq_format]}"] = _encode(hq, config.hq_format)
     record = {
         "format": FORMAT,
-        "source": source.name,
-        "sha256": source.sha256,
-        "size": [source.width, source.height],
-        "scale": scale,
-        "crop": [left, top, config.crop_px, config.crop_px],
-        "seed": seed,
-        "degradation": drawn,
+        "source": photo.name,
+        "sha256": photo.sha256,
+        "size": [photo.width, photo.height],
+        "scale": crop.scale,
+        "crop": [crop.left, crop.top, n, n],
+        "jpeg_kept": kept,
     }
-    return {
-        "hq.png": images.png_bytes(hq),
-        "lq.png": images.png_bytes(lq),
-        "json": json.dumps(record, sort_keys=True).encode(),
-    }
+    if config.lq is not None:
+        s = config.preset.scale
+        lq = _read_photo(Path(config.lq) / photo.lq, photo.lq_sha256, 1.0)
+        members["lq.png"] = images.png_bytes(
+            lq[crop.top // s : (crop.top + n) // s, crop.left // s : (crop.left + n) // s]
+        )
+        record |= {"lq_source": photo.lq, "lq_sha256": photo.lq_sha256}
+    else:
+        record["degradation"] = []
+        for variant in range(config.variants):
+            seed = seed_of(config.seed, photo.sha256, crop.index, variant)
+            lq, drawn = degradation.degrade(hq, config.preset, np.random.default_rng(seed))
+            members[lq_field(variant)] = images.png_bytes(lq)
+            record["degradation"].append({"seed": seed} | drawn)
+    record["crc32"] = {name: zlib.crc32(data) for name, data in members.items()}
+    return members | {"json": json.dumps(record, sort_keys=True).encode()}
 
 
-@functools.lru_cache(maxsize=16)
-def _read_photo(path: Path, scale: float) -> np.ndarray:
-    picture = images.read_rgb(path)
+def _encode(hq: np.ndarray, hq_format: str) -> bytes:
+    if hq_format == "png":
+        return images.png_bytes(hq)
+    return images.webp_bytes(hq) if hq_format == "webp-lossless" else images.jpeg_bytes(hq, 98)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_photo(path: Path, sha256: str, scale: float) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} could be read at first and cannot now ({error.strerror}); run the command again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} has changed since it was looked at; run the command again")
+    picture = images.read_rgb(data, str(path))
     if scale == 1:
         return picture
-    size = _scaled(picture.shape[1], picture.shape[0], scale)
+    size = scaled(picture.shape[1], picture.shape[0], scale)
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
-def finish(plan: Plan, manifests: list[dict]) -> Path:
-    """Write index.json, the commit of the whole set, then drop what an earlier set left behind."""
+def finish(plan: Plan, manifests: list[dict]) -> dict:
+    """Write data card and index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
     out = Path(plan.config.out)
     index = {
         "format": FORMAT,
-        "settings": plan.config.identity(),
+        "settings": {k: v for k, v in cfg.to_dict(plan.config).items() if k not in ("photos", "out", "licences")},
         "sources": [{"name": p.name, "sha256": p.sha256} for p in plan.photos],
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped],
+        "libraries": [dict(rows) for rows in sorted({tuple(sorted(m["libraries"].items())) for m in manifests})],
         "set_sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
         "shards": manifests,
     }
-    write_atomic(out / "index.json", json.dumps(index, indent=1).encode())
+    write_atomic(out / "README.md", card(index["settings"], plan.config.licences, index).encode())
+    write_atomic(out / INDEX, json.dumps(index, indent=1).encode())
     wanted = {m["shard"] for m in manifests}
     for stale in out.glob("shard-*.tar"):
         if stale.name not in wanted:
             stale.unlink()
             stale.with_suffix(".json").unlink(missing_ok=True)
-    return out / "index.json"
+    return index

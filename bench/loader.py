@@ -1,0 +1,80 @@
+"""How fast the training reader is, against doing nothing but read the tars and decode the pictures.
+
+    python bench/loader.py data/train [--samples 1000] [--rounds 5]
+
+Both run in this process, in turn, in the same order of shards: `raw` reads tars with tarfile and decodes HQ and LQ; `reader` is what the
+trainer iterates (webdataset, shuffled inside shards, check sums, LQ up-sampled, flips, tensors). Reported: samples/s and the median ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tarfile
+import time
+from itertools import islice
+
+import torch
+
+from teasr import images
+from teasr.data.shards import ShardSet
+from teasr.data.stream import DataConfig, PairStream
+
+
+def raw(shards: ShardSet, samples: int) -> float:
+    """Seconds to read tars and decode `samples` pairs."""
+    started, done = time.perf_counter(), 0
+    while True:
+        for url in shards.urls:
+            with tarfile.open(url) as tar:
+                for member in tar:
+                    if member.name.endswith(".json"):
+                        continue
+                    images.decode_rgb(tar.extractfile(member).read(), member.name)
+                    done += ".hq." in member.name
+                    if done == samples:
+                        return time.perf_counter() - started
+
+
+def reader(shards: ShardSet, samples: int, **config) -> float:
+    """Seconds that the training reader takes for as many."""
+    stream = PairStream(shards, DataConfig(shards.location, streams=1, **config), 0, 0, 1, 0)
+    started = time.perf_counter()
+    for _ in islice(iter(stream), samples):
+        pass
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Time both in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards")
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shards = ShardSet.open(options.shards)
+    ways = {
+        "raw tar + decode": lambda: raw(shards, options.samples),
+        "reader": lambda: reader(shards, options.samples),
+        "reader, no augmentation": lambda: reader(shards, options.samples, augment="none"),
+        "reader, online degradation": lambda: reader(shards, options.samples, degrade="online"),
+    }
+    if shards.settings.get("lq"):
+        del ways["reader, online degradation"]
+    rows: dict[str, list[float]] = {name: [] for name in ways}
+    raw(shards, min(50, options.samples))  # the page cache
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            rows[name].append(way())
+    base = rows["raw tar + decode"]
+    print(
+        f"{shards.location}: {options.samples} samples, {shards.settings['crop_px']} px, {shards.settings['hq_format']}"
+    )
+    for name, seconds in rows.items():
+        ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
+        print(f"{name:28s} {options.samples / statistics.median(seconds):8.1f} samples/s   {ratio:5.2f} of raw")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Encode a shard set by the VAE once, into sidecar shards; the same command goes on where it was stopped.
+
+    python data_prep/cache_latents.py shards=data/train vae=Qwen/Qwen-Image
+    python data_prep/cache_latents.py shards=data/train vae=~/models/qwen-image device=cuda compute_dtype=bf16 batch=32
+    RANK=3 WORLD_SIZE=8 CUDA_VISIBLE_DEVICES=3 python data_prep/cache_latents.py ..      # one of 8 GPUs, any number of machines
+    torchrun --nproc_per_node 8 data_prep/cache_latents.py ..                            # 8 GPUs of this machine
+
+    shards         folder of the shard set
+    vae            local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
+    out            folder of the sidecars (default: latents/ inside `shards`)
+    device         auto (a GPU if there is one), cpu, cuda
+    dtype          bf16 (default) or fp32: of the stored latents
+    compute_dtype  fp32 (default) or bf16: of the VAE
+    batch          pictures at once (default 8)
+
+Exit code 2: a mistake that the message explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before they are imported: errors are one line of our own
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+
+from teasr import config as cfg
+from teasr.data import engines
+from teasr.data.latents import LatentsConfig, cache_latents
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write every missing sidecar, then the index; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
+    options = parser.parse_args(arguments)
+    try:
+        config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
+        cache_latents(config, *engines.split_from_environment())
+    except OSError as error:
+        print(f"error: {error}; what is finished is kept: cure it and run the same command again", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

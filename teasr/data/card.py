@@ -1,0 +1,43 @@
+"""The data card of a shard set: what it holds, where it comes from, under which licences."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+def card(settings: dict, licences: dict[str, str], index: dict) -> str:
+    """Markdown. `licences`: sub-folder of the sources, or "." for all others -> licence."""
+    of_licence = Counter(_licence(source["name"], licences) for source in index["sources"])
+    reasons = Counter(row["reason"].split(":")[0] for row in index["skipped"])
+    samples, size = sum(s["nsamples"] for s in index["shards"]), sum(s["bytes"] for s in index["shards"])
+    pairs = (
+        "real LQ pictures"
+        if settings["lq"]
+        else f"`{settings['degradation']}`, {settings['variants']} variant(s) of each"
+    )
+    lines = [
+        "# Data card",
+        "",
+        f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; HQ crops of {settings['crop_px']} px as "
+        f"{settings['hq_format']}, LQ as PNG: {pairs}.",
+        f"Set hash {index['set_sha256']}.",
+        "",
+        "| photographs | licence |",
+        "|---|---|",
+        *(f"| {n} | {licence} |" for licence, n in of_licence.most_common()),
+        "",
+        "The rights of the photographs stay with their owners; a model trained on them may be bound by these licences.",
+        "",
+        *(f"- skipped, {reason}: {n}" for reason, n in reasons.most_common()),
+        "",
+        f"Made by teasr, format {index['format']}, settings and every source with its hash in index.json; libraries: "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in index["libraries"])
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _licence(name: str, licences: dict[str, str]) -> str:
+    """That of the deepest folder named."""
+    folders = [f for f in licences if f == "." or name.startswith(f.rstrip("/") + "/")]
+    return licences[max(folders, key=lambda f: 0 if f == "." else len(f))] if folders else "not stated"

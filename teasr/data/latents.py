@@ -1,0 +1,248 @@
+"""VAE latents of a shard set as sidecar shards: encoded once, so that training does without the VAE's encoder.
+
+<out>/shard-000000.tar    {key}.latents.safetensors for every sample of the shard of that name: hq, lq [, lq.1 ..], each [C, h, w],
+                          normalised by the VAE's mean and deviation; LQ was brought to the size of HQ first
+<out>/shard-000000.json   manifest; <out>/index.json commits the set; both as in layout.py
+
+The bytes depend on the shard, the VAE, both dtypes and the libraries; another `batch` or kind of device may move last digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teasr import images, prompts
+from teasr.data.engines import my_part
+from teasr.data.layout import FORMAT, INDEX, lq_field, read_manifest
+from teasr.data.making import Hashed, add_member
+from teasr.data.shards import ShardSet, decode, read_shard
+from teasr.files import atomic_file, remove_strays, write_atomic
+from teasr.progress import ProgressLine
+
+MEMBER = "latents.safetensors"
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """Which shards are encoded by which VAE."""
+
+    shards: str  # folder of the shard set
+    vae: str  # local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
+    out: str | None = None  # folder of the sidecars; default: latents/ inside `shards`
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the stored latents
+    compute_dtype: Literal["bf16", "fp32"] = "fp32"  # of the VAE
+    batch: int = 8  # pictures at once
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch = {self.batch}: must be >= 1")
+
+
+class Encoder:
+    """The frozen encoder of AutoencoderKLQwenImage. ValueError when it cannot be loaded completely."""
+
+    def __init__(self, config: LatentsConfig):
+        from diffusers import AutoencoderKLQwenImage
+
+        self.device, self.dtype = prompts.pick_device(config.device), prompts.DTYPES[config.compute_dtype]
+        name = prompts.model_name(config.vae, "vae")
+        subfolder = "vae" if (Path(name) / "vae").is_dir() or not Path(name).is_dir() else None
+        try:
+            vae, info = AutoencoderKLQwenImage.from_pretrained(
+                name, subfolder=subfolder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise prompts.cannot_load("vae", config.vae, error) from error
+        if info["missing_keys"]:
+            raise prompts.cannot_load("vae", config.vae, f"its weights lack {min(info['missing_keys'])}")
+        self.config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+        self.sha256 = _hash_of(vae.state_dict())
+        self.vae = vae.eval().requires_grad_(False).to(self.device)
+        self.mean, self.std = (torch.tensor(self.config[k])[:, None, None] for k in ("latents_mean", "latents_std"))
+
+    @torch.inference_mode()
+    def __call__(self, pictures: list[np.ndarray]) -> Tensor:
+        """Pictures of one size, uint8 [H, W, 3] -> (mode - mean) / deviation, [B, C, h, w], fp32 on the CPU."""
+        h, w = pictures[0].shape[:2]
+        unit = self.vae.spatial_compression_ratio
+        if h % unit or w % unit:
+            raise ValueError(f"HQ of {w}x{h} px: the VAE takes multiples of {unit} px, make shards with such a crop_px")
+        x = torch.stack([images.to_tensor(x) for x in pictures])[:, :, None].to(self.device, self.dtype)
+        try:
+            z = self.vae.encode(x).latent_dist.mode()[:, :, 0].float().cpu()
+        except torch.OutOfMemoryError:
+            raise ValueError(f"{len(x)} pictures of {w}x{h} px do not fit into the GPU: set a smaller batch") from None
+        if not z.isfinite().all():
+            raise ValueError("the VAE gives numbers that are not finite: set compute_dtype=fp32, look at its weights")
+        return (z - self.mean) / self.std
+
+
+def _hash_of(state: dict[str, Tensor]) -> str:
+    sha256 = hashlib.sha256()
+    for name, x in sorted(state.items()):
+        sha256.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        sha256.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+class _Set:
+    """A set of sidecars in the making: what is encoded with what, and where it goes."""
+
+    def __init__(self, config: LatentsConfig):
+        self.config, self.source = config, Path(config.shards).expanduser()
+        self.variants = ShardSet.open(str(self.source)).variants
+        self.rows = json.loads((self.source / INDEX).read_text())["shards"]
+        self.out = Path(config.out).expanduser() if config.out else self.source / "latents"
+        if (self.out / INDEX).exists() and "vae_sha256" not in (self.out / INDEX).read_text():
+            raise ValueError(f"out = {self.out} holds an {INDEX} that is not of latents: name another folder")
+        self.encoder = Encoder(config)
+        self.settings = {
+            "vae_config": self.encoder.config, "vae_sha256": self.encoder.sha256, "variants": self.variants,
+            "dtype": config.dtype, "compute_dtype": config.compute_dtype,
+        }  # fmt: skip
+
+    def finished(self, row: dict) -> dict | None:
+        """The manifest of a shard's sidecar when it need not be made."""
+        return read_manifest(self.out / row["shard"], self.identity(row))
+
+    def identity(self, row: dict) -> str:
+        """Hash of everything that decides the bytes of a shard's sidecar, libraries aside."""
+        text = json.dumps([FORMAT, MEMBER, row["sha256"], self.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def write(self, row: dict, line: ProgressLine, before: int) -> dict:
+        """Write one sidecar and its manifest, returned; `before`: samples done so far. ValueError names what is broken."""
+        path, source = self.out / row["shard"], self.source / row["shard"]
+        try:
+            raw = read_shard(str(source))
+        except ValueError as error:
+            raise _broken(source, error) from None
+        with atomic_file(path) as file:
+            hashed = Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                samples = groupby(self._latents(raw, source), key=itemgetter(0))
+                for done, (key, fields) in enumerate(samples, before + 1):
+                    tensors = {name: z for _, name, z in fields}
+                    add_member(tar, f"{key}.{MEMBER}", prompts.pack(tensors, {"samples": len(raw)}))
+                    line.show(done)
+            with open(source, "rb") as shard:
+                if hashlib.file_digest(shard, "sha256").hexdigest() != row["sha256"]:
+                    raise _broken(source, f"{source} is not the one in {INDEX}")
+        manifest = {
+            "shard": row["shard"],
+            "nsamples": len(raw),
+            "bytes": hashed.bytes,
+            "sha256": hashed.sha256.hexdigest(),
+            "first_key": raw[0]["__key__"],
+            "last_key": raw[-1]["__key__"],
+            "identity": self.identity(row),
+            "libraries": {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")},
+            "device": self.encoder.device.type,
+        }
+        write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
+        return manifest
+
+    def finish(self, manifests: list[dict]) -> dict:
+        """Write index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
+        index = {
+            "format": FORMAT,
+            "settings": {"vae": self.config.vae} | self.settings,
+            "set_sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
+            "shards": manifests,
+        }
+        write_atomic(self.out / INDEX, json.dumps(index, indent=1).encode())
+        wanted = {m["shard"] for m in manifests}
+        for stale in self.out.glob("shard-*.tar"):
+            if stale.name not in wanted:
+                stale.unlink()
+                stale.with_suffix(".json").unlink(missing_ok=True)
+        return index
+
+    def _latents(self, raw: list[dict], source: Path) -> Iterator[tuple[str, str, Tensor]]:
+        """(key, name, latent [C, h, w]) of every picture in order; neighbours of one size are encoded together."""
+        for _, alike in groupby(_pictures(raw, self.variants, source), key=lambda picture: picture[2].shape):
+            while batch := list(islice(alike, self.config.batch)):
+                z = self.encoder([x for _, _, x in batch]).to(prompts.DTYPES[self.config.dtype])
+                yield from ((key, name, z[i]) for i, (key, name, _) in enumerate(batch))
+
+
+def _pictures(raw: list[dict], variants: int, source: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(key, name, uint8 [H, W, 3]) of HQ and of every LQ at the size of HQ. ValueError names a broken sample."""
+    for record in raw:
+        for variant in range(variants):
+            try:
+                sample = decode(record, variant)
+            except ValueError as error:
+                raise _broken(source, error) from None
+            if variant == 0:
+                yield sample.key, "hq", sample.hq
+            yield sample.key, lq_field(variant).removesuffix(".png"), sample.lq_up
+
+
+def _broken(source: Path, error: object) -> ValueError:
+    return ValueError(
+        f"{error}; finished sidecars are kept: look at the set with data_prep/verify_shards.py, delete {source} and its .json, "
+        "make it again with the command that made the set, then run this command again"
+    )
+
+
+def cache_latents(config: LatentsConfig, rank: int = 0, world: int = 1) -> None:
+    """Encode what is missing of a shard set, or of part `rank` of `world`; whoever finds all done commits the index.
+
+    ValueError names what cannot be used, OSError when the disk fails; finished sidecars are kept.
+    """
+    work = _Set(config)
+    work.out.mkdir(parents=True, exist_ok=True)
+    remove_strays(work.out)
+    done = {row["shard"]: m for row in work.rows if (m := work.finished(row))}
+    missing = [row for row in my_part(work.rows, rank, world) if row["shard"] not in done]
+    if missing:
+        (work.out / INDEX).unlink(missing_ok=True)  # of an earlier set: nobody must read a mixture of the two
+    count = sum(m["nsamples"] for m in done.values())
+    line = ProgressLine("latents", count + sum(row["nsamples"] for row in missing), "samples", count)
+    for row in missing:
+        done[row["shard"]] = work.write(row, line, count)
+        count += row["nsamples"]
+    line.close()
+    done |= {row["shard"]: m for row in work.rows if row["shard"] not in done and (m := work.finished(row))}
+    if len(done) < len(work.rows):
+        print(f"part {rank} of {world} is done; {len(work.rows) - len(done)} shards of other parts are missing still")
+        return
+    index = work.finish([done[row["shard"]] for row in work.rows])
+    rows = index["shards"]
+    print(
+        f"{work.out}: latents ({config.dtype}) of {sum(m['nsamples'] for m in rows)} samples in {len(rows)} shards, "
+        f"{sum(m['bytes'] for m in rows) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}"
+    )
+
+
+def read_latents(url: str) -> dict[str, dict[str, Tensor]]:
+    """A sidecar -> {key: {"hq": [C, h, w], "lq": .., "lq.1": ..}}, normalised, in the stored dtype.
+
+    The URL is any that webdataset opens. ValueError when anything is missing or not as it was written.
+    """
+    latents, samples = {}, set()
+    try:
+        for record in read_shard(url):
+            key = record["__key__"]
+            latents[key], story = prompts.unpack(record.get(MEMBER, b""), f"{url}/{key}.{MEMBER}")
+            samples.add(story.get("samples"))
+        if samples != {len(latents)}:
+            raise ValueError(f"sidecar {url} holds {len(latents)} samples of {samples}")
+    except ValueError as error:
+        raise ValueError(f"{error}: delete this sidecar and run data_prep/cache_latents.py again") from error
+    return latents

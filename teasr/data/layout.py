@@ -1,0 +1,42 @@
+"""The format of a shard set: what writer, reader and verifier agree on.
+
+index.json              settings, sources, skipped pictures, and for each shard its size, samples and hash
+shard-000000.tar        {key}.hq.png|webp|jpg  {key}.lq.png [{key}.lq.1.png ..]  {key}.json
+shard-000000.json       the shard's manifest; a tar without it was interrupted
+README.md               data card: where the photographs come from and under which licences
+latents/ ..             sidecar sets with the same keys
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FORMAT = 2
+INDEX = "index.json"
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:06d}.tar"
+
+
+def sample_key(sample: int) -> str:
+    """Key of a sample: webdataset cuts names at the first dot, so it holds none."""
+    return f"{sample:09d}"
+
+
+def lq_field(variant: int) -> str:
+    """Name of a degraded variant inside its sample."""
+    return "lq.png" if variant == 0 else f"lq.{variant}.png"
+
+
+def read_manifest(path: Path, identity: str) -> dict | None:
+    """The manifest beside a finished shard `path`; None when it is missing, torn, or of other settings."""
+    try:
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        if manifest["identity"] == identity and path.stat().st_size == manifest["bytes"]:
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or interrupted: made again
+    return None

@@ -1,0 +1,231 @@
+"""The endless training samples of a run, in an order that is a pure function of (seed, position).
+
+Sample n of the run belongs to virtual stream n % streams; stream v reads the shards [v::streams] of a fresh permutation every
+epoch, its samples in a fresh order too. Rank r takes n = r, r + world, ..: whatever the number of ranks and loader workers,
+update k trains on the same pictures, and resuming at update k needs no other state than k. A broken sample or shard is stood in
+for by a neighbour, so nothing shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from teasr import degradation, images
+from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
+from teasr.methods.base import Batch
+from teasr.seed import seed_of
+
+BAD_ALLOWED = 8  # broken samples that are no reason to stop, whatever their share
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    shards: str  # folder or URL that holds index.json; or a URL with {name} in place of the file's name
+    streams: int = 4  # shards read side by side; a multiple of ranks x workers, at most the number of shards
+    workers: int = 0  # loader processes of each rank; 0 reads in the training process
+    augment: Literal["none", "flip", "dihedral"] = "flip"
+    degrade: Literal["stored", "online"] = "stored"  # online: LQ is made anew from HQ each time
+    degradation: str | None = None  # preset of online degradation; default: the one that the shards were made with
+    max_bad_share: float = 0.01  # stop when more of the samples are broken
+
+    def __post_init__(self):
+        if self.streams < 1 or self.workers < 0:
+            raise ValueError(f"data.streams = {self.streams} must be >= 1 and data.workers = {self.workers} >= 0")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share = {self.max_bad_share}: a share inside [0, 1]")
+        if self.degradation is not None:
+            degradation.preset(self.degradation)
+            if self.degrade != "online":
+                raise ValueError(f"data.degradation = {self.degradation} has no effect: set data.degrade=online too")
+
+
+class Slot(NamedTuple):
+    """Where a position of a virtual stream lies: sample `place` of shard `shard`, in epoch `epoch`."""
+
+    shard: int
+    place: int
+    position: int
+    epoch: int
+
+
+def slots(shards: ShardSet, seed: int, stream: int, streams: int, start: int) -> Iterator[Slot]:
+    """Endless slots of one virtual stream from its position `start`."""
+    position, epoch = 0, 0
+    while True:
+        order = np.random.default_rng(seed_of(seed, "shards", epoch)).permutation(len(shards.urls))
+        for shard in order[stream::streams]:
+            count = shards.counts[shard]
+            if position + count > start:
+                inside = np.random.default_rng(seed_of(seed, "samples", epoch, int(shard))).permutation(count)
+                for place in inside[max(0, start - position) :]:
+                    yield Slot(int(shard), int(place), max(start, position), epoch)
+                    start += 1
+            position += count
+        epoch += 1
+
+
+class PairStream(IterableDataset):
+    """The endless samples of one rank from update `start` on: (x_hq, x_lq, key, bad).
+
+    Pictures are uint8 [3, H, W], LQ up-sampled to HQ size; `bad` names what was passed over.
+    """
+
+    def __init__(self, shards: ShardSet, config: DataConfig, seed: int, rank: int, world: int, first: int):
+        """`first`: position of this rank's first sample in its own sequence, = update x samples of a rank."""
+        check_streams(shards, config, world)
+        self.shards, self.config, self.seed = shards, config, seed
+        self.rank, self.world, self.first = rank, world, first
+        self.online = online_degradation(shards, config)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, str, tuple[str, ...]]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        places: dict[int, Iterator[Slot]] = {}
+        held: dict[int, tuple[int, list[dict] | ValueError]] = {}
+        i = self.first + worker
+        while True:
+            n = self.rank + i * self.world
+            stream = n % self.config.streams
+            if stream not in places:
+                places[stream] = slots(self.shards, self.seed, stream, self.config.streams, n // self.config.streams)
+            slot = next(places[stream])
+            sample = self._read(slot, stream, held)
+            hq, lq = self._pair(sample, n)
+            yield hq, lq, sample.key, sample.bad
+            i += workers
+
+    def _read(self, slot: Slot, stream: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> Sample:
+        """The sample of a slot; where its whole shard is unusable, one of the next shard that is not."""
+        bad: list[str] = []
+        for offset in range(len(self.shards.urls)):
+            shard = (slot.shard + offset) % len(self.shards.urls)
+            url = self.shards.urls[shard]
+            try:
+                raw = self._hold(shard, stream if offset == 0 else -1 - stream, held)
+                if offset == 0 and slot.place >= len(raw):
+                    raise ValueError(
+                        f"shard {url} holds {len(raw)} of {self.shards.counts[shard]} samples: make it again"
+                    )
+                variant = (slot.place + slot.epoch) % self.shards.variants
+                sample = decode_near(raw, slot.place % len(raw), url, variant)
+                return Sample(sample.key, sample.hq, sample.lq, (*bad, *sample.bad))
+            except ValueError as error:
+                bad.append(str(error))
+        raise ValueError(f"no shard of {self.shards.location} can be used: {bad[0]}")
+
+    def _hold(self, shard: int, place: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> list[dict]:
+        """The raw samples of a shard, read once; and so is the error of one that cannot be read."""
+        if place not in held or held[place][0] != shard:
+            held.pop(place, None)  # before the next is read: shards are large
+            try:
+                held[place] = (shard, read_shard(self.shards.urls[shard]))
+            except ValueError as error:
+                held[place] = (shard, error)
+        raw = held[place][1]
+        if isinstance(raw, ValueError):
+            raise raw
+        return raw
+
+    def _pair(self, sample: Sample, n: int) -> tuple[Tensor, Tensor]:
+        if self.online is not None:
+            made_with = degradation.preset(self.shards.settings["degradation"])
+            hq = sample.hq if made_with.usm else degradation.sharpen(sample.hq, self.online)
+            rng = np.random.default_rng(seed_of(self.seed, "degrade", n))
+            sample = Sample(sample.key, hq, degradation.degrade(hq, self.online, rng)[0])
+        hq, lq = sample.hq, sample.lq
+        turn = seed_of(self.seed, "augment", n)
+        if self.config.augment != "none" and turn & 1:
+            hq, lq = cv2.flip(hq, 1), cv2.flip(lq, 1)
+        if self.config.augment == "dihedral":
+            hq, lq = np.rot90(hq, turn >> 1 & 3), np.rot90(lq, turn >> 1 & 3)
+        return images.planes(hq), images.upsample_planes(images.planes(lq), sample.scale)
+
+
+def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degradation | None:
+    """The settings to degrade with in the loader, None for the stored LQ. ValueError when the set cannot be degraded."""
+    if config.degrade == "stored":
+        return None
+    if shards.settings.get("lq"):
+        raise ValueError(
+            f"{shards.location} holds real pairs, of which HQ must not be degraded: set data.degrade=stored"
+        )
+    return degradation.preset(config.degradation or shards.settings["degradation"], shards.settings["peer_exact"])
+
+
+def check_streams(shards: ShardSet, config: DataConfig, world: int) -> None:
+    """ValueError unless the streams divide over ranks and workers and there are shards enough for them."""
+    readers = world * max(1, config.workers)
+    if config.streams % readers:
+        raise ValueError(
+            f"data.streams = {config.streams} does not divide over {world} rank(s) x {max(1, config.workers)} worker(s): "
+            f"use a multiple of {readers}"
+        )
+    if config.streams > len(shards.urls):
+        raise ValueError(
+            f"{shards.location} has {len(shards.urls)} shard(s), fewer than data.streams = {config.streams}: "
+            f"set data.streams={len(shards.urls)} or make smaller shards"
+        )
+
+
+def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit: int = 16) -> list[str]:
+    """Read up to `limit` shards spread over the set before anything long: present, usable, of a size the model takes.
+
+    `check_size(height_px, width_px)` raises ValueError for a picture that the backbone cannot take. Returns what is wrong
+    with unusable shards; ValueError when more than `max_bad_share` of them are.
+    """
+    chosen = sorted({round(i * (len(shards.urls) - 1) / max(1, limit - 1)) for i in range(limit)})
+    bad: list[str] = []
+    for i in chosen:
+        try:
+            sample = decode_near(read_shard(shards.urls[i]), 0, shards.urls[i])
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        try:
+            check_size(*sample.hq.shape[:2])
+        except ValueError as error:
+            raise ValueError(f"sample {sample.key} of {shards.urls[i]}: {error}") from None
+    if len(bad) > max_bad_share * len(chosen):
+        raise ValueError(
+            f"{bad[0]} ({len(bad)} of {len(chosen)} shards looked at; to train on the others raise data.max_bad_share)"
+        )
+    return bad
+
+
+def batches(
+    stream: PairStream, micro_batch: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Endless micro-batches of one rank on its device, and the names of what was passed over while making each.
+
+    ValueError when more than `max_bad_share` of the samples so far were broken.
+    """
+    config, seen, broken = stream.config, 0, 0
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    samples = iter(loader)
+    while True:
+        hq, lq, keys, bad = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
+        if len({x.shape for x in hq}) > 1:
+            raise ValueError(
+                f"samples {keys[0]} .. have different sizes: a batch needs one crop size in the whole shard set"
+            )
+        names = [name for row in bad for name in row]
+        seen, broken = seen + micro_batch, broken + sum(map(bool, bad))
+        if broken > max(BAD_ALLOWED, config.max_bad_share * seen):
+            raise ValueError(
+                f"{broken} of {seen} samples are broken, more than data.max_bad_share = {config.max_bad_share} ({names[0]}): "
+                "look at the set with data_prep/verify_shards.py, make what is broken again, or raise the share"
+            )
+        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device), names

@@ -1,0 +1,186 @@
+"""Presets, draws, and the order of the operators.
+
+`draw(settings, rng)` fixes everything but the noise of single pixels, as a mapping that JSON can hold; `apply` makes LQ from it.
+Both are pure: the same picture, settings and numpy Generator give the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from teasr.degradation import kernels, lean, peer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of blur, resize, noise and JPEG. Ranges are uniform; sigmas of noise and qualities in 8-bit units."""
+
+    blur_probability: float
+    blur_sigma: tuple[float, float]
+    beta_generalized: tuple[float, float]
+    beta_plateau: tuple[float, float]
+    resize_probability: tuple[float, float, float]  # up, down, keep
+    resize_range: tuple[float, float]
+    noise_sigma: tuple[float, float]
+    poisson_scale: tuple[float, float]
+    jpeg_quality: tuple[float, float]
+    gaussian_probability: float = 0.5
+    gray_probability: float = 0.4
+    sinc_probability: float = 0.1
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """All settings of one pipeline; no stages means plain antialiased bicubic down-sampling."""
+
+    name: str
+    scale: int = 4
+    stages: tuple[Stage, ...] = ()
+    final_sinc_probability: float = 0.8
+    usm: bool = False  # the ground truth is sharpened first, by `sharpen`
+    peer_exact: bool = False  # operators with the peculiarities of public code (see peer.py), 25 times slower
+
+
+def _preset(name: str, usm: bool = False, **of_stage: tuple) -> Degradation:
+    """Settings from columns: for each field of `Stage` one value a stage."""
+    rows = zip(*of_stage.values(), strict=True)
+    return Degradation(name, stages=tuple(Stage(**dict(zip(of_stage, row, strict=True))) for row in rows), usm=usm)
+
+
+# Real-ESRGAN's options file for x4plus. SeeSR, DiffBIR v2.1, HYPIR and OSEDiff use the same numbers.
+_HEAVY = {
+    "blur_probability": (1.0, 0.8),
+    "blur_sigma": ((0.2, 3.0), (0.2, 1.5)),
+    "beta_generalized": ((0.5, 4.0), (0.5, 4.0)),
+    "beta_plateau": ((1.0, 2.0), (1.0, 2.0)),
+    "resize_probability": ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)),
+    "resize_range": ((0.15, 1.5), (0.3, 1.2)),
+    "noise_sigma": ((1.0, 30.0), (1.0, 25.0)),
+    "poisson_scale": ((0.05, 3.0), (0.05, 2.5)),
+    "jpeg_quality": ((30.0, 95.0), (30.0, 95.0)),
+}
+PRESETS = {
+    "osediff": _preset("osediff", **_HEAVY),  # OSEDiff leaves the ground truth as it is
+    "realesrgan_usm": _preset("realesrgan_usm", usm=True, **_HEAVY),  # Real-ESRGAN, SeeSR, DiffBIR, HYPIR sharpen it
+    "stablesr": _preset(  # StableSR's options file for 512 px with text; it sharpens too
+        "stablesr",
+        usm=True,
+        blur_probability=(1.0, 0.5),
+        blur_sigma=((0.2, 1.5), (0.2, 1.0)),
+        beta_generalized=((0.5, 2.0), (0.5, 2.0)),
+        beta_plateau=((1.0, 1.5), (1.0, 1.5)),
+        resize_probability=((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)),
+        resize_range=((0.3, 1.5), (0.6, 1.2)),
+        noise_sigma=((1.0, 15.0), (1.0, 12.0)),
+        poisson_scale=((0.05, 2.0), (0.05, 1.0)),
+        jpeg_quality=((60.0, 95.0), (60.0, 100.0)),
+    ),
+    "none": Degradation("none"),
+}
+
+
+def preset(name: str, peer_exact: bool = False) -> Degradation:
+    """Settings by name; ValueError names the presets there are."""
+    if name not in PRESETS:
+        raise ValueError(f"degradation preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
+    return replace(PRESETS[name], peer_exact=peer_exact)
+
+
+def sharpen(hq: np.ndarray, settings: Degradation) -> np.ndarray:
+    """The ground truth that `settings` train on, [H, W, 3] uint8: sharpened where they say so, else the same array."""
+    return lean.sharpen(hq) if settings.usm else hq
+
+
+def degrade(hq: np.ndarray, settings: Degradation, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """HQ [H, W, 3] RGB, uint8 or float32 in [0, 1] -> (LQ [H / scale, W / scale, 3] uint8, every drawn parameter).
+
+    Under settings with `usm`, `hq` is what `sharpen` returned. ValueError when the picture is not RGB or its sides are
+    not multiples of the scale.
+    """
+    drawn = draw(settings, rng)
+    return apply(hq, drawn, rng), drawn
+
+
+def draw(settings: Degradation, rng: np.random.Generator) -> dict:
+    """Everything random but the noise of single pixels, in values that JSON can hold."""
+    drawn: dict = {"preset": settings.name, "scale": settings.scale}
+    if not settings.stages:
+        return drawn
+    drawn["peer_exact"] = settings.peer_exact
+    drawn["stages"] = [_draw_stage(stage, rng) for stage in settings.stages]
+    drawn["final"] = {"mode": _mode(rng), "jpeg_first": bool(rng.random() < 0.5)}
+    if rng.random() < settings.final_sinc_probability:
+        drawn["final"]["kernel"] = kernels.draw_final_sinc(rng)
+    return drawn
+
+
+def _draw_stage(stage: Stage, rng: np.random.Generator) -> dict:
+    drawn: dict = {}
+    if rng.random() < stage.blur_probability:
+        drawn["kernel"] = kernels.draw(stage, rng)
+    direction = rng.choice(3, p=stage.resize_probability)
+    low, high = stage.resize_range
+    drawn["resize"] = (rng.uniform(1, high), rng.uniform(low, 1), 1.0)[direction]
+    drawn["mode"] = _mode(rng)
+    gaussian = bool(rng.random() < stage.gaussian_probability)
+    drawn["noise"] = "gaussian" if gaussian else "poisson"
+    drawn["level"] = rng.uniform(*(stage.noise_sigma if gaussian else stage.poisson_scale))
+    drawn["gray"] = bool(rng.random() < stage.gray_probability)
+    drawn["jpeg"] = rng.uniform(*stage.jpeg_quality)
+    return drawn
+
+
+def _mode(rng: np.random.Generator) -> str:
+    return tuple(lean.MODES)[rng.integers(len(lean.MODES))]
+
+
+def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.ndarray:
+    """LQ [H / scale, W / scale, 3] uint8 from drawn parameters; `rng` makes the noise of the pixels, None leaves it out."""
+    size = _lq_size(hq, drawn["scale"])
+    if "stages" not in drawn:
+        return np.asarray(Image.fromarray(_as_uint8(hq)).resize(size, Image.Resampling.BICUBIC))
+    ops = peer if drawn["peer_exact"] else lean
+    x = hq if hq.dtype == np.uint8 else hq * np.float32(255)
+    for i, stage in enumerate(drawn["stages"]):
+        if "kernel" in stage:
+            x = ops.blur(x, kernels.build(stage["kernel"]))
+        x = x.astype(np.float32, copy=False)
+        if i == 0:
+            x = ops.resize_by(x, stage["resize"], stage["mode"])
+        else:
+            x = ops.resize_relative(x, size, stage["resize"], stage["mode"])
+        if rng is not None:
+            noise = ops.gaussian_noise if stage["noise"] == "gaussian" else ops.poisson_noise
+            x = noise(x, stage["level"], stage["gray"], rng)
+        if i < len(drawn["stages"]) - 1:
+            x = ops.jpeg(x, stage["jpeg"])
+    return lean.to_uint8(_finish(x, drawn, size, ops))
+
+
+def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarray:
+    """Bring to LQ size with an optional sinc filter, and JPEG, in the drawn order."""
+    final, quality = drawn["final"], drawn["stages"][-1]["jpeg"]
+    if final["jpeg_first"]:
+        x = ops.jpeg(x, quality).astype(np.float32, copy=False)
+    x = ops.resize(x, size, final["mode"])
+    if "kernel" in final:
+        x = ops.blur(x, kernels.build(final["kernel"]))
+    return x if final["jpeg_first"] else ops.jpeg(x, quality)
+
+
+def _lq_size(hq: np.ndarray, scale: int) -> tuple[int, int]:
+    if hq.dtype not in (np.uint8, np.float32) or hq.ndim != 3 or hq.shape[2] != 3:
+        raise ValueError(
+            f"degrade needs a picture [H, W, 3] in uint8, or float32 in [0, 1], got {hq.shape} in {hq.dtype}: convert it to RGB first"
+        )
+    height, width = hq.shape[:2]
+    if height % scale or width % scale:
+        raise ValueError(f"a picture of {width}x{height} px cannot be reduced x{scale} exactly: crop it first")
+    return width // scale, height // scale
+
+
+def _as_uint8(hq: np.ndarray) -> np.ndarray:
+    return lean.to_uint8(hq if hq.dtype == np.uint8 else hq * np.float32(255))
