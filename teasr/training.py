@@ -318,13 +318,19 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
 
 
 def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first usable (x_hq, x_lq) of every shard in turn, up to about `limit`: the same on every rank and world."""
-    each = math.ceil(limit / len(shards.urls))
-    for url, count in zip(shards.urls, shards.counts, strict=True):
-        raw = read_shard(url)
-        for place in range(min(each, count)):
-            sample = decode_near(raw, place, url)
+    """The first usable (x_hq, x_lq) of every usable shard in turn, up to about `limit`: the same on every rank and world."""
+    each, found = math.ceil(limit / len(shards.urls)), False
+    for url in shards.urls:
+        try:
+            raw = read_shard(url)
+            samples = [decode_near(raw, place, url) for place in range(min(each, len(raw)))]
+        except ValueError:
+            continue  # the training stream names it, and stops where too many are broken
+        for sample in samples:
+            found = True
             yield to_tensor(sample.hq), to_tensor(sample.lq_up)
+    if not found:
+        raise ValueError(f"no shard of {shards.location} can be used: look at it with data_prep/verify_shards.py")
 
 
 def gather(backbone: Backbone) -> dict[str, torch.Tensor]:

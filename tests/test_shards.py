@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from itertools import islice
 
@@ -227,6 +228,16 @@ def test_urls_as_webdataset_opens_them(shards):
     assert keys(f"file:{shards}", n=50) == folder
     with pytest.raises(ValueError, match="cannot be used"):
         ShardSet.open("pipe:cat /nowhere/{name} 2>/dev/null")
+
+
+def test_s3_goes_through_the_aws_command(shards, tmp_path, monkeypatch):
+    """(A stand-in for the command: there is no bucket here.)"""
+    aws = tmp_path / "bin/aws"
+    aws.parent.mkdir()
+    aws.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{shards}/${{3#s3://my-bucket/a set/}}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    assert keys("s3://my-bucket/a set", n=50) == keys(shards, n=50)
 
 
 def test_variants_take_turns_by_epoch(photos, tmp_path):

@@ -223,9 +223,9 @@ def test_overfitting_one_batch_at_one_step_exceeds_bicubic_by_3_db():
     backbone.fit(zip(batch.x_hq, batch.x_lq, strict=True))
     method = Teasr(TeasrConfig(lambda_lpips=0.0, lambda_mse=10.0, ramps={}, w_cap=10.0))
     optimizer = torch.optim.Adam(backbone.net.parameters(), lr=3e-3)
-    for update in range(150):
+    for update in range(260):
         for term in method.terms(
-            {"student": backbone}, batch, Draws(0, update, tuple(range(8))), Progress(update, 150)
+            {"student": backbone}, batch, Draws(0, update, tuple(range(8))), Progress(update, 260)
         ):
             term.loss.backward()
         torch.nn.utils.clip_grad_norm_(backbone.net.parameters(), 1.0)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, partitioning, small_recipe
+from conftest import ROOT, make_shards, partitioning, small_recipe
 from safetensors.torch import load_file
 
 from teasr.data.shards import ShardSet
-from teasr.data.stream import PairStream, batches
+from teasr.data.stream import DataConfig, PairStream, batches
 from teasr.distributed import free_port
 from teasr.methods.base import Progress
 from teasr.randomness import Draws
@@ -181,6 +181,31 @@ def test_resume_goes_on_to_the_same_bits(shards, tmp_path, stage):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "halves/metrics.csv").read_bytes()
     assert "backbone.width: 32 -> 64" in (tmp_path / "halves/error.txt").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tmp_path, ranks):
+    """One of four shards is torn: the run completes and says so; past the set share it does not start."""
+    from mlflow import MlflowClient
+
+    out = make_shards(photos, tmp_path / "shards")
+    (out / "shard-000002.tar").write_bytes(b"torn")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = {"uri": store, "experiment": "broken"}
+    bears = small_recipe(out, tmp_path / "bears", data__max_bad_share=1.0, tracking=tracking, train__updates=6)
+    refuses = small_recipe(out, tmp_path / "refuses")
+    start([bears, refuses][: 3 - ranks], tmp_path, ranks)  # (one rank refuses before the ranks meet)
+    stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out)), 0, 0, 1, 0)
+    wanted = [sum(bool(row[3]) for row in islice(samples, 4)) for samples in [iter(stream)] for _ in range(6)]
+    assert [row["bad_samples"] for row in rows(tmp_path / "bears")] == wanted and sum(wanted) > 0
+    named = (tmp_path / "bears/bad_samples.txt").read_text()
+    assert "shard-000002.tar cannot be read" in named and len(named.splitlines()) <= ranks  # named once, counted always
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "bad_samples")] == wanted
+    assert "bad_samples.txt" in {f.path for f in client.list_artifacts(run.info.run_id)}
+    if ranks == 1:
+        assert "1 of 4 shards looked at" in (tmp_path / "refuses/error.txt").read_text()
 
 
 @pytest.mark.parametrize(

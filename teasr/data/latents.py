@@ -26,7 +26,7 @@ from torch import Tensor
 
 from teasr import images, prompts
 from teasr.data.engines import my_part
-from teasr.data.layout import FORMAT, INDEX, lq_field, read_manifest
+from teasr.data.layout import FORMAT, INDEX, commit, lq_field, read_manifest
 from teasr.data.making import Hashed, add_member
 from teasr.data.shards import ShardSet, decode, read_shard
 from teasr.files import atomic_file, remove_strays, write_atomic
@@ -164,12 +164,7 @@ class _Set:
             "set_sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
             "shards": manifests,
         }
-        write_atomic(self.out / INDEX, json.dumps(index, indent=1).encode())
-        wanted = {m["shard"] for m in manifests}
-        for stale in self.out.glob("shard-*.tar"):
-            if stale.name not in wanted:
-                stale.unlink()
-                stale.with_suffix(".json").unlink(missing_ok=True)
+        commit(self.out, index)
         return index
 
     def _latents(self, raw: list[dict], source: Path) -> Iterator[tuple[str, str, Tensor]]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from teasr.files import write_atomic
+
 FORMAT = 2
 INDEX = "index.json"
 
@@ -29,6 +31,16 @@ def sample_key(sample: int) -> str:
 def lq_field(variant: int) -> str:
     """Name of a degraded variant inside its sample."""
     return "lq.png" if variant == 0 else f"lq.{variant}.png"
+
+
+def commit(folder: Path, index: dict) -> None:
+    """Write the index, which makes the set whole, and drop the shards that an earlier set left behind."""
+    write_atomic(folder / INDEX, json.dumps(index, indent=1).encode())
+    wanted = {row["shard"] for row in index["shards"]}
+    for stale in folder.glob("shard-*.tar"):
+        if stale.name not in wanted:
+            stale.unlink()
+            stale.with_suffix(".json").unlink(missing_ok=True)
 
 
 def read_manifest(path: Path, identity: str) -> dict | None:

@@ -25,7 +25,7 @@ from teasr import config as cfg
 from teasr import degradation, images
 from teasr.data import lossless
 from teasr.data.card import card
-from teasr.data.layout import FORMAT, INDEX, lq_field, read_manifest, sample_key
+from teasr.data.layout import FORMAT, commit, lq_field, read_manifest, sample_key
 from teasr.data.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
 from teasr.files import atomic_file, write_atomic
 from teasr.seed import seed_of
@@ -174,10 +174,5 @@ def finish(plan: Plan, manifests: list[dict]) -> dict:
         "shards": manifests,
     }
     write_atomic(out / "README.md", card(index["settings"], plan.config.licences, index).encode())
-    write_atomic(out / INDEX, json.dumps(index, indent=1).encode())
-    wanted = {m["shard"] for m in manifests}
-    for stale in out.glob("shard-*.tar"):
-        if stale.name not in wanted:
-            stale.unlink()
-            stale.with_suffix(".json").unlink(missing_ok=True)
+    commit(out, index)
     return index

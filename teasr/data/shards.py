@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, location: str) -> ShardSet:
-        """Read the index of a folder or URL, any that webdataset opens: `pipe:cat /data/{name}`, `http://..`, `gs://..`.
+        """Read the index of a folder or URL, any that webdataset opens: `pipe:cat /data/{name}`, `http://..`, `gs://..`, `hf://..`; or `s3://..`.
 
         ValueError when it is missing, unreadable or empty.
         """
@@ -56,7 +57,9 @@ class ShardSet:
 
 
 def url_of(location: str, name: str) -> str:
-    """URL of a file of the set."""
+    """URL of a file of the set, for webdataset; s3:// goes through the AWS command line, as its documentation has it."""
+    if location.startswith("s3://"):
+        return f"pipe:aws s3 cp {shlex.quote(f'{location}/{name}')} -"
     return location.replace("{name}", name) if "{name}" in location else f"{location}/{name}"
 
 
