@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", default=["crop_px=128", "crops_per_photo=4", "shard_samples=64"])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     place, draw = Path(tempfile.mkdtemp()), random.Random(options.seed)
 
     def command(out: Path) -> list[str]:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write every missing sidecar, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
         cache_latents(config, *engines.split_from_environment())

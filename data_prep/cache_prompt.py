@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the prompt's file unless it is there; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     # a prompt is text, not YAML, in which the empty one would be nothing at all
     texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")]
     others = [setting for setting in options.settings if not setting.startswith("prompt=")]

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="local processes, or Ray tasks")
     parser.add_argument("--workers", type=int, default=engines.cores(), help="local processes (default: every core)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         data = cfg.read_yaml(options.config) if options.config else {}
         config = cfg.build(PrepConfig, cfg.override(data, options.overrides))

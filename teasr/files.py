@@ -67,4 +67,7 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    try:  # a killed process that nobody has collected yet is dead too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True

@@ -24,12 +24,13 @@ class ProgressLine:
         if not self.enabled or (now - self.shown < self.every_s and done < self.total):
             return
         self.shown = now
-        rate = (done - self.first) / max(1e-9, now - self.started)
+        elapsed = max(1e-9, now - self.started)
+        rate = (done - self.first) / elapsed
         left = (self.total - done) / rate if rate else float("inf")
         middle = "".join(f"  {name} {value:.4g}" for name, value in numbers.items())
-        line = (
-            f"{self.phase:9s} {done}/{self.total} {self.unit}{middle}  {rate:.3g} {self.unit}/s  {duration(left)} left"
-        )
+        line = f"{self.phase:9s} {done}/{self.total} {self.unit}{middle}"
+        if elapsed > 1 or done == self.total:  # before that it is mostly the start of the workers
+            line += f"  {rate:.3g} {self.unit}/s  {duration(left)} left"
         print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
     def close(self) -> None:

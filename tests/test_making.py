@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -80,13 +82,17 @@ def test_interrupted_making_goes_on_to_the_same_set(photos, shards, tmp_path):
     (out / "shard-000002.tar").write_bytes(b"torn")
     (out / "shard-000003.tar").unlink()
     (out / "index.json").unlink()
-    (out / f".shard-000003.tar.{os.uname().nodename.replace('-', '_').replace('.', '_')}-99999999.tmp").write_bytes(
-        b"x"
-    )
+    host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
+    zombie = subprocess.Popen(["true"])  # dead, but nobody has collected it
+    time.sleep(0.2)
+    others = [f".shard-000003.tar.{host}-{os.getppid()}.tmp", ".shard-000003.tar.elsewhere-1.tmp"]
+    for name in (*others, f".shard-000003.tar.{host}-99999999.tmp", f".shard-000003.tar.{host}-{zombie.pid}.tmp"):
+        (out / name).write_bytes(b"x")
     make_shards(photos, out)
     assert set_hash(out) == set_hash(shards)
     assert kept.stat().st_mtime_ns == before  # a finished shard is not made again
-    assert not list(out.glob(".*.tmp"))  # what a dead process left is gone
+    assert {p.name for p in out.glob(".*.tmp")} == set(others)  # what dead processes of this machine left is gone
+    zombie.wait()
 
 
 @pytest.mark.parametrize("engine", ["local", "split"])
@@ -144,6 +150,12 @@ def test_a_photo_that_changes_meanwhile_is_an_error_that_names_it(photos, tmp_pa
 
 
 # engines
+
+
+def test_settings_may_come_before_and_after_options(photos, tmp_path):
+    code, said, errors = run(photos, tmp_path / "out", "--workers", "1", 'licences={.: "free, they say"}', "variants=2")
+    assert code == 0 and "x 2 variants" in said, errors
+    assert "| 3 | free, they say |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_rank_split_gives_the_same_set(photos, shards, tmp_path):
