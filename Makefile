@@ -6,7 +6,7 @@ RUN := runs/demo
 # Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo clean-demo test lint golden clean
+.PHONY: demo clean-demo test lint bench golden clean
 
 $(READY): constraints.txt setup.py
 	@echo "setup     .venv (once, some minutes; about 7 GB)"
@@ -34,6 +34,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/degradation.py
 
 golden: $(READY)
 	$(BIN)/python tests/golden.py
