@@ -13,13 +13,17 @@ import yaml
 
 from teasr import config as cfg
 from teasr.backbones.base import Backbone
+from teasr.backbones.qwen_image import QwenImage, QwenImageConfig
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.stream import DataConfig
 from teasr.methods.base import Method
 from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.settings import TrackingConfig, TrainConfig
 
-BACKBONES: dict[str, tuple[type, type[Backbone]]] = {"tiny": (TinyConfig, Tiny)}
+BACKBONES: dict[str, tuple[type, type[Backbone]]] = {
+    "tiny": (TinyConfig, Tiny),
+    "qwen_image": (QwenImageConfig, QwenImage),
+}
 METHODS: dict[str, tuple[type, type[Method]]] = {"teasr": (TeasrConfig, Teasr)}
 
 

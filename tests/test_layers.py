@@ -16,6 +16,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "jpeglib": {"data/lossless.py"},
     "ray": {"data/engines.py"},
     "peft": {"backbones/branch_lora.py"},
+    "diffusers": {"backbones/dual_branch.py", "backbones/qwen_vae.py", "data/latents.py", "prompts.py"},
     "lpips": {"losses.py"},
     "pyiqa": set(),
 }
@@ -61,7 +62,16 @@ INSIDE = {  # file or folder of the package -> modules of teasr it may import
     "losses.py": {"flow"},
     "sampler.py": {"flow", "backbones.base"},
     "methods/": {"flow", "losses", "randomness", "backbones.base", "methods.base"},
-    "backbones/": {"flow", "randomness", "seed", "backbones.base", "backbones.branch_lora"},
+    "backbones/": {
+        "flow",
+        "prompts",
+        "randomness",
+        "seed",
+        "backbones.base",
+        "backbones.branch_lora",
+        "backbones.dual_branch",
+        "backbones.qwen_vae",
+    },
     "checkpoint.py": {"files", "distributed"},
     "tracking.py": {"config", "files", "settings"},
 }

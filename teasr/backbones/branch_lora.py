@@ -28,8 +28,18 @@ def lora_delta(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if layer.merged:
         raise RuntimeError("the LoRA of the condition branch was fused into weights that noise tokens use: unmerge it")
-    parts = [layer.lora_B[a](layer.lora_A[a](x)) * layer.scaling[a] for a in layer.active_adapters if a in layer.lora_A]
+    parts = [
+        layer.lora_B[a](layer.lora_A[a](x.to(layer.lora_A[a].weight.dtype))) * layer.scaling[a]
+        for a in layer.active_adapters
+        if a in layer.lora_A
+    ]
     return sum(parts) if parts else None
+
+
+def with_lora(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer with its LoRA: the path of condition tokens, where they come on their own."""
+    y, delta = base(layer, x), lora_delta(layer, x)
+    return y if delta is None else y + delta.to(y.dtype)
 
 
 def branch(layer: nn.Module, x: Tensor) -> Tensor:
