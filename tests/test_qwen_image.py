@@ -1,7 +1,6 @@
 """backbones/qwen_image.py: a tiny model of the real classes through shards -> train -> resume -> restore; only the config differs."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -9,9 +8,12 @@ import skimage.data
 import torch
 from conftest import partitioning, small_recipe
 from test_training import start
+from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import prompts
-from teasr.backbones.qwen_image import QwenImage, QwenImageConfig, pack, unpack
+from teasr.backbones.branch_lora import add_branch_lora
+from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
+from teasr.backbones.qwen_image import QwenImage, QwenImageConfig, QwenNet, pack, unpack
 from teasr.upscale import Upscaler
 
 
@@ -74,6 +76,22 @@ def test_the_contract(model):
     assert trained and all("lora_" in n for n in trained)
 
 
+def test_full_size_has_the_published_counts():
+    """On the meta device: 20.43 B parameters, 584.7 M in LoRA of rank 128, 31.7 TFLOP a forward pass of 512 px with condition."""
+    with torch.device("meta"):
+        transformer = DualBranchTransformer().to(torch.bfloat16)
+        assert sum(p.numel() for p in transformer.parameters()) == 20_430_401_088
+        add_branch_lora(transformer, lora_targets(transformer), 128, 128)
+        lora = sum(p.numel() for n, p in transformer.named_parameters() if "lora_" in n)
+        assert lora == 584_720_384
+        settings = QwenImageConfig(model="none", prompt="none", gradient_checkpointing=False)
+        net = QwenNet(transformer, torch.zeros(1, 5, 3584, dtype=torch.bfloat16), settings)
+        z, t = torch.zeros(1, 16, 64, 64), torch.ones(1)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            assert net(z, t, z, -t).shape == z.shape
+    assert counter.get_total_flops() / 1e12 == pytest.approx(31.67, abs=0.01)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
     """ZeRO-1 and ZeRO-3 agree; three updates and three more give the bits of six; the checkpoint restores a picture."""
@@ -104,7 +122,7 @@ def test_mistakes_name_the_cure(model, tmp_path):
         backbone(tmp_path, prompt=str(model / "prompt.safetensors"))
     with pytest.raises(ValueError, match=r"cache_prompt\.py"):
         backbone(model, prompt=str(tmp_path / "none.safetensors"))
-    story = json.loads(json.dumps({"prompt": "", "model": "x", "dtype": "fp32", "libraries": {}}))
+    story = {"prompt": "", "model": "x", "dtype": "fp32", "libraries": {}}
     (tmp_path / "wide.safetensors").write_bytes(prompts.pack({"prompt_embeds": torch.randn(5, 64)}, story))
     with pytest.raises(ValueError, match="has 64 numbers a token"):
         backbone(model, prompt=str(tmp_path / "wide.safetensors"))
