@@ -1,6 +1,7 @@
 """degradation/: pure, within its ranges, no drift against HQ; kernels, stages and statistics against public code's pipeline.
 
-The reference is bench/peer_degradation.py: slow, literal, written from public code's behaviour without a look at ours.
+The reference is bench/peer_degradation.py: slow, literal, through torch's own operators, sharing no code with ours. Both are by
+the same hand, so a misreading of public code could be in both.
 """
 
 import dataclasses
@@ -135,7 +136,7 @@ def test_draws_stay_in_the_ranges_of_the_preset_and_come_in_their_proportions():
     ("ours", "theirs"), [("osediff", "osediff"), ("realesrgan_usm", "osediff"), ("stablesr", "stablesr")]
 )
 def test_presets_have_the_published_numbers(ours, theirs):
-    """Both sides were written from the public options files independently: draws must come from the same laws."""
+    """Both sides write the public options out for themselves: draws must come from the same laws."""
     settings, options = preset(ours), peers.OPTIONS[theirs]
     a = [draw(settings, np.random.default_rng(s)) for s in range(1500)]
     b = [peers.draw(options, np.random.default_rng(s)) for s in range(1500)]
