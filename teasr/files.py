@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -37,6 +38,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a crash at any moment leaves the old file or the new one. Errors as `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+class Hashed:
+    """A file to write that counts and hashes what goes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """As that of the file."""
+        self.bytes += len(data)
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.bytes
 
 
 def remove_strays(folder: Path) -> None:

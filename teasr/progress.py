@@ -7,7 +7,7 @@ import time
 
 
 class ProgressLine:
-    """`show(done, ...)` after each unit of work; `close()` once. Silent with `enabled=False` (ranks other than 0)."""
+    """`show(done, ...)` or `add(n)` after each unit of work; `close()` once. Silent with `enabled=False` (ranks other than 0)."""
 
     def __init__(
         self, phase: str, total: int, unit: str, done: int = 0, enabled: bool = True, log_every_s: float = 10.0
@@ -17,6 +17,12 @@ class ProgressLine:
         self.terminal = sys.stdout.isatty()
         self.every_s = 0.2 if self.terminal else log_every_s
         self.shown = -float("inf")
+        self.done = done
+
+    def add(self, n: int) -> None:
+        """`n` more units are through (fewer, when work was lost)."""
+        self.done += n
+        self.show(self.done)
 
     def show(self, done: int, **numbers: float) -> None:
         """Draw the line if it is due; `numbers` such as loss=0.5 are put in the middle."""

@@ -90,13 +90,9 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
         # first, since it fails in half a minute when the hub is out of reach, and a tokenizer in several
         Qwen2_5_VLConfig.from_pretrained(name, subfolder="text_encoder")
         tokenizer = Qwen2Tokenizer.from_pretrained(name, subfolder="tokenizer")
-        encoder, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            name, subfolder="text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise cannot_load("model", model, error) from error
-    if info["missing_keys"]:
-        raise cannot_load("model", model, f"its text encoder lacks {min(info['missing_keys'])}")
+    encoder = load_part(Qwen2_5_VLForConditionalGeneration, "model", model, "text_encoder", dtype, "text encoder")
     pipeline = QwenImagePipeline(None, None, encoder.to(device).eval(), tokenizer, None)
     template = pipeline.prompt_template_encode
     # transformers makes a tokenizer without any words when its files are missing, and says nothing
@@ -133,6 +129,25 @@ def model_name(model: str, key: str) -> str:
             f"{key} = {model} is no folder, nor owner/name of a model on the hub: give the folder of a diffusers model"
         )
     return str(folder) if folder.is_dir() else model
+
+
+def load_part(cls: type, key: str, model: str, subfolder: str | None, dtype: torch.dtype, what: str):
+    """`cls.from_pretrained` of one part of a diffusers model, complete. ValueError, naming `key` and `what`, when it is not."""
+    try:
+        part, info = cls.from_pretrained(
+            model_name(model, key), subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise cannot_load(key, model, error) from error
+    if info["missing_keys"]:  # both libraries would fill them with random numbers
+        raise cannot_load(key, model, f"its {what} lack{'' if what == 'weights' else 's'} {min(info['missing_keys'])}")
+    return part
+
+
+def vae_folder(model: str, key: str) -> str | None:
+    """Where the VAE of a model lies: "vae", or None in the folder of a VAE alone."""
+    folder = Path(model_name(model, key))
+    return "vae" if (folder / "vae").is_dir() or not folder.is_dir() else None
 
 
 def cannot_load(key: str, model: str, error: object) -> ValueError:

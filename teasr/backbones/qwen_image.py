@@ -19,7 +19,7 @@ from teasr.backbones.base import Backbone
 from teasr.backbones.branch_lora import add_branch_lora
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_vae import QwenCodec
-from teasr.prompts import DTYPES, cannot_load, load_prompt, model_name
+from teasr.prompts import DTYPES, load_part, load_prompt
 from teasr.seed import seed_of
 
 
@@ -31,12 +31,10 @@ class QwenImageConfig:
     prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py
     lora_rank: int = 128
     lora_alpha: int = 128
-    cond_attention: Literal["joint", "independent"] = (
-        "joint"  # independent: condition tokens see condition tokens alone
-    )
-    rope: Literal["shared", "frame_offset"] = (
-        "shared"  # positions of condition tokens: those of the noise, or a frame on
-    )
+    # independent: condition tokens see condition tokens alone
+    cond_attention: Literal["joint", "independent"] = "joint"
+    # positions of condition tokens: those of the noise, or a frame on
+    rope: Literal["shared", "frame_offset"] = "shared"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights; the LoRA is fp32
     gradient_checkpointing: bool = True
     attention_backend: str | None = None  # one of diffusers'; default: PyTorch's own choice
@@ -95,7 +93,7 @@ class QwenImage(Backbone):
         embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
         if mask is not None:
             raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
-        transformer = load_transformer(config.model, dtype)
+        transformer = load_part(DualBranchTransformer, "backbone.model", config.model, "transformer", dtype, "weights")
         if embeds.shape[1] != transformer.config.joint_attention_dim:
             raise ValueError(
                 f"backbone.prompt = {config.prompt} has {embeds.shape[1]} numbers a token, {config.model} takes "
@@ -129,17 +127,3 @@ class QwenImage(Backbone):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.codec.to(device)
-
-
-def load_transformer(model: str, dtype: torch.dtype) -> DualBranchTransformer:
-    """The transformer of a diffusers model, all weights frozen. ValueError when it is missing or incomplete."""
-    name = model_name(model, "backbone.model")
-    try:
-        transformer, info = DualBranchTransformer.from_pretrained(
-            name, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise cannot_load("backbone.model", model, error) from error
-    if info["missing_keys"]:
-        raise cannot_load("backbone.model", model, f"its weights lack {min(info['missing_keys'])}")
-    return transformer.requires_grad_(False)

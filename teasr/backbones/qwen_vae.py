@@ -6,8 +6,6 @@ parameters and of the work, the same result. The stock `decode` clamps to [-1, 1
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
@@ -15,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teasr.prompts import cannot_load, model_name
+from teasr.prompts import load_part, vae_folder
 
 
 class LastTap(nn.Module):
@@ -69,17 +67,8 @@ class QwenCodec(nn.Module):
     @classmethod
     def from_pretrained(cls, model: str, dtype: torch.dtype) -> QwenCodec:
         """From a hub name or local folder of a VAE, or of a model with one in vae/. ValueError when missing or incomplete."""
-        name = model_name(model, "backbone.model")
-        subfolder = "vae" if (Path(name) / "vae").is_dir() or not Path(name).is_dir() else None
-        try:
-            vae, info = AutoencoderKLQwenImage.from_pretrained(
-                name, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise cannot_load("backbone.model", model, error) from error
-        if info["missing_keys"]:
-            raise cannot_load("backbone.model", model, f"its VAE lacks {min(info['missing_keys'])}")
-        return cls(vae)
+        subfolder = vae_folder(model, "backbone.model")
+        return cls(load_part(AutoencoderKLQwenImage, "backbone.model", model, subfolder, dtype, "VAE"))
 
     @property
     def checkpointing(self) -> bool:

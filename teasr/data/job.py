@@ -34,8 +34,9 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
         (out / INDEX).unlink(missing_ok=True)  # a reader must not take old and new shards for one set
     if missing:
         total = kept + sum(len(spec.crops) for spec in missing)
-        with _Counting(ProgressLine("prepare", total, "samples", kept)) as count:
-            made = engines.run(process_shard, missing, engine, workers, count)
+        line = ProgressLine("prepare", total, "samples", kept)
+        made = engines.run(process_shard, missing, engine, workers, line.add)
+        line.close()
         done |= {spec.shard: manifest for spec, manifest in zip(missing, made, strict=True)}
     done |= {s.shard: m for s in plan.shards if s.shard not in done and (m := read_manifest(s.path, s.identity))}
     if len(done) < len(plan.shards):
@@ -51,27 +52,10 @@ def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) 
     chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.preset.scale)
     start = rank * len(chunks) // world
     order = chunks[start:] + chunks[:start]
-    with _Counting(ProgressLine("look", sum(chunk.photos for chunk in chunks), "photos")) as count:
-        looked = engines.run(sources.inspect_chunk, order, engine, workers, count)
+    line = ProgressLine("look", sum(chunk.photos for chunk in chunks), "photos")
+    looked = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
+    line.close()
     return make_plan(config, [row for rows in looked for row in rows] + problems)
-
-
-class _Counting:
-    """Adds up units of work and shows them on a progress line."""
-
-    def __init__(self, line: ProgressLine):
-        self.line, self.done = line, line.first
-
-    def __call__(self, n: int) -> None:
-        """`n` more are through."""
-        self.done += n
-        self.line.show(self.done)
-
-    def __enter__(self) -> _Counting:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.line.close()
 
 
 def _warn_of_other_libraries(done: dict[int, dict]) -> None:

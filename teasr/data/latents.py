@@ -26,10 +26,10 @@ from torch import Tensor
 
 from teasr import images, prompts
 from teasr.data.engines import my_part
-from teasr.data.layout import FORMAT, INDEX, commit, lq_field, read_manifest
-from teasr.data.making import Hashed, add_member
+from teasr.data.layout import FORMAT, INDEX, commit, commit_shard, lq_field, read_manifest, set_hash
+from teasr.data.making import add_member
 from teasr.data.shards import ShardSet, decode, read_shard
-from teasr.files import atomic_file, remove_strays, write_atomic
+from teasr.files import Hashed, atomic_file, remove_strays
 from teasr.progress import ProgressLine
 
 MEMBER = "latents.safetensors"
@@ -59,16 +59,8 @@ class Encoder:
         from diffusers import AutoencoderKLQwenImage
 
         self.device, self.dtype = prompts.pick_device(config.device), prompts.DTYPES[config.compute_dtype]
-        name = prompts.model_name(config.vae, "vae")
-        subfolder = "vae" if (Path(name) / "vae").is_dir() or not Path(name).is_dir() else None
-        try:
-            vae, info = AutoencoderKLQwenImage.from_pretrained(
-                name, subfolder=subfolder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise prompts.cannot_load("vae", config.vae, error) from error
-        if info["missing_keys"]:
-            raise prompts.cannot_load("vae", config.vae, f"its weights lack {min(info['missing_keys'])}")
+        subfolder = prompts.vae_folder(config.vae, "vae")
+        vae = prompts.load_part(AutoencoderKLQwenImage, "vae", config.vae, subfolder, self.dtype, "weights")
         self.config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
         self.sha256 = _hash_of(vae.state_dict())
         self.vae = vae.eval().requires_grad_(False).to(self.device)
@@ -142,26 +134,17 @@ class _Set:
             with open(source, "rb") as shard:
                 if hashlib.file_digest(shard, "sha256").hexdigest() != row["sha256"]:
                     raise _broken(source, f"{source} is not the one in {INDEX}")
-        manifest = {
-            "shard": row["shard"],
-            "nsamples": len(raw),
-            "bytes": hashed.bytes,
-            "sha256": hashed.sha256.hexdigest(),
-            "first_key": raw[0]["__key__"],
-            "last_key": raw[-1]["__key__"],
-            "identity": self.identity(row),
-            "libraries": {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")},
-            "device": self.encoder.device.type,
-        }
-        write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
-        return manifest
+        made_with = {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")}
+        keys = [record["__key__"] for record in raw]
+        device = self.encoder.device.type
+        return commit_shard(path, keys, hashed, self.identity(row), libraries=made_with, device=device)
 
     def finish(self, manifests: list[dict]) -> dict:
         """Write index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
         index = {
             "format": FORMAT,
             "settings": {"vae": self.config.vae} | self.settings,
-            "set_sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
+            "set_sha256": set_hash(manifests),
             "shards": manifests,
         }
         commit(self.out, index)

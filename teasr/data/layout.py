@@ -9,10 +9,11 @@ latents/ ..             sidecar sets with the same keys
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
-from teasr.files import write_atomic
+from teasr.files import Hashed, write_atomic
 
 FORMAT = 2
 INDEX = "index.json"
@@ -31,6 +32,26 @@ def sample_key(sample: int) -> str:
 def lq_field(variant: int) -> str:
     """Name of a degraded variant inside its sample."""
     return "lq.png" if variant == 0 else f"lq.{variant}.png"
+
+
+def commit_shard(path: Path, keys: list[str], file: Hashed, identity: str, **more: object) -> dict:
+    """Write the manifest of a shard that lies at `path`, which makes it finished; returns it."""
+    manifest = {
+        "shard": path.name,
+        "nsamples": len(keys),
+        "bytes": file.bytes,
+        "sha256": file.sha256.hexdigest(),
+        "first_key": keys[0],
+        "last_key": keys[-1],
+        "identity": identity,
+    } | more
+    write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def set_hash(rows: list[dict]) -> str:
+    """Hash of a set from its manifests."""
+    return hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()
 
 
 def commit(folder: Path, index: dict) -> None:

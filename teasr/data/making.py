@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -25,9 +24,9 @@ from teasr import config as cfg
 from teasr import degradation, images
 from teasr.data import lossless
 from teasr.data.card import card
-from teasr.data.layout import FORMAT, commit, lq_field, read_manifest, sample_key
+from teasr.data.layout import FORMAT, commit, commit_shard, lq_field, read_manifest, sample_key, set_hash
 from teasr.data.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
-from teasr.files import atomic_file, write_atomic
+from teasr.files import Hashed, atomic_file, write_atomic
 from teasr.seed import seed_of
 
 HQ_SUFFIX = {"png": "png", "webp-lossless": "webp", "jpeg98": "jpg"}
@@ -48,17 +47,7 @@ def process_shard(spec: ShardSpec, on_sample: Callable[[int], None] = lambda sam
                     for name, data in make_sample(spec.config, crop).items():
                         add_member(tar, f"{key}.{name}", data)
                     on_sample(1)
-        manifest = {
-            "shard": spec.path.name,
-            "nsamples": len(spec.crops),
-            "bytes": hashed.bytes,
-            "sha256": hashed.sha256.hexdigest(),
-            "first_key": _keys(spec)[0],
-            "last_key": _keys(spec)[-1],
-            "identity": spec.identity,
-            "libraries": libraries(),
-        }
-        write_atomic(spec.path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
+        manifest = commit_shard(spec.path, _keys(spec), hashed, spec.identity, libraries=libraries())
     else:
         on_sample(len(spec.crops))
     return manifest
@@ -67,23 +56,6 @@ def process_shard(spec: ShardSpec, on_sample: Callable[[int], None] = lambda sam
 def _keys(spec: ShardSpec) -> list[str]:
     first = spec.shard * spec.config.shard_samples
     return [sample_key(first + i) for i in range(len(spec.crops))]
-
-
-class Hashed:
-    """A file to write that counts and hashes what goes through it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """As that of the file."""
-        self.bytes += len(data)
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        """Bytes written."""
-        return self.bytes
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -170,7 +142,7 @@ def finish(plan: Plan, manifests: list[dict]) -> dict:
         "sources": [{"name": p.name, "sha256": p.sha256} for p in plan.photos],
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped],
         "libraries": [dict(rows) for rows in sorted({tuple(sorted(m["libraries"].items())) for m in manifests})],
-        "set_sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
+        "set_sha256": set_hash(manifests),
         "shards": manifests,
     }
     write_atomic(out / "README.md", card(index["settings"], plan.config.licences, index).encode())

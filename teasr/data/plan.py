@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,8 @@ from teasr.data.layout import FORMAT, shard_name
 from teasr.data.sources import Photo
 from teasr.seed import seed_of
 
-CHUNKS_A_SHARD = (
-    256  # crops of one photo may lie side by side (it is decoded once) as long as a shard has so many chunks
-)
+# Crops of one photo may lie side by side (it is decoded once) as long as a shard has so many chunks.
+CHUNKS_A_SHARD = 256
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class PrepConfig:
     variants: int = 1  # degraded versions of every crop, stored beside one HQ
     hq_format: Literal["png", "webp-lossless", "jpeg98"] = "png"
     keep_jpeg: bool = True  # under jpeg98, cut JPEG photographs without a second loss (places move to their block grid)
-    min_sharpness: float = (
-        4.0  # below: blurred (deviation of the Laplacian in grey levels; Gaussian blur of 2 px: 2 to 7)
-    )
+    # Below: blurred (deviation of the Laplacian in grey levels; Gaussian blur of 2 px: 2 to 7).
+    min_sharpness: float = 4.0
     min_contrast: float = 4.0  # below: flat (deviation of the luma in grey levels)
     shard_samples: int = 2048
     seed: int = 0
@@ -104,7 +103,7 @@ class ShardSpec:
         """Where the shard goes."""
         return Path(self.config.out) / shard_name(self.shard)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Hash of everything that decides the bytes of the shard, libraries aside."""
         rows = [(c.photo.sha256, c.photo.lq_sha256, c.index, c.scale, c.left, c.top) for c in self.crops]

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from teasr import degradation, images
 from teasr.data import engines
-from teasr.data.layout import FORMAT, INDEX, lq_field, sample_key
+from teasr.data.layout import FORMAT, INDEX, lq_field, sample_key, set_hash
 from teasr.data.making import HQ_SUFFIX, libraries
 from teasr.progress import ProgressLine
 from teasr.seed import seed_of
@@ -83,23 +83,16 @@ def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[lis
         picked = tuple(sorted({*chosen.tolist(), *redone}))
         specs.append(ShardCheck(str(folder), row, index["settings"], tuple(index["libraries"]), first, picked, redone))
         first += n
-    line, done = ProgressLine("verify", sum(len(s.decode) for s in specs), "samples"), 0
-
-    def show(n: int) -> None:
-        nonlocal done
-        done += n
-        line.show(done)
-
-    found = engines.run(verify_shard, specs, "local", workers, show)
+    line = ProgressLine("verify", sum(len(s.decode) for s in specs), "samples")
+    found = engines.run(verify_shard, specs, "local", workers, line.add)
     line.close()
     return problems + [problem for rows in found for problem in rows], warnings, index
 
 
 def _check_index(folder: Path, index: dict) -> tuple[list[str], list[str]]:
     rows = index["shards"]
-    set_sha256 = hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()
     problems = []
-    if set_sha256 != index["set_sha256"]:
+    if set_hash(rows) != index["set_sha256"]:
         problems.append(f"{INDEX}: set_sha256 is not the hash of its shards: run the same make_shards command again")
     known = {row["shard"] for row in rows} | {Path(row["shard"]).with_suffix(".json").name for row in rows}
     strays = [
