@@ -70,6 +70,8 @@ def unknown_key(where: str, key: str, allowed: list[str]) -> str:
 def convert(hint: Any, value: Any, where: str) -> Any:
     """Check a YAML value against a type hint and bring it to that type. Raises ValueError naming the place."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None

@@ -8,7 +8,8 @@ asks for the fake trajectory); z [B, C, h, w] is normalised; x [B, 3, H, W] is i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Backbone(ABC):
     latent_channels: int
     downsample: int  # pixels of the picture for one latent pixel
     pixel_multiple: int  # height and width of a picture must be divisible by it
+    own_dtype = False  # computes in a dtype of its own config: autocast stays out
     patch_px: int  # pixels of the picture for one token: the period of a possible checkerboard
 
     @abstractmethod
@@ -77,9 +79,22 @@ class Backbone(ABC):
         for name in wanted:
             own[name].data.copy_(state[name])
 
-    def to(self, device: torch.device) -> None:
-        """Move network and codec."""
+    @classmethod
+    def weightless(cls, config: Any) -> Any:
+        """The config of a network of the same sizes with random weights, for which no file is needed."""
+        return config
+
+    def memory_groups(self) -> dict[str, Iterable[Tensor]]:
+        """Frozen tensors by what they are for, as the memory table of a dry run names them; host memory after a `host:`."""
+        return {"network, frozen": [p for p in self.net.parameters() if not p.requires_grad]}
+
+    def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
+        """Move network and codec. `each` gets every part of the network once it is in its final form on the device.
+
+        Large backbones come part by part, so that a trainer that shards them never holds more than one whole.
+        """
         self.net.to(device)
+        each(self.net)
 
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raise ValueError when a picture of this size cannot be encoded."""

@@ -6,15 +6,39 @@ checkpointing recomputes exactly what the first pass computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+
+class LoraLinear(nn.Linear):
+    """A factor of a LoRA: keeps its weight in fp32, computes in the dtype of its input."""
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """x W^T, or onto + scale x W^T in one product (no tensor of the size of `onto` beside the result)."""
+        weight = self.weight.to(x.dtype)
+        if onto is None:
+            return F.linear(x, weight)
+        return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.T, alpha=scale).view(onto.shape)
 
 
 def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: int) -> None:
     """Inject LoRA adapters into the Linears of `net` whose full name matches the regular expression `targets`."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")
     inject_adapter_in_model(config, net)
+    upgrade_lora(net)
+
+
+def upgrade_lora(net: nn.Module) -> None:
+    """Make `LoraLinear` of the factors of every LoRA in `net`, whoever injected it."""
+    for layer in net.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                factor.__class__ = LoraLinear
 
 
 def base(layer: nn.Module, x: Tensor) -> Tensor:
@@ -22,24 +46,21 @@ def base(layer: nn.Module, x: Tensor) -> Tensor:
     return layer.base_layer(x) if isinstance(layer, BaseTunerLayer) else layer(x)
 
 
-def lora_delta(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What LoRA adds to `layer(x)`, or None where the layer has no active adapter."""
+def add_lora(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """y + what the LoRA of `layer` makes of x; y itself where the layer has no active adapter."""
     if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
-        return None
+        return y
     if layer.merged:
         raise RuntimeError("the LoRA of the condition branch was fused into weights that noise tokens use: unmerge it")
-    parts = [
-        layer.lora_B[a](layer.lora_A[a](x.to(layer.lora_A[a].weight.dtype))) * layer.scaling[a]
-        for a in layer.active_adapters
-        if a in layer.lora_A
-    ]
-    return sum(parts) if parts else None
+    for a in layer.active_adapters:
+        if a in layer.lora_A:
+            y = layer.lora_B[a](layer.lora_A[a](x), onto=y, scale=layer.scaling[a])
+    return y
 
 
 def with_lora(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer with its LoRA: the path of condition tokens, where they come on their own."""
-    y, delta = base(layer, x), lora_delta(layer, x)
-    return y if delta is None else y + delta.to(y.dtype)
+    return add_lora(layer, x, base(layer, x))
 
 
 def branch(layer: nn.Module, x: Tensor) -> Tensor:
@@ -48,7 +69,17 @@ def branch(layer: nn.Module, x: Tensor) -> Tensor:
     One base product serves both; the LoRA delta is added on the condition branch.
     """
     y = base(layer, x)
-    delta = lora_delta(layer, x[:, 1])
-    if delta is not None:
-        y[:, 1] += delta.to(y.dtype)
+    if isinstance(layer, BaseTunerLayer):
+        y[:, 1] = add_lora(layer, x[:, 1], y[:, 1])
     return y
+
+
+def replace_linears(net: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put make(linear) in the place of every Linear of `net`, under its LoRA where it has one."""
+    for name, child in list(net.named_children()):
+        holder, key = (child, "base_layer") if isinstance(child, BaseTunerLayer) else (net, name)
+        linear = getattr(holder, key)
+        if type(linear) is nn.Linear:
+            setattr(holder, key, make(linear))
+        elif holder is net:
+            replace_linears(child, make)

@@ -23,7 +23,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor, nn
 
-from teasr.backbones.branch_lora import base, with_lora
+from teasr.backbones.branch_lora import add_lora, base, upgrade_lora, with_lora
+from teasr.backbones.modulation import ModulationTable, Rows
 
 Rope = tuple[Tensor, Tensor, Tensor]  # of noise [L, E / 2], text [T, E / 2] and condition tokens [L, E / 2], complex
 
@@ -94,15 +95,20 @@ class DualBranchBlock(QwenImageTransformerBlock):
         cond_BLD: Tensor | None = None,
         temb_tar_BD: Tensor | None = None,
         independent: bool = False,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise, text and condition tokens after the block."""
-        mod_x1, mod_x2 = base(self.img_mod[1], F.silu(temb_cur_BD)).chunk(2, dim=-1)
-        mod_t1, mod_t2 = self.txt_mod(temb_cur_BD).chunk(2, dim=-1)
+        """Noise, text and condition tokens after the block; `rows`: its modulation where that comes from a table."""
+        if rows is None:
+            y_cur = F.silu(temb_cur_BD)
+            mod_c = None if cond_BLD is None else base(self.img_mod[1], F.silu(temb_tar_BD))
+            rows = base(self.img_mod[1], y_cur), self.txt_mod[1](y_cur), mod_c
+        mod_x1, mod_x2 = rows[0].chunk(2, dim=-1)
+        mod_t1, mod_t2 = rows[1].chunk(2, dim=-1)
         y_x, gate_x = self._modulate(self.img_norm1(x_BLD), mod_x1)
         y_t, gate_t = self._modulate(self.txt_norm1(text_BTD), mod_t1)
         y_c = None
         if cond_BLD is not None:
-            mod_c1, mod_c2 = with_lora(self.img_mod[1], F.silu(temb_tar_BD)).chunk(2, dim=-1)
+            mod_c1, mod_c2 = add_lora(self.img_mod[1], F.silu(temb_tar_BD), rows[2]).chunk(2, dim=-1)
             y_c, gate_c = self._modulate(self.img_norm1(cond_BLD), mod_c1)
         out_x, out_t, out_c = self.attn.processor(self.attn, y_x, y_t, y_c, rope, independent, self.last)
         x_BLD = x_BLD + gate_x * out_x
@@ -130,6 +136,7 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
 
     _repeated_blocks: ClassVar = ["DualBranchBlock"]
     _no_split_modules: ClassVar = ["DualBranchBlock"]
+    modulation: ModulationTable | None = None  # in place of the blocks' own layers
 
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # else from_pretrained drops the config
     def __init__(self, *args, **kwargs):
@@ -150,6 +157,11 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
             processor._attention_backend = block.attn.processor._attention_backend
             block.attn.processor = processor
         self.transformer_blocks[-1].last = True
+
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """As diffusers' own; the adapter acts on condition tokens alone, like every one here."""
+        super().load_lora_adapter(*args, **kwargs)
+        upgrade_lora(self)
 
     def fuse_lora(self, *args, **kwargs) -> None:
         """Refused: RuntimeError."""
@@ -184,8 +196,9 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
         image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
         n = x.shape[1]
         ropes = (image_rope[:n], text_rope, image_rope[-n:])
-        for block in self.transformer_blocks:
-            arguments = (x, text, temb_cur, ropes, c, temb_tar, cond_attention == "independent")
+        tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
+        for block, rows in zip(self.transformer_blocks, tabulated, strict=True):
+            arguments = (x, text, temb_cur, ropes, c, temb_tar, cond_attention == "independent", rows)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, text, c = self._gradient_checkpointing_func(block, *arguments)
             else:

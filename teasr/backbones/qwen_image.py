@@ -8,16 +8,23 @@ Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
 from teasr.backbones.base import Backbone
-from teasr.backbones.branch_lora import add_branch_lora
+from teasr.backbones.branch_lora import add_branch_lora, replace_linears
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
+from teasr.backbones.modulation import ModulationTable
+from teasr.backbones.quantised import KINDS
 from teasr.backbones.qwen_vae import QwenCodec
 from teasr.prompts import DTYPES, load_part, load_prompt
 from teasr.seed import seed_of
@@ -27,21 +34,36 @@ from teasr.seed import seed_of
 class QwenImageConfig:
     """Which weights, and how the branches are joined."""
 
-    model: str  # local folder of a diffusers Qwen-Image model, or its name on the hub
-    prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py
+    model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
+    prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py; or "random"
     lora_rank: int = 128
     lora_alpha: int = 128
     # independent: condition tokens see condition tokens alone
     cond_attention: Literal["joint", "independent"] = "joint"
     # positions of condition tokens: those of the noise, or a frame on
     rope: Literal["shared", "frame_offset"] = "shared"
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights; the LoRA is fp32
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of frozen weights and of the computation; the LoRA is kept in fp32
+    quantise: Literal["fp8", "nf4"] | None = None  # frozen weights of the blocks; they compute in dtype
+    # steps of a table, in host memory, in place of a third of the weights; null: the layers themselves
+    modulation_table: int | None = 1000
     gradient_checkpointing: bool = True
+    compile: bool = False  # torch.compile of the blocks (not under ZeRO-3, whose hooks break the graphs)
     attention_backend: str | None = None  # one of diffusers'; default: PyTorch's own choice
+    # for model: random alone: other sizes than the published ones
+    transformer: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.lora_rank < 1:
             raise ValueError(f"backbone.lora_rank = {self.lora_rank}: must be >= 1")
+        if self.modulation_table is not None and self.modulation_table < 1:
+            raise ValueError(
+                f"backbone.modulation_table = {self.modulation_table}: steps of the table, such as 1000, or null"
+            )
+        if (self.transformer or self.vae) and self.model != "random":
+            raise ValueError("backbone.transformer and backbone.vae change sizes of model: random alone; remove them")
+        if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'")
 
 
 class QwenNet(nn.Module):
@@ -86,19 +108,14 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 class QwenImage(Backbone):
     """The backbone: `QwenNet` and the VAE's codec."""
 
+    own_dtype = True
+
     def __init__(self, config: QwenImageConfig, seed: int = 0):
         """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
-        self.config = config
+        self.config, self.seed, self.prepared = config, seed, False
         dtype = DTYPES[config.dtype]
-        embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
-        if mask is not None:
-            raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
-        transformer = load_part(DualBranchTransformer, "backbone.model", config.model, "transformer", dtype, "weights")
-        if embeds.shape[1] != transformer.config.joint_attention_dim:
-            raise ValueError(
-                f"backbone.prompt = {config.prompt} has {embeds.shape[1]} numbers a token, {config.model} takes "
-                f"{transformer.config.joint_attention_dim}: make it with this model by data_prep/cache_prompt.py"
-            )
+        transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
+        embeds = _prompt(config, transformer.config.joint_attention_dim)
         if config.attention_backend:
             transformer.set_attention_backend(config.attention_backend)
         if config.gradient_checkpointing:
@@ -112,7 +129,6 @@ class QwenImage(Backbone):
             if trained:
                 parameter.data = parameter.data.float()
         self.net = QwenNet(transformer, embeds[None].to(dtype), config)
-        self.codec = QwenCodec.from_pretrained(config.model, dtype)
         self.codec.checkpointing = config.gradient_checkpointing
         self.latent_channels = transformer.config.in_channels // 4
         self.downsample, self.pixel_multiple, self.patch_px = 8, 16, 16
@@ -124,6 +140,121 @@ class QwenImage(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return self.codec.decode(z)
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        self.codec.to(device)
+    def snap(self, t: Tensor) -> Tensor:
+        """To the times of the modulation table, so that label and noise level agree."""
+        steps = self.config.modulation_table
+        return t if steps is None else (t.double() * steps).round().div(steps).to(t.dtype)
+
+    @classmethod
+    def weightless(cls, config: QwenImageConfig) -> QwenImageConfig:
+        """Sizes from the configs of a local model; a name on the hub stands for the published sizes."""
+        sizes = {"transformer": config.transformer, "vae": config.vae}
+        if config.model != "random" and (folder := Path(config.model).expanduser()).is_dir():
+            for part in sizes:
+                with open(folder / part / "config.json") as file:
+                    sizes[part] = {k: v for k, v in json.load(file).items() if not k.startswith("_")}
+        return replace(config, model="random", prompt="random", **sizes)
+
+    def memory_groups(self) -> dict[str, Iterable[Tensor]]:
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+            if "lora_" not in name:
+                groups.setdefault(_group(name), []).append(tensor)
+        groups["VAE"] = [*self.codec.parameters(), *self.codec.buffers()]
+        if table := self.net.transformer.modulation:
+            groups["host: modulation table"] = [table.image, table.text]
+        return groups
+
+    def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
+        """The first call also puts the network in its final form, block by block: modulation tabulated, weights quantised."""
+        if self.prepared:
+            self.net.to(device)
+            self.codec.to(device)
+        else:
+            self._prepare(device, each)
+        each(self.net)
+
+    def _prepare(self, device: torch.device, each: Callable[[nn.Module], Any]) -> None:
+        config, transformer = self.config, self.net.transformer
+        self._place("vae", self.codec, device)
+        for name, child in transformer.named_children():
+            if child is not transformer.transformer_blocks:
+                self._place(name, child, device)
+        self.net.prompt = self.net.prompt.to(device)
+        table = None
+        if config.modulation_table:
+            blocks, width = len(transformer.transformer_blocks), transformer.inner_dim
+            table = ModulationTable(config.modulation_table, blocks, width, self.net.prompt.dtype, device)
+            with torch.no_grad():
+                temb = transformer.time_embedding(table.times.to(device))
+        for i, block in enumerate(transformer.transformer_blocks):
+            self._place(f"block {i}", block, device)
+            if table:
+                table.take(i, block, temb)
+            if config.quantise:
+                replace_linears(block, KINDS[config.quantise])
+            each(block)
+        transformer.modulation, self.prepared = table, True
+        if config.compile:
+            transformer.compile_repeated_blocks()
+
+    def _place(self, part_name: str, part: nn.Module, device: torch.device) -> None:
+        """Move a part; random weights come into being there."""
+        if self.config.model != "random" or device.type == "meta":
+            part.to(device)
+            return
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, "random weights", part_name))
+        for module in part.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    value = torch.empty_like(p, device=device)
+                    if p.ndim > 1 and p.numel() > max(p.shape):
+                        value.normal_(0, p[0].numel() ** -0.5, generator=generator)
+                    else:  # of a norm, or a bias
+                        value.fill_(0.0 if name == "bias" else 1.0)
+                    module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
+        part.to(device)
+
+
+def _pretrained(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
+    dtype = DTYPES[config.dtype]
+    transformer = load_part(DualBranchTransformer, "backbone.model", config.model, "transformer", dtype, "weights")
+    return transformer.requires_grad_(False), QwenCodec.from_pretrained(config.model, dtype)
+
+
+def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
+    """Both without any memory yet: `QwenImage.to` gives them some, part by part."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.dtype])
+    try:
+        with init_empty_weights():
+            transformer = DualBranchTransformer(**config.transformer).requires_grad_(False)
+            return transformer, QwenCodec(AutoencoderKLQwenImage(**config.vae))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"backbone.transformer or backbone.vae names sizes that cannot be built ({error})") from error
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _prompt(config: QwenImageConfig, width: int) -> Tensor:
+    """The prompt's embedding [T, width]."""
+    if config.prompt == "random":
+        return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # as many tokens as the empty prompt
+    embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
+    if mask is not None:
+        raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
+    if embeds.shape[1] != width:
+        raise ValueError(
+            f"backbone.prompt = {config.prompt} has {embeds.shape[1]} numbers a token, {config.model} takes "
+            f"{width}: make it with this model by data_prep/cache_prompt.py"
+        )
+    return embeds
+
+
+def _group(name: str) -> str:
+    """What a frozen tensor of the transformer is for."""
+    if "_mod." in name:
+        return "modulation"
+    if any(part in name for part in ("txt_", ".add_", "to_add_out", "norm_added", "prompt")):
+        return "text path"
+    return "image path"

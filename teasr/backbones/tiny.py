@@ -10,10 +10,10 @@ Shape legend: B batch, K branch (0 noise, 1 condition), L tokens of one branch, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -320,8 +320,12 @@ class Tiny(Backbone):
         """Everything: a tiny base is not worth a second file."""
         return True
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
+    @classmethod
+    def weightless(cls, config: TinyConfig) -> TinyConfig:
+        return replace(config, base=config.base and "random")
+
+    def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
+        super().to(device, each)
         self.codec.to(device)
 
     def fixed_state(self) -> dict[str, Tensor]:
