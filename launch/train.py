@@ -3,6 +3,7 @@
     deepspeed launch/train.py --config launch/presets/tiny_teasr.yaml
     deepspeed --num_gpus 2 launch/train.py --config launch/presets/tiny_teasr.yaml train.batch=16 run_dir=runs/two
     python launch/train.py --config launch/presets/tiny_teasr.yaml --print
+    python launch/train.py --config launch/presets/qwen_teasr.yaml --dry-run
 
 key=value arguments (dotted, value in YAML) win over the file. Without the launcher it runs as one process.
 """
@@ -24,6 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe, such as launch/presets/tiny_teasr.yaml")
     parser.add_argument("--print", action="store_true", help="print the whole config with every default, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory and FLOPs of an update, and stop; no GPU needed"
+    )
+    parser.add_argument("--size", type=int, default=512, metavar="PX", help="of the pictures of the dry run (512)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of the dry run (1)")
+    parser.add_argument(
+        "--random-init", action="store_true", help="random weights in place of missing ones: for benchmarks"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.updates=100")
     options = parser.parse_intermixed_args(arguments)
@@ -32,6 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print:
             print(settings.to_yaml(), end="")
             return 0
+        if options.dry_run:
+            from teasr import footprint
+            from teasr.training import engine_settings
+
+            partitioning = engine_settings(settings.train, options.ranks)
+            print(footprint.table(footprint.count(settings, partitioning, options.size, options.ranks)))
+            return 0
+        if options.random_init:
+            settings = settings.weightless()
         from teasr.training import Trainer
 
         Trainer(settings).fit()

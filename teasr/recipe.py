@@ -5,7 +5,7 @@ The registries of backbones and methods live here; adding one is a file, a line 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,14 @@ class Recipe:
     def to_yaml(self) -> str:
         """The YAML file that makes this recipe again."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+    def weightless(self) -> Recipe:
+        """The same work on random weights: for dry runs and benchmarks, where no weight file is at hand."""
+        return replace(
+            self,
+            backbone=BACKBONES[self.backbone_name][1].weightless(self.backbone),
+            method=METHODS[self.method_name][1].weightless(self.method),
+        )
 
     def build_backbone(self) -> Backbone:
         """The backbone with its initial weights."""

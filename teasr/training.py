@@ -11,9 +11,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +60,11 @@ class Trainer:
         self.method: Method = recipe.build_method()
         self.method.check(self.accumulation)
         self.networks: dict[str, Backbone] = {name: recipe.build_backbone() for name in self.method.networks}
+        if recipe.train.dtype == "bf16" and any(network.own_dtype for network in self.networks.values()):
+            raise ValueError(
+                f"train.dtype = bf16 is autocast for networks kept in fp32; {recipe.backbone_name} computes in backbone.dtype: "
+                "remove train.dtype"
+            )
         self.student = self.networks[self.method.networks[0]]
         if self.world.main:
             for problem in check_shards(self.shards, self.student.check_size, recipe.data.max_bad_share):
@@ -179,7 +185,7 @@ class Trainer:
         """A DeepSpeed engine around the network; it takes the place of `backbone.net`."""
         import deepspeed
 
-        backbone.to(self.world.device)
+        backbone.to(self.world.device, each=_cutter(settings))
         parameters = [p for p in backbone.net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=self.train.learning_rate, betas=self.train.betas, weight_decay=self.train.weight_decay,
@@ -287,6 +293,15 @@ def start_ranks(train: TrainConfig, world: World) -> None:
             f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
             "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
         ) from None
+
+
+def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
+    """Under ZeRO-3: spreads each part of a network over the ranks (or into host memory) as it comes, so that none holds it whole."""
+    if settings["zero_optimization"]["stage"] < 3:
+        return lambda part: None
+    import deepspeed
+
+    return lambda part: deepspeed.zero.Init(part, config_dict_or_path=settings, mem_efficient_linear=False)
 
 
 def engine_settings(train: TrainConfig, world_size: int) -> dict:

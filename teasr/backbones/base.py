@@ -86,7 +86,8 @@ class Backbone(ABC):
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         """Frozen tensors by what they are for, as the memory table of a dry run names them; host memory after a `host:`."""
-        return {"network, frozen": [p for p in self.net.parameters() if not p.requires_grad]}
+        frozen = [p for p in self.net.parameters() if not p.requires_grad]
+        return {"network, frozen": [*frozen, *self.net.buffers()]}
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
         """Move network and codec. `each` gets every part of the network once it is in its final form on the device.

@@ -88,6 +88,8 @@ def _bitsandbytes():
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise ImportError("backbone.base = nf4 needs bitsandbytes: pip install 'teasr[nf4]'") from error
+    # it keeps this table on the device of its first use, which must not be meta
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     return functional
 
 

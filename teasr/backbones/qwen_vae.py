@@ -62,7 +62,9 @@ class QwenCodec(nn.Module):
         super().__init__()
         self.vae = to_2d(vae).eval().requires_grad_(False)
         for name in ("latents_mean", "latents_std"):
-            self.register_buffer(name, torch.tensor(vae.config[name], dtype=torch.float32)[:, None, None], persistent=False)
+            self.register_buffer(
+                name, torch.tensor(vae.config[name], dtype=torch.float32)[:, None, None], persistent=False
+            )
 
     @classmethod
     def from_pretrained(cls, model: str, dtype: torch.dtype) -> QwenCodec:

@@ -320,6 +320,9 @@ class Tiny(Backbone):
         """Everything: a tiny base is not worth a second file."""
         return True
 
+    def memory_groups(self) -> dict[str, Iterable[Tensor]]:
+        return super().memory_groups() | {"codec": [*self.codec.buffers()]}
+
     @classmethod
     def weightless(cls, config: TinyConfig) -> TinyConfig:
         return replace(config, base=config.base and "random")

@@ -10,7 +10,7 @@ L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -59,6 +59,7 @@ class TeasrConfig:
     lambda_mse: float = 1.0
     lambda_lpips: float = 1.0
     lpips_net: Literal["vgg", "alex"] = "vgg"
+    lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: the same work, for benchmarks
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
     s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify and t' of L_adv: 1/s, and +-t look alike near 0
     score_clamp: float | None = 1.0  # elementwise on v_fake - v_real, before w(s)
@@ -99,20 +100,21 @@ class Teasr(Method):
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
         """`lpips`: the metric network, built when not given and lambda_lpips > 0 (ValueError if its weights lack)."""
         self.config = config
+        self.cycle = 4 if config.mode == "cycle" else 1
         self.lpips = lpips
         if config.lambda_lpips and lpips is None:
-            self.lpips = losses.load_lpips(config.lpips_net)
+            self.lpips = losses.load_lpips(config.lpips_net, config.lpips_weights == "pretrained")
 
-    def check(self, accumulation: int) -> None:
-        if self.config.mode == "cycle" and accumulation % 4:
-            raise ValueError(
-                f"method.mode = cycle spreads its four graphs over the micro-batches of an update, {accumulation} is not "
-                "a multiple of 4: set train.batch and train.micro_batch so that there are 4, 8, .. or use method.mode=all"
-            )
+    @classmethod
+    def weightless(cls, config: TeasrConfig) -> TeasrConfig:
+        return replace(config, lpips_weights="random")
 
     def to(self, device: torch.device) -> None:
         if self.lpips is not None:
             self.lpips.to(device)
+
+    def memory_groups(self) -> dict[str, list[Tensor]]:
+        return {} if self.lpips is None else {"LPIPS": [*self.lpips.parameters(), *self.lpips.buffers()]}
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Weight of each term at this point of the run: lambda times its ramp."""
