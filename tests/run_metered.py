@@ -12,7 +12,7 @@ import torch
 from teasr.ema import Ema
 from teasr.footprint import Meter
 from teasr.recipe import parse
-from teasr.training import engine_settings, start_ranks, World, _cutter
+from teasr.training import World, _cutter, engine_settings, start_ranks
 
 if __name__ == "__main__":
     import deepspeed

@@ -81,7 +81,11 @@ def test_deepspeed_holds_what_the_rules_say(zero, tmp_path):
     file["zero_optimization"]["reduce_bucket_size"] = 100_000
     path.write_text(json.dumps(file))
     settings = tiny_qwen(
-        train={"deepspeed": str(path), "cpu_threads": 1}, lora_rank=512, lora_alpha=512, dtype="fp32", modulation_table=4
+        train={"deepspeed": str(path), "cpu_threads": 1},
+        lora_rank=512,
+        lora_alpha=512,
+        dtype="fp32",
+        modulation_table=4,
     )
     counted = count(settings, engine_settings(settings.train, 1), 32)
     items = {**counted.gpu, **{f"{k} (host)": v for k, v in counted.host.items()}}

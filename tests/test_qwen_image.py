@@ -1,6 +1,7 @@
 """backbones/qwen_image.py: a tiny model of the real classes through shards -> train -> resume -> restore; only the config differs."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from conftest import partitioning, small_recipe
 from test_training import start
 from torch.utils.flop_counter import FlopCounterMode
 
-from teasr import prompts
+from teasr import prompts, recipe
+from teasr.backbones import quantised
 from teasr.backbones.branch_lora import add_branch_lora
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image import QwenImage, QwenImageConfig, QwenNet, pack, unpack
+from teasr.training import Trainer
 from teasr.upscale import Upscaler
 
 
@@ -126,3 +129,151 @@ def test_mistakes_name_the_cure(model, tmp_path):
     (tmp_path / "wide.safetensors").write_bytes(prompts.pack({"prompt_embeds": torch.randn(5, 64)}, story))
     with pytest.raises(ValueError, match="has 64 numbers a token"):
         backbone(model, prompt=str(tmp_path / "wide.safetensors"))
+
+
+SIZES = {
+    "transformer": {
+        "num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": [8, 12, 12],
+    },
+    "vae": {"base_dim": 16, "num_res_blocks": 1},
+}  # fmt: skip
+
+
+def random_backbone(**changes):
+    """On the CPU in its final form, with a LoRA that does something."""
+    b = QwenImage(QwenImageConfig("random", "random", **(SIZES | {"lora_rank": 4, "lora_alpha": 4} | changes)))
+    b.to(torch.device("cpu"))
+    for name, p in b.net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    return b
+
+
+def velocity_and_gradients(b):
+    generator = torch.Generator().manual_seed(3)
+    z, z_lq = (torch.randn(2, 16, 8, 6, generator=generator) for _ in range(2))
+    t, r = torch.tensor([0.7, 0.25]), torch.tensor([-0.7, 0.0])
+    v = b.velocity(z, t, z_lq, r)
+    v.square().mean().backward()
+    return v.detach(), {n: p.grad for n, p in b.net.named_parameters() if p.requires_grad}
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys() and len(a) > 20
+    return max((a[n] - b[n]).abs().max().item() / b[n].abs().max().item() for n in a)
+
+
+@pytest.mark.parametrize(("dtype", "at_most"), [("fp32", 1e-5), ("bf16", 0.0)])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_modulation_table_is_the_layers(dtype, at_most, checkpointing):
+    """In fp32 up to the order of sums: one product makes the whole table. A third of the weights is gone."""
+    tabulated = random_backbone(dtype=dtype, gradient_checkpointing=checkpointing)
+    layers = random_backbone(dtype=dtype, gradient_checkpointing=checkpointing, modulation_table=None)
+    (v, grads), (v_layers, grads_layers) = velocity_and_gradients(tabulated), velocity_and_gradients(layers)
+    assert (v - v_layers).abs().max() <= at_most and largest_difference(grads, grads_layers) <= 10 * at_most
+    assert not any(
+        "_mod" in n and "lora_" not in n for n, _ in [*tabulated.net.named_parameters(), *tabulated.net.named_buffers()]
+    )
+
+
+def test_times_off_the_table_are_refused_and_snap_brings_them_on():
+    b = random_backbone(modulation_table=10)
+    z = torch.randn(1, 16, 4, 4)
+    for t, r in ((0.123, 0.0), (1.0, -1.1)):
+        with pytest.raises(ValueError, match="not in the modulation table of 10 steps"):
+            b.velocity(z, torch.tensor([t]), z, torch.tensor([r]))
+    t = b.snap(torch.tensor([0.123, -0.77, 1.0, 0.0]))
+    assert t.tolist() == pytest.approx([0.1, -0.8, 1.0, 0.0])
+    assert torch.equal(random_backbone(modulation_table=None).snap(t), t)
+
+
+@pytest.mark.parametrize(("kind", "rms"), [("fp8", 0.03), ("nf4", 0.10)])
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_quantised_weights(kind, rms, size):
+    """Rounding as documented at any size of the weights; output and gradient are those of the expanded weight, bit for bit."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 96, dtype=torch.bfloat16)
+    linear.weight.data.normal_(0, size)
+    packed = quantised.KINDS[kind](linear)
+    weight = packed.weight_in(torch.float32)
+    assert (weight - linear.weight.float()).square().mean().sqrt() < rms * size
+    x = torch.randn(5, 128, dtype=torch.bfloat16, requires_grad=True)
+    expanded = torch.nn.functional.linear(x, packed.weight_in(torch.bfloat16), linear.bias)
+    (reference,) = torch.autograd.grad(expanded.square().sum(), x)
+    (ours,) = torch.autograd.grad(packed(x).square().sum(), x)
+    assert torch.equal(packed(x), expanded) and torch.equal(ours, reference)
+    assert sum(b.nbytes for b in packed.buffers()) < {"fp8": 1.1, "nf4": 0.6}[kind] * 128 * 96 + 96 * 6
+    assert not packed.state_dict() and not list(packed.parameters())
+
+
+@pytest.mark.parametrize(("kind", "at_most"), [("fp8", 0.1), ("nf4", 0.4)])
+def test_quantised_networks_stay_near(kind, at_most):
+    full, small = random_backbone(dtype="fp32"), random_backbone(dtype="fp32", quantise=kind)
+    v, v_small = velocity_and_gradients(full)[0], velocity_and_gradients(small)[0]
+    assert 0 < (v - v_small).square().mean().sqrt() / v.std() < at_most
+
+
+def test_random_sizes_that_cannot_be_are_named():
+    for change, message in [
+        ({"transformer": {"layers": 3}}, "cannot be built"),
+        ({"modulation_table": 0}, "modulation_table = 0"),
+        ({"lora_rank": 0}, "lora_rank"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            random_backbone(**change)
+    with pytest.raises(ValueError, match="model: random alone"):
+        QwenImageConfig("Qwen/Qwen-Image", "p", transformer={"num_layers": 2})
+
+
+def test_small_memory_bases_train_under_offload_and_zero3(shards, tmp_path):
+    """NF4 under ZeRO-2 with offload and ZeRO-1, fp8 under ZeRO-3 and ZeRO-1: the same losses each way."""
+    jobs = []
+    for kind, stages in (("nf4", ("zero1", "zero2_offload")), ("fp8", ("zero1", "zero3", "zero3_offload"))):
+        base = {
+            "name": "qwen_image",
+            "model": "random",
+            "prompt": "random",
+            "lora_rank": 4,
+            "lora_alpha": 4,
+            "quantise": kind,
+        }
+        for stage in stages:
+            common = {
+                "backbone": base | SIZES,
+                "train__deepspeed": str(partitioning(stage, tmp_path)),
+                "train__updates": 3,
+            }
+            jobs.append(small_recipe(shards, tmp_path / f"{kind}-{stage}", **common))
+    start(jobs, tmp_path, 1)
+    for job in jobs:
+        kind = job["backbone"]["quantise"]
+        ours, reference = rows(Path(job["run_dir"])), rows(tmp_path / f"{kind}-zero1")
+        assert len(ours) == 3
+        for a, b in zip(ours, reference, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_autocast_is_refused(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"computes in backbone\.dtype"):
+        Trainer(
+            recipe.parse(
+                small_recipe(
+                    shards,
+                    tmp_path,
+                    backbone={"name": "qwen_image", "model": "random", "prompt": "random"} | SIZES,
+                    train__dtype="bf16",
+                )
+            )
+        )
+
+
+@pytest.mark.parametrize("quantise", [None, "fp8", "nf4"])
+def test_blocks_compile_without_graph_breaks_in_every_form(quantise):
+    """With `fullgraph`, a break is an error."""
+    b = random_backbone(dtype="fp32", quantise=quantise, gradient_checkpointing=False)
+    v, grads = velocity_and_gradients(b)
+    b.net.zero_grad()
+    for block in b.net.transformer.transformer_blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    v_compiled, grads_compiled = velocity_and_gradients(b)
+    assert (v - v_compiled).abs().max() < 1e-5 and largest_difference(grads_compiled, grads) < 1e-4

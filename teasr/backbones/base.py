@@ -67,6 +67,10 @@ class Backbone(ABC):
         """Whether a checkpoint's plain weight file holds this parameter: by default what is trained."""
         return parameter.requires_grad
 
+    def lora_story(self) -> tuple[dict, dict] | None:
+        """For a LoRA file: peft's settings, and what its users must know. None where more than a LoRA is trained."""
+        return None
+
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Take exported weights into a freshly built network. ValueError names what does not fit."""
         own = dict(self.net.named_parameters())

@@ -28,9 +28,13 @@ class LoraLinear(nn.Linear):
 
 def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: int) -> None:
     """Inject LoRA adapters into the Linears of `net` whose full name matches the regular expression `targets`."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")
-    inject_adapter_in_model(config, net)
+    inject_adapter_in_model(LoraConfig(**lora_settings(targets, rank, alpha)), net)
     upgrade_lora(net)
+
+
+def lora_settings(targets: str, rank: int, alpha: int) -> dict:
+    """What peft has to know of it."""
+    return {"r": rank, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
 
 
 def upgrade_lora(net: nn.Module) -> None:

@@ -65,7 +65,10 @@ class Nf4Linear(QuantisedLinear):
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
-        packed, state = _bitsandbytes().quantize_4bit(
+        library = _bitsandbytes()
+        if "dynamic" not in library.name2qmap:  # kept on the device of its first use, which must not be meta
+            library.name2qmap["dynamic"] = library.create_dynamic_map()
+        packed, state = library.quantize_4bit(
             linear.weight.detach().contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
         )
         self.state = state
@@ -88,8 +91,6 @@ def _bitsandbytes():
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise ImportError("backbone.base = nf4 needs bitsandbytes: pip install 'teasr[nf4]'") from error
-    # it keeps this table on the device of its first use, which must not be meta
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     return functional
 
 

@@ -20,8 +20,9 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
+from teasr import lora_file
 from teasr.backbones.base import Backbone
-from teasr.backbones.branch_lora import add_branch_lora, replace_linears
+from teasr.backbones.branch_lora import add_branch_lora, lora_settings, replace_linears
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.modulation import ModulationTable
 from teasr.backbones.quantised import KINDS
@@ -36,6 +37,7 @@ class QwenImageConfig:
 
     model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
     prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py; or "random"
+    lora: str | None = None  # a LoRA by launch/export.py to start from; null: one that does nothing yet
     lora_rank: int = 128
     lora_alpha: int = 128
     # independent: condition tokens see condition tokens alone
@@ -62,6 +64,8 @@ class QwenImageConfig:
             )
         if (self.transformer or self.vae) and self.model != "random":
             raise ValueError("backbone.transformer and backbone.vae change sizes of model: random alone; remove them")
+        if self.lora is not None and self.model == "random":
+            raise ValueError(f"backbone.lora = {self.lora} was trained on a model: it needs backbone.model, not random")
         if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
             raise ValueError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'")
 
@@ -129,6 +133,8 @@ class QwenImage(Backbone):
             if trained:
                 parameter.data = parameter.data.float()
         self.net = QwenNet(transformer, embeds[None].to(dtype), config)
+        if config.lora is not None:
+            self._load_lora(Path(config.lora).expanduser())
         self.codec.checkpointing = config.gradient_checkpointing
         self.latent_channels = transformer.config.in_channels // 4
         self.downsample, self.pixel_multiple, self.patch_px = 8, 16, 16
@@ -153,7 +159,29 @@ class QwenImage(Backbone):
             for part in sizes:
                 with open(folder / part / "config.json") as file:
                     sizes[part] = {k: v for k, v in json.load(file).items() if not k.startswith("_")}
-        return replace(config, model="random", prompt="random", **sizes)
+        return replace(config, model="random", prompt="random", lora=None, **sizes)
+
+    def lora_story(self) -> tuple[dict, dict]:
+        config = self.config
+        peft = lora_settings(lora_targets(self.net.transformer), config.lora_rank, config.lora_alpha)
+        told = ("lora_rank", "lora_alpha", "rope", "cond_attention")
+        layers, width = len(self.net.transformer.transformer_blocks), self.net.transformer.inner_dim
+        story = {"base_model": config.model, "prompt": config.prompt, "base_layers": layers, "base_width": width}
+        return peft, story | {key: getattr(config, key) for key in told}
+
+    def _load_lora(self, path: Path) -> None:
+        """Weights of a LoRA file, which must have been trained with these settings. ValueError when not."""
+        weights, theirs = lora_file.read(path)
+        ours = self.lora_story()[1]
+        told = [k for k in ours if k not in ("base_model", "prompt") and theirs.get(k) != ours[k]]
+        if told:
+            raise ValueError(
+                f"backbone.lora = {path} has {told[0]} = {theirs.get(told[0])}, this config {ours[told[0]]}: they must agree"
+            )
+        try:
+            self.load_weights(weights)
+        except ValueError as error:
+            raise ValueError(f"backbone.lora = {path}: {error}") from None
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
