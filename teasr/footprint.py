@@ -120,7 +120,9 @@ def count(recipe: Recipe, settings: dict, size_px: int, ranks: int = 1) -> Footp
     method.to(meta)
     networks = {name: recipe.build_backbone() for name in method.networks}
     result, trained = Footprint(size_px), 0
-    for network in networks.values():
+    for name, network in networks.items():
+        if name in method.frozen:
+            network.net.requires_grad_(False)
         for group, tensors in network.memory_groups().items():
             _put(result.parameters, group, sum(x.numel() for x in tensors))
         network.to(meta)
@@ -131,9 +133,13 @@ def count(recipe: Recipe, settings: dict, size_px: int, ranks: int = 1) -> Footp
     for group, tensors in method.memory_groups().items():
         _put(result.gpu, group, sum(x.nbytes for x in tensors))
     _add_trained(result, trained, zero, ranks, recipe.train.ema is not None)
+    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * (len(networks) - len(method.frozen))
+    if zero["stage"] == 3:
+        _put(result.gpu, "reduction bucket", bucket)
     _run(result, recipe, method, networks, accumulation)
-    step = trained * 4 // ranks  # the flat copy of the gradients that the optimiser takes, when no graph is alive
-    result.gpu["activations, at the worst moment"] = max(step, *result.peaks.values())
+    # when no graph is alive: the flat copy of the gradients that the optimiser takes, and ZeRO-1 and 2's bucket
+    step = trained * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    result.gpu["activations or optimiser step, the larger"] = max(step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
 
@@ -154,7 +160,7 @@ def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) ->
 
 
 def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, ema: bool) -> None:
-    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments, bucket."""
+    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments."""
     share = trained * 4 // ranks
     weights = share if zero["stage"] == 3 else trained * 4
     weights_at = result.host if _offloads(zero, "param") else result.gpu
@@ -164,7 +170,6 @@ def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, ema: b
     # a partition of the gradients stays allocated under ZeRO-3 and beside offloaded states
     copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
     _put(states_at, "their fp32 copy and Adam's moments", share * copies)
-    _put(result.gpu, "reduction bucket", 4 * int(zero.get("reduce_bucket_size", 500_000_000)))
     if ema:
         _put(weights_at, "their moving average", weights)
 

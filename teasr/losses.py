@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
         )
     import lpips
 
-    model = lpips.LPIPS(net=net, version="0.1", pnet_rand=not weights, verbose=False)
+    with warnings.catch_warnings():  # it calls torchvision in a deprecated way
+        warnings.simplefilter("ignore")
+        model = lpips.LPIPS(net=net, version="0.1", pnet_rand=not weights, verbose=False)
     return model.requires_grad_(False).eval()
 
 

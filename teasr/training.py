@@ -76,7 +76,9 @@ class Trainer:
         self.update = self._check_found() if self.found else 0
         self._fit_fixed_parts()
         self.method.to(self.world.device)
-        self.engines = {name: self._start_engine(network, settings) for name, network in self.networks.items()}
+        self.engines = {
+            name: start_engine(network, self.train, settings, self.world) for name, network in self.networks.items()
+        }
         self.ema = Ema(self.student.net.module, self.train.ema, self.world) if self.train.ema else None
         if self.found:
             self._load()
@@ -181,26 +183,6 @@ class Trainer:
         for network in self.networks.values():
             network.load_fixed_state(state)
 
-    def _start_engine(self, backbone: Backbone, settings: dict):
-        """A DeepSpeed engine around the network; it takes the place of `backbone.net`."""
-        import deepspeed
-
-        backbone.to(self.world.device, each=_cutter(settings))
-        parameters = [p for p in backbone.net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.train.learning_rate, betas=self.train.betas, weight_decay=self.train.weight_decay,
-            fused=torch.cuda.is_available() and "offload_optimizer" not in settings["zero_optimization"],
-        )  # fmt: skip
-        engine, *_ = deepspeed.initialize(
-            model=backbone.net,
-            model_parameters=parameters,
-            optimizer=optimizer,
-            config=settings,
-            dist_init_required=False,
-        )
-        backbone.net = engine
-        return engine
-
     def _start_tracker(self) -> Tracker | None:
         if not self.world.main:
             return None
@@ -293,6 +275,23 @@ def start_ranks(train: TrainConfig, world: World) -> None:
             f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
             "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
         ) from None
+
+
+def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
+    """A DeepSpeed engine around the network, on the rank's device; it takes the place of `backbone.net`."""
+    import deepspeed
+
+    backbone.to(world.device, each=_cutter(settings))
+    parameters = [p for p in backbone.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
+        fused=torch.cuda.is_available() and "offload_optimizer" not in settings["zero_optimization"],
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=backbone.net, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    backbone.net = engine
+    return engine
 
 
 def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:

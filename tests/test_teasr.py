@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 import torch
+from peer_update import joint_loss
 
-from teasr import flow, losses
+from teasr import losses
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.methods.base import Batch, Progress
 from teasr.methods.teasr import Ramp, Teasr, TeasrConfig, Times, shortcut_times
@@ -46,41 +47,6 @@ def gradients(backbone: Tiny) -> dict[str, torch.Tensor]:
     found = {n: p.grad for n, p in backbone.net.named_parameters() if p.grad is not None}
     backbone.net.zero_grad()
     return found
-
-
-def joint_loss(config: TeasrConfig, backbone: Tiny, b: Batch, d: Draws, lpips=None) -> torch.Tensor:
-    """The total as one expression, written from the equations with none of the method's helpers for the update."""
-    times = Times.draw(config, d, backbone)
-    z0, z_lq = backbone.encode(b.x_hq), backbone.encode(b.x_lq)
-    eps, one = d.normal("one-step noise", z_lq), torch.ones(len(z_lq))
-    v = backbone.velocity(eps, one, z_lq, 0 * one)
-    z_hat = eps - v
-    x_hat = backbone.decode(z_hat)
-    total = config.lambda_mse * (x_hat - b.x_hq).square().mean()
-    if lpips is not None:
-        total = total + config.lambda_lpips * lpips(x_hat, b.x_hq).mean()
-    z_fake, s = z_hat.detach(), times.score
-    z_s = flow.interpolate(z_fake, d.normal("score noise", z0), s)
-    with torch.no_grad():
-        difference = backbone.velocity(z_s, s, z_lq, -s) - backbone.velocity(z_s, s, z_lq, s)
-        difference = difference.clamp(-config.score_clamp, config.score_clamp)
-    w = ((1 - s) ** 2 / s) if config.time_aware else torch.ones_like(s)
-    w = w.clamp(max=config.w_cap) if config.w_cap else w
-    target = (v - w.view(-1, 1, 1, 1) * difference).detach()
-    total = total + config.lambda_rectify * 0.5 * (v - target).square().mean()
-    noise, t, m, s = d.normal("flow noise", z0), times.t, times.m, times.s
-    z_t = flow.interpolate(z0, noise, t)
-    with torch.no_grad():
-        u1 = backbone.velocity(z_t, t, z_lq, m)
-        u2 = backbone.velocity(z_t - (t - m).view(-1, 1, 1, 1) * u1, m, z_lq, s)
-        target = flow.shortcut_target(u1, u2, t, m, s)
-    total = total + config.lambda_cons * (backbone.velocity(z_t, t, z_lq, s) - target).square().mean()
-    r = times.flow
-    v = backbone.velocity(flow.interpolate(z0, noise, r), r, z_lq, r)
-    total = total + config.lambda_flow * (v - (noise - z0)).square().mean()
-    e, t = d.normal("fake noise", z0), times.fake
-    v = backbone.velocity(flow.interpolate(z_fake, e, t), t, z_lq, -t)
-    return total + config.lambda_adv * (v - (e - z_fake)).square().mean()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class Term:
 class Method(ABC):
     """One paper."""
 
+    frozen: tuple[str, ...] = ()  # those of `networks` that are never trained
     cycle = 1  # micro-batches after which the work repeats: an update has a multiple of them
     networks: tuple[str, ...]  # the first is the one that is averaged, exported and used for restoring
 

@@ -1,0 +1,89 @@
+"""The updates that TEASR's is measured against, written plainly: all losses in one graph, and VSD with three models.
+
+`joint_loss` is the total of TEASR as one expression, from the equations and with none of the method's helpers; the tests hold the lean update to
+its gradient. `ThreeModelVsd` is the layout of public one-step distillation code (OSEDiff, TSD-SR): a generator, a fake score that is trained on
+the generator's results, and a frozen real score, three copies of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from teasr import flow, losses
+from teasr.backbones.base import Backbone
+from teasr.methods.base import Batch, Progress, Term
+from teasr.methods.teasr import Teasr, TeasrConfig, Times
+from teasr.randomness import Draws
+
+
+def joint_loss(config: TeasrConfig, backbone: Backbone, b: Batch, d: Draws, lpips=None) -> Tensor:
+    """The total of TEASR, every graph alive until the backward pass."""
+    times = Times.draw(config, d, backbone)
+    z0, z_lq = backbone.encode(b.x_hq), backbone.encode(b.x_lq)
+    eps, one = d.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
+    v = backbone.velocity(eps, one, z_lq, 0 * one)
+    z_hat = eps - v
+    x_hat = backbone.decode(z_hat)
+    total = config.lambda_mse * (x_hat - b.x_hq).square().mean()
+    if lpips is not None:
+        total = total + config.lambda_lpips * lpips(x_hat, b.x_hq).mean()
+    z_fake, s = z_hat.detach(), times.score
+    z_s = flow.interpolate(z_fake, d.normal("score noise", z0), s)
+    with torch.no_grad():
+        difference = backbone.velocity(z_s, s, z_lq, -s) - backbone.velocity(z_s, s, z_lq, s)
+        difference = difference.clamp(-config.score_clamp, config.score_clamp)
+    w = ((1 - s) ** 2 / s) if config.time_aware else torch.ones_like(s)
+    w = w.clamp(max=config.w_cap) if config.w_cap else w
+    target = (v - w.view(-1, 1, 1, 1) * difference).detach()
+    total = total + config.lambda_rectify * 0.5 * (v - target).square().mean()
+    noise, t, m, s = d.normal("flow noise", z0), times.t, times.m, times.s
+    z_t = flow.interpolate(z0, noise, t)
+    with torch.no_grad():
+        u1 = backbone.velocity(z_t, t, z_lq, m)
+        u2 = backbone.velocity(z_t - (t - m).view(-1, 1, 1, 1) * u1, m, z_lq, s)
+        target = flow.shortcut_target(u1, u2, t, m, s)
+    total = total + config.lambda_cons * (backbone.velocity(z_t, t, z_lq, s) - target).square().mean()
+    r = times.flow
+    v = backbone.velocity(flow.interpolate(z0, noise, r), r, z_lq, r)
+    total = total + config.lambda_flow * (v - (noise - z0)).square().mean()
+    e, t = d.normal("fake noise", z0), times.fake
+    v = backbone.velocity(flow.interpolate(z_fake, e, t), t, z_lq, -t)
+    return total + config.lambda_adv * (v - (e - z_fake)).square().mean()
+
+
+class Joint(Teasr):
+    """TEASR with its total in one graph."""
+
+    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
+        yield Term("joint", "student", joint_loss(self.config, networks["student"], batch, draws, self.lpips))
+
+
+class ThreeModelVsd(Teasr):
+    """One-step distillation by variational scores: pixel losses and VSD on the generator, then one update of the fake score."""
+
+    networks = ("student", "fake", "real")
+    frozen = ("real",)
+
+    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
+        config, student = self.config, networks["student"]
+        with torch.no_grad():
+            z_lq = student.encode(batch.x_lq)
+        times = Times.draw(config, draws, student)
+        eps, one = draws.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
+        z_hat = eps - student.velocity(eps, one, z_lq, 0 * one)
+        z_fake, s = z_hat.detach(), times.score
+        x_hat = student.decode(z_hat)
+        loss = config.lambda_mse * losses.mse(x_hat, batch.x_hq)
+        if self.lpips is not None:
+            loss = loss + config.lambda_lpips * self.lpips(x_hat, batch.x_hq).mean()
+        z_s = flow.interpolate(z_fake, draws.normal("score noise", z_fake), s)
+        with torch.no_grad():
+            difference = networks["fake"].velocity(z_s, s, z_lq, s) - networks["real"].velocity(z_s, s, z_lq, s)
+        yield Term("generator", "student", loss - config.lambda_rectify * (z_hat * difference).sum() / z_hat.numel())
+        del x_hat, z_hat, loss
+        e, t = draws.normal("fake noise", z_fake), times.fake
+        v = networks["fake"].velocity(flow.interpolate(z_fake, e, t), t, z_lq, t)
+        yield Term("fake score", "fake", losses.mse(v, e - z_fake))

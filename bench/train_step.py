@@ -1,0 +1,211 @@
+"""One update at any size with random weights: peak memory, time by phase, FLOP/s; TEASR beside a joint graph and three-model VSD.
+
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml                     # on a GPU of 80 GB; no weights needed
+    python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
+    python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64           # on any CPU
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict           # counts only, all three, no GPU
+
+Each layout runs in a process of its own, one after another. `predicted` is the dry run's sum without its allowance for CUDA. On a GPU `allocated` and
+`reserved` are PyTorch's; on the CPU `allocated` is counted by footprint.Meter in an update of its own. FLOP/s are those of the dry run's count over the
+measured time; `of matmul` divides them by the rate of one large product in the network's dtype on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+from peer_update import Joint, ThreeModelVsd
+
+from teasr import footprint, recipe
+from teasr.distributed import World
+from teasr.footprint import GIB, Meter
+from teasr.methods.base import Batch, Progress
+from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.randomness import Draws
+from teasr.tracking import git_commit
+from teasr.training import engine_settings, start_engine, start_ranks
+
+LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
+
+
+def main() -> None:
+    """Measure or predict every layout; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=512, metavar="PX")
+    parser.add_argument("--updates", type=int, default=5, help="measured, after one to warm up")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--predict", action="store_true", help="count on the meta device, run nothing")
+    parser.add_argument("--only", choices=LAYOUTS, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    if options.only:
+        print(json.dumps(one_layout(options)))
+        return
+    print(f"{options.config}, {options.size} px, commit {git_commit()}, torch {torch.__version__}, {device_name()}")
+    rows = {name: run_apart(name) for name in options.layouts}
+    print(table(rows, options.predict))
+
+
+def run_apart(layout: str) -> dict:
+    """The numbers of one layout, from a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, "--only", layout], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one_layout(options: argparse.Namespace) -> dict:
+    """Predict, and unless told not to, measure."""
+    recipe.METHODS["teasr"] = (TeasrConfig, LAYOUTS[options.only])
+    settings = recipe.load(options.config, options.overrides).weightless()
+    partitioning = engine_settings(settings.train, 1)
+    counted = footprint.count(settings, partitioning, options.size)
+    row = {
+        "predicted": counted.gpu_total - footprint.CUDA_BYTES,
+        "host": sum(counted.host.values()),
+        "flops": sum(counted.flops.values()),
+    }
+    if options.predict:
+        return row
+    try:
+        return row | measure(settings, partitioning, options.size, options.updates)
+    except torch.OutOfMemoryError as error:
+        return row | {"failed": f"out of memory: {str(error).splitlines()[0][:100]}"}
+
+
+def measure(settings: recipe.Recipe, partitioning: dict, size_px: int, updates: int) -> dict:
+    """Seconds by phase (medians) and peak bytes of real updates on this machine's device."""
+    world = World.from_environment()
+    start_ranks(settings.train, world)
+    cuda = world.device.type == "cuda"
+    method = settings.build_method()
+    method.to(world.device)
+    networks = {name: settings.build_backbone() for name in method.networks}
+    trained = {n: x for n, x in networks.items() if n not in method.frozen}
+    for name in method.frozen:
+        networks[name].net.requires_grad_(False)
+        networks[name].to(world.device)
+    x = torch.rand(settings.train.micro_batch, 3, size_px, size_px, device=world.device) * 2 - 1
+    for network in networks.values():
+        if network.needs_fit:
+            network.fit([(p, p) for p in x.cpu()] * 8)
+    meter, frozen = nullcontext(), {}
+    if not cuda:
+        meter = Meter("cpu")
+        frozen |= {id(t): t for group in method.memory_groups().values() for t in group}
+        for network in networks.values():
+            network.to(world.device)
+            frozen |= {id(t): t for group in network.memory_groups().values() for t in group}
+        meter.ignore(*frozen.values())
+    with meter:
+        engines = {
+            name: start_engine(network, settings.train, partitioning, world) for name, network in trained.items()
+        }
+    phases: list[dict[str, float]] = []
+    for update in range(updates + 2):
+        counting = not cuda and update == updates + 1  # the count costs time: apart from the timed updates
+        with meter if counting else nullcontext():
+            phases.append(one_update(settings, method, networks, engines, x, update))
+        if cuda and update == 0:
+            torch.cuda.reset_peak_memory_stats()
+    timed = phases[1 : updates + 1]
+    row = {"seconds": {name: statistics.median(p[name] for p in timed) for name in timed[0]}}
+    if cuda:
+        row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    else:
+        row["allocated"] = meter.peak + sum(t.nbytes for t in frozen.values())
+    dtype = torch.bfloat16 if getattr(settings.backbone, "dtype", "fp32") == "bf16" else torch.float32
+    return row | {"matmul": matmul_rate(world.device, dtype)}
+
+
+def one_update(settings, method, networks, engines, x, update: int) -> dict[str, float]:
+    """Seconds of every term and of the optimiser."""
+    micros = settings.train.accumulation(1)
+    seconds: dict[str, float] = {}
+    last = now(x.device)
+
+    def phase(name: str) -> None:
+        nonlocal last
+        at = now(x.device)
+        seconds[name] = seconds.get(name, 0.0) + at - last
+        last = at
+
+    with ExitStack() as stack:
+        for engine in engines.values():
+            stack.enter_context(engine.coalesce_grad_reduction())
+        for micro in range(micros):
+            draws = Draws(settings.seed, update, tuple(range(len(x))), x.device)
+            progress = Progress(settings.train.updates - 1, settings.train.updates, micro, micros)
+            for term in method.terms(networks, Batch(x, x, [""] * len(x)), draws, progress):
+                engines[term.network].backward(term.loss / micros)
+                phase(term.name)
+                del term
+    for engine in engines.values():
+        engine.step()
+    phase("step")
+    return seconds
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with everything on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large square product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        started = now(device)
+        a @ b
+        best = min(best, now(device) - started)
+    del a, b
+    gc.collect()
+    return 2 * n**3 / best
+
+
+def device_name() -> str:
+    """What it runs on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+
+
+def table(rows: dict[str, dict], predicted_only: bool) -> str:
+    """One line a layout; phases below."""
+    gib = lambda row, key: f"{row[key] / GIB:11.3f}" if key in row else f"{'-':>11s}"  # noqa: E731
+    lines = [
+        f"{'layout':8s}{'predicted':>11s}{'host':>11s}{'allocated':>11s}{'reserved':>11s} GiB{'TFLOP':>10s}{'s/update':>10s}{'of matmul':>11s}"
+    ]
+    for name, row in rows.items():
+        if "predicted" not in row:
+            lines.append(f"{name:8s} {row['failed']}")
+            continue
+        line = f"{name:8s}" + "".join(gib(row, key) for key in ("predicted", "host", "allocated", "reserved"))
+        line += f"    {row['flops'] / 1e12:10.3f}"
+        if "seconds" in row:
+            total = sum(row["seconds"].values())
+            line += f"{total:10.3f}{row['flops'] / total / row['matmul']:11.1%}"
+        lines.append(line + ("" if "failed" not in row else f"  {row['failed']}"))
+    for name, row in rows.items():
+        if "seconds" in row:
+            lines.append(f"{name}: " + ", ".join(f"{phase} {s:.3f} s" for phase, s in row["seconds"].items()))
+    return "\n".join(lines + ["counted on the meta device: a prediction"] * predicted_only)
+
+
+if __name__ == "__main__":
+    main()
