@@ -20,6 +20,7 @@ setup(
     packages=find_packages(include=["teasr*"]),
     python_requires=">=3.11",
     install_requires=[
+        "accelerate",
         "deepspeed",
         "diffusers",
         "lpips",
@@ -38,9 +39,10 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image"],  # its photographs
-        "dev": ["jpeglib", "pytest", "ray", "ruff", "scikit-image"],
+        "dev": ["bitsandbytes", "jpeglib", "pytest", "ray", "ruff", "scikit-image"],
         "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
         "metrics": ["pyiqa"],  # PolyForm Noncommercial licence: reference metrics only, nothing here imports it
+        "nf4": ["bitsandbytes"],  # frozen weights in 4 bits
         "ray": ["ray"],  # data preparation on a cluster
     },
 )

@@ -1,14 +1,19 @@
 """backbones/qwen_image.py: a tiny model of the real classes through shards -> train -> resume -> restore; only the config differs."""
 
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import partitioning, small_recipe
+from conftest import ROOT, partitioning, small_recipe
 from test_training import start
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import prompts, recipe
@@ -16,6 +21,7 @@ from teasr.backbones import quantised
 from teasr.backbones.branch_lora import add_branch_lora
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image import QwenImage, QwenImageConfig, QwenNet, pack, unpack
+from teasr.distributed import free_port
 from teasr.training import Trainer
 from teasr.upscale import Upscaler
 
@@ -97,20 +103,21 @@ def test_full_size_has_the_published_counts():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
-    """ZeRO-1 and ZeRO-3 agree; three updates and three more give the bits of six; the checkpoint restores a picture."""
+    """The ZeRO stages agree; three updates and three more give the bits of six; the checkpoint restores and is scored."""
     jobs = []
-    for stage in ("zero1", "zero3"):
+    for stage in ("zero1", "zero2", "zero3"):
         common = {"backbone": config(model), "train__deepspeed": str(partitioning(stage, tmp_path))}
         common |= {"train__save_every_updates": 3, "train__keep_checkpoints": 5}
         jobs.append(small_recipe(shards, tmp_path / f"{stage}-whole", train__updates=6, **common))
-        jobs += [small_recipe(shards, tmp_path / f"{stage}-halves", train__updates=n, **common) for n in (3, 6)]
+        if stage != "zero2":
+            jobs += [small_recipe(shards, tmp_path / f"{stage}-halves", train__updates=n, **common) for n in (3, 6)]
     start(jobs, tmp_path, ranks)
-    one, three = rows(tmp_path / "zero1-whole"), rows(tmp_path / "zero3-whole")
+    one = rows(tmp_path / "zero1-whole")
     assert len(one) == 6
-    for a, b in zip(one, three, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=1e-2
-        )
+    for other in ("zero2-whole", "zero3-whole"):
+        for a, b in zip(one, rows(tmp_path / other), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
     for stage in ("zero1", "zero3"):
         whole, halves = (tmp_path / f"{stage}-{kind}/checkpoints/step-00000006" for kind in ("whole", "halves"))
         for name in ("weights.safetensors", "ema.safetensors"):
@@ -118,6 +125,36 @@ def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
     lq = np.ascontiguousarray(skimage.data.coffee()[:20, :28])
     restored = Upscaler.from_pretrained(tmp_path / "zero3-whole")(lq, steps=2)
     assert restored.shape == (80, 112, 3) and restored.std() > 0
+    scoring = ["--data", str(shards), "--steps", "1", "--out", str(tmp_path / "scores")]
+    done = subprocess.run([sys.executable, str(ROOT / "eval/benchmark.py"), str(tmp_path / "zero3-whole"), *scoring])
+    assert done.returncode == 0 and (tmp_path / "scores/scores.json").is_file()
+
+
+def test_the_preset_runs_on_random_weights(shards, tmp_path):
+    """`deepspeed launch/train.py` with the preset of the 80 GB run; only sizes and places differ."""
+    sizes = json.dumps(SIZES["transformer"]), json.dumps(SIZES["vae"])
+    changes = [
+        "backbone.model=random",
+        f"backbone.transformer={sizes[0]}",
+        f"backbone.vae={sizes[1]}",
+        "backbone.lora_rank=4",
+    ]
+    changes += [
+        f"run_dir={tmp_path}/run",
+        f"data.shards={shards}",
+        "data.streams=4",
+        "train.updates=2",
+        "train.cpu_threads=1",
+    ]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(free_port())]
+    preset = ["launch/train.py", "--config", "launch/presets/qwen_teasr.yaml", "--random-init", "tracking.mlflow=false"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(rows(tmp_path / "run")) == 2 and rows(tmp_path / "run")[0]["lpips"] > 0
 
 
 def test_mistakes_name_the_cure(model, tmp_path):
@@ -268,12 +305,52 @@ def test_autocast_is_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize("quantise", [None, "fp8", "nf4"])
-def test_blocks_compile_without_graph_breaks_in_every_form(quantise):
-    """With `fullgraph`, a break is an error."""
-    b = random_backbone(dtype="fp32", quantise=quantise, gradient_checkpointing=False)
+def test_blocks_compile_once_for_all_and_without_graph_breaks(quantise):
+    """With `fullgraph`, a break is an error. Two graphs: one of the last block, one of all others."""
+    many = SIZES["transformer"] | {"num_layers": 6}
+    b = random_backbone(dtype="fp32", quantise=quantise, gradient_checkpointing=False, transformer=many)
     v, grads = velocity_and_gradients(b)
     b.net.zero_grad()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     for block in b.net.transformer.transformer_blocks:
-        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+        block.compile(backend=counter, fullgraph=True)
     v_compiled, grads_compiled = velocity_and_gradients(b)
     assert (v - v_compiled).abs().max() < 1e-5 and largest_difference(grads_compiled, grads) < 1e-4
+    assert counter.frame_count <= 3
+
+
+def test_two_ranks_compute_the_same_and_no_rank_holds_all_weights(tmp_path):
+    """Under ZeRO-1, 2 and 3, with LoRA and without, bit for bit; loading under ZeRO-3 takes a rank its share of private memory."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    large = {"num_layers": 20, "num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
+    QwenImageTransformer2DModel(joint_attention_dim=48, **large).to(torch.bfloat16).save_pretrained(
+        tmp_path / "large/transformer"
+    )
+    AutoencoderKLQwenImage(base_dim=16, num_res_blocks=1).save_pretrained(tmp_path / "large/vae")
+    base = {
+        "name": "qwen_image",
+        "model": "random",
+        "prompt": "random",
+        "dtype": "fp32",
+        "modulation_table": 4,
+        **SIZES,
+    }
+    settings = small_recipe(tmp_path, tmp_path / "run", backbone=base | {"lora_rank": 2, "lora_alpha": 2})
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    command = ["--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "tests/run_on_ranks.py")]
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "deepspeed"), *command, str(tmp_path / "recipe.json"), str(tmp_path / "large")],
+        env=clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("[{"))
+    ranks = json.loads(line)
+    for rank in ranks:
+        assert rank["velocity"] == {stage: [0.0, 0.0] for stage in "123"}
+        assert rank["private"]["end"] < rank["private"]["weights"] / 2 + 80e6 < 0.9 * rank["private"]["weights"]
+    # rank 1 of a machine without GPU receives rank 0's weights into its mapped pages, which become its own for a while
+    assert ranks[0]["private"]["most"] < ranks[0]["private"]["weights"] / 2 + 80e6
