@@ -18,17 +18,19 @@ def local(parameter: torch.nn.Parameter) -> torch.Tensor:
 class Ema:
     """Exponential moving average of the trained parameters, each rank averaging only the part it holds."""
 
-    def __init__(self, net: torch.nn.Module, decay: float, world: World):
+    def __init__(self, net: torch.nn.Module, decay: float, world: World, device: torch.device | None = None):
+        """`device`: where the average lies; by default where the weights do."""
         self.decay, self.world = decay, world
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.shadow = {name: local(p).detach().clone().float() for name, p in self.parameters.items()}
+        self.shadow = {name: local(p).detach().to(device, torch.float32, copy=True) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, update: int) -> None:
         """Average in the weights after `update` (0-based); young averages forget faster, (1 + n) / (10 + n)."""
         decay = min(self.decay, (1 + update) / (10 + update))
         for name, parameter in self.parameters.items():
-            self.shadow[name].lerp_(local(parameter).float(), 1 - decay)
+            shadow = self.shadow[name]
+            shadow.lerp_(local(parameter).to(shadow), 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -171,7 +171,8 @@ def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, ema: b
     copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
     _put(states_at, "their fp32 copy and Adam's moments", share * copies)
     if ema:
-        _put(weights_at, "their moving average", weights)
+        away = _offloads(zero, "param") or _offloads(zero, "optimizer")
+        _put(result.host if away else result.gpu, "their moving average", weights)
 
 
 def _offloads(zero: dict, what: str) -> bool:

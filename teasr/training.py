@@ -79,7 +79,10 @@ class Trainer:
         self.engines = {
             name: start_engine(network, self.train, settings, self.world) for name, network in self.networks.items()
         }
-        self.ema = Ema(self.student.net.module, self.train.ema, self.world) if self.train.ema else None
+        # beside the optimiser's states, in host memory where they are
+        away = "offload_optimizer" in settings["zero_optimization"]
+        place = torch.device("cpu") if away else None
+        self.ema = Ema(self.student.net.module, self.train.ema, self.world, place) if self.train.ema else None
         if self.found:
             self._load()
 
