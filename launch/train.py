@@ -28,14 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print memory and FLOPs of an update, and stop; no GPU needed"
     )
-    parser.add_argument("--size", type=int, default=512, metavar="PX", help="of the pictures of the dry run (512)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of the dry run (1)")
+    parser.add_argument("--size", type=int, metavar="PX", help="of the pictures of the dry run (512)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (1)")
     parser.add_argument(
         "--random-init", action="store_true", help="random weights in place of missing ones: for benchmarks"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.updates=100")
     options = parser.parse_intermixed_args(arguments)
+    if (options.size or options.ranks) and not options.dry_run:
+        parser.error("--size and --ranks are those of --dry-run: data and launcher decide about a run")
     try:
         settings = recipe.load(options.config, options.overrides)
         if options.print:
@@ -45,8 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
             from teasr import footprint
             from teasr.training import engine_settings
 
-            partitioning = engine_settings(settings.train, options.ranks)
-            print(footprint.table(footprint.count(settings, partitioning, options.size, options.ranks)))
+            ranks = options.ranks or 1
+            partitioning = engine_settings(settings.train, ranks)
+            print(footprint.table(footprint.count(settings, partitioning, options.size or 512, ranks)))
             return 0
         if options.random_init:
             settings = settings.weightless()

@@ -22,7 +22,9 @@ class Ema:
         """`device`: where the average lies; by default where the weights do."""
         self.decay, self.world = decay, world
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.shadow = {name: local(p).detach().to(device, torch.float32, copy=True) for name, p in self.parameters.items()}
+        self.shadow = {
+            name: local(p).detach().to(device, torch.float32, copy=True) for name, p in self.parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, update: int) -> None:

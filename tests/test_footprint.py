@@ -132,4 +132,8 @@ def test_dry_run_of_any_preset_needs_no_files(capsys, tmp_path):
     assert train.main([*arguments, f"run_dir={tmp_path}/run", f"data.shards={tmp_path}/none"]) == 0
     out = capsys.readouterr().out
     assert "memory of one GPU" in out and "TFLOP" in out and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(ROOT / "launch/presets/tiny_teasr.yaml"), "--size", "64"])
+    with pytest.raises(ValueError, match=r"backbone\.model = .* cannot be loaded .*config\.json"):
+        count(tiny_qwen(model=str(tmp_path), transformer={}, vae={}), {"zero_optimization": {"stage": 1}}, 64)
     assert footprint.table(count(tiny_qwen(), {"zero_optimization": {"stage": 1}}, 64)).count("together") == 3

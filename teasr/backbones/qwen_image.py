@@ -27,7 +27,7 @@ from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.modulation import ModulationTable
 from teasr.backbones.quantised import KINDS
 from teasr.backbones.qwen_vae import QwenCodec
-from teasr.prompts import DTYPES, load_part, load_prompt
+from teasr.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.seed import seed_of
 
 
@@ -157,8 +157,11 @@ class QwenImage(Backbone):
         sizes = {"transformer": config.transformer, "vae": config.vae}
         if config.model != "random" and (folder := Path(config.model).expanduser()).is_dir():
             for part in sizes:
-                with open(folder / part / "config.json") as file:
-                    sizes[part] = {k: v for k, v in json.load(file).items() if not k.startswith("_")}
+                try:
+                    found = json.loads((folder / part / "config.json").read_text())
+                except (OSError, ValueError) as error:
+                    raise cannot_load("backbone.model", config.model, error) from None
+                sizes[part] = {k: v for k, v in found.items() if not k.startswith("_")}
         return replace(config, model="random", prompt="random", lora=None, **sizes)
 
     def lora_story(self) -> tuple[dict, dict]:
