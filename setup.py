@@ -17,6 +17,7 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    entry_points={"console_scripts": ["teasr = teasr.cli:main"]},
     packages=find_packages(include=["teasr*"]),
     python_requires=">=3.11",
     install_requires=[
@@ -29,6 +30,7 @@ setup(
         "opencv-python-headless",
         "peft",
         "pillow",
+        "psutil",
         "pyyaml",
         "safetensors",
         "scipy",

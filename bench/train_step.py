@@ -27,12 +27,12 @@ from peer_update import Joint, ThreeModelVsd
 
 from teasr import footprint, recipe
 from teasr.distributed import World
+from teasr.engine import engine_settings, start_engine, start_ranks
 from teasr.footprint import GIB, Meter
 from teasr.methods.base import Batch, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.randomness import Draws
 from teasr.tracking import git_commit
-from teasr.training import engine_settings, start_engine, start_ranks
 
 LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
 

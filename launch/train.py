@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import distributed
 
 from teasr import recipe
+from teasr.distributed import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, metavar="PX", help="of the pictures of the dry run (512)")
     parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (1)")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="resume although the config changed, where it fits"
+    )
     parser.add_argument(
         "--random-init", action="store_true", help="random weights in place of missing ones: for benchmarks"
     )
@@ -45,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.dry_run:
             from teasr import footprint
-            from teasr.training import engine_settings
+            from teasr.engine import engine_settings
 
             ranks = options.ranks or 1
             partitioning = engine_settings(settings.train, ranks)
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings = settings.weightless()
         from teasr.training import Trainer
 
-        Trainer(settings).fit()
+        Trainer(settings, options.accept_changes).fit()
     except (ValueError, FloatingPointError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or distributed.is_initialized():  # before that all ranks find the same: one line is enough
@@ -65,4 +69,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -38,13 +38,19 @@ class Ema:
     def swapped(self) -> Iterator[None]:
         """Inside the block the networks hold the average."""
         kept = {name: local(p).clone() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            local(parameter).copy_(self.shadow[name])
+        self._take(self.shadow)
         try:
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                local(parameter).copy_(kept[name])
+            self._take(kept)
+
+    def _take(self, values: dict[str, torch.Tensor]) -> None:
+        """Into the networks; whole copies that ZeRO-3 keeps of small parameters go, or they would be used instead."""
+        whole = [p for p in self.parameters.values() if hasattr(p, "ds_status") and p.ds_status.name == "AVAILABLE"]
+        if whole:
+            whole[0].partition(whole, has_been_updated=False)
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(values[name])
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Take this rank's part of whole tensors."""

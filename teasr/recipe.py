@@ -18,7 +18,7 @@ from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.stream import DataConfig
 from teasr.methods.base import Method
 from teasr.methods.teasr import Teasr, TeasrConfig
-from teasr.settings import TrackingConfig, TrainConfig
+from teasr.settings import PreviewConfig, TrackingConfig, TrainConfig
 
 BACKBONES: dict[str, tuple[type, type[Backbone]]] = {
     "tiny": (TinyConfig, Tiny),
@@ -39,6 +39,7 @@ class Recipe:
     method: Any
     data: DataConfig
     train: TrainConfig
+    preview: PreviewConfig
     tracking: TrackingConfig
 
     def to_dict(self) -> dict:
@@ -50,6 +51,7 @@ class Recipe:
             "method": {"name": self.method_name} | cfg.to_dict(self.method),
             "data": cfg.to_dict(self.data),
             "train": cfg.to_dict(self.train),
+            "preview": cfg.to_dict(self.preview),
             "tracking": cfg.to_dict(self.tracking),
         }
 
@@ -81,7 +83,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse(data: dict) -> Recipe:
     """A recipe from nested mappings."""
-    sections = ("run_dir", "seed", "backbone", "method", "data", "train", "tracking")
+    sections = ("run_dir", "seed", "backbone", "method", "data", "train", "preview", "tracking")
     for key in data:
         if key not in sections:
             raise ValueError(cfg.unknown_key(str(key), str(key), list(sections)))
@@ -99,6 +101,7 @@ def parse(data: dict) -> Recipe:
         method=method,
         data=cfg.build(DataConfig, data["data"], "data"),
         train=cfg.build(TrainConfig, data["train"], "train"),
+        preview=cfg.build(PreviewConfig, data.get("preview") or {}, "preview"),
         tracking=cfg.build(TrackingConfig, data.get("tracking") or {}, "tracking"),
     )
 

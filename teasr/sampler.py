@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teasr import flow
@@ -31,3 +32,16 @@ def sample(
         if on_step:
             on_step(i + 1, steps)
     return z
+
+
+@torch.no_grad()
+def restore(backbone: Backbone, x_lq: Tensor, steps: int, seed: int) -> Tensor:
+    """Restored pictures from low-quality ones of the same size, both [B, 3, H, W] in [-1, 1]; any size, padded inside.
+
+    The noise is a function of the seed and the size alone. Raises ValueError for steps < 1.
+    """
+    height, width = x_lq.shape[-2:]
+    m = backbone.pixel_multiple
+    z_lq = backbone.encode(F.pad(x_lq, (0, -width % m, 0, -height % m), mode="replicate"))
+    eps = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)).to(z_lq.device)
+    return backbone.decode(sample(backbone, z_lq, eps, steps))[..., :height, :width]

@@ -24,12 +24,19 @@ class TrainConfig:
     ema: float | None = 0.999
     save_every_updates: int = 500
     keep_checkpoints: int = 2
+    on_full_disk: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
+    max_hours: float | None = None  # then the update is finished and saved, and the run ends well
+    max_skipped: int = 10  # updates in a row that are not finite
     cpu_threads: int | None = None  # of each rank on a machine without GPU; none: cores / ranks
 
     def __post_init__(self):
         for name in ("updates", "batch", "micro_batch", "save_every_updates", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be >= 1")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError(f"train.max_hours = {self.max_hours}: must be > 0, such as 23.5, or null")
+        if self.max_skipped < 0:
+            raise ValueError(f"train.max_skipped = {self.max_skipped}: must be >= 0")
         if self.learning_rate <= 0:
             raise ValueError(f"train.learning_rate = {self.learning_rate}: must be > 0, such as 5e-5")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -53,6 +60,23 @@ class TrainConfig:
         if self.schedule == "constant":
             return self.learning_rate * warm
         return self.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * update / self.updates)))
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """A fixed handful of pictures restored during the run, before the first update too; one sheet a time, in previews/."""
+
+    every_updates: int | None = None  # null: whenever a checkpoint is saved; 0: never
+    pictures: int = 4
+    steps: tuple[int, ...] = (1, 4)  # PSNR-Y at the first of them chooses the best checkpoint
+    shards: str | None = None  # held-out pairs; null: pictures of the training set, and no best checkpoint
+
+    def __post_init__(self):
+        if self.pictures < 1 or not self.steps or min(self.steps) < 1 or (self.every_updates or 0) < 0:
+            raise ValueError(
+                f"preview.pictures = {self.pictures} and preview.steps = {list(self.steps)} must be >= 1, preview.every_updates = "
+                f"{self.every_updates} >= 0 (0 for no previews)"
+            )
 
 
 @dataclass(frozen=True)

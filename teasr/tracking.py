@@ -1,4 +1,8 @@
-"""Metrics of a run: CSV files always, MLflow on top from a thread that can never hold up or stop the training."""
+"""Metrics of a run: CSV files always, and an MLflow run that mirrors the run folder from a thread of its own.
+
+The files are the truth and the queue at once: the mirror asks the store what it has and sends the rest. A store that is slow, away or restarted
+therefore costs the training nothing and loses nothing; what is missing at the end `teasr sync-mlflow RUN` sends.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,28 @@ import io
 import json
 import os
 import platform
-import queue
+import re
 import subprocess
 import threading
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from teasr.config import flatten
 from teasr.files import write_atomic
 from teasr.settings import TrackingConfig
 
-RUN_FILE = "mlflow_run.json"
+METRICS, TIMING = "metrics.csv", "timing.csv"  # functions of the run alone; what differs between equal runs
+RUN_FILE = "mlflow_run.json"  # {URI of a store: id of the run there}
+PARAMS_FILE = "parameters.json"
+STATUS_FILE = "status"  # RUNNING, FINISHED, FAILED or KILLED, as MLflow has them
+SKIPPED_FILE = "skipped_updates.txt"  # updates that were not finite, and where
 BAD_FILE = "bad_samples.txt"  # what the reader had to pass over, one a line
+FILES = ("config.yaml", "environment.txt", BAD_FILE, SKIPPED_FILE)  # of the run folder, as artifacts
+PREVIEWS, PREVIEW = "previews", "update-{:08d}.png"
+
+SEND_EVERY_S, RETRY_S = 2.0, 5.0
+BATCH = 1000  # metrics that MLflow takes at once
 
 
 class CsvLog:
@@ -54,109 +66,213 @@ class CsvLog:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
 
+class Tail:
+    """The rows that were added to a CSV file since the last look; all of them again when it got another column."""
+
+    def __init__(self, path: Path):
+        self.path, self.header, self.offset = path, b"", 0
+
+    def rows(self) -> list[dict[str, str]]:
+        """New complete rows. OSError when there is no such file."""
+        with open(self.path, "rb") as file:
+            header = file.readline()
+            if header != self.header:
+                self.header, self.offset = header, file.tell()
+            file.seek(self.offset)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self.offset += len(text)
+        columns = self.header.decode().strip().split(",")
+        return [dict(zip(columns, line.split(","), strict=True)) for line in text.decode().splitlines()]
+
+
 class Tracker:
     """Where a run's numbers and pictures go. Only rank 0 makes one."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = CsvLog(run_dir / "metrics.csv", resume_from)
-        self.timing = CsvLog(run_dir / "timing.csv", resume_from)
+        self.metrics = CsvLog(run_dir / METRICS, resume_from)
+        self.timing = CsvLog(run_dir / TIMING, resume_from)
         write_atomic(run_dir / "environment.txt", environment().encode())
-        self.mlflow = MlflowSink(run_dir, config, params, resume_from) if config.mlflow else None
-        if self.mlflow:
-            self.mlflow.artifact(run_dir / "environment.txt")
-            self.mlflow.artifact(run_dir / "config.yaml")
+        write_atomic(run_dir / PARAMS_FILE, json.dumps(flatten(params), indent=1, default=str).encode())
+        self._status("RUNNING")
+        self.sender = Sender(Mirror(run_dir, config, resume_from)) if config.mlflow else None
 
     def log(self, update: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """One update: `metrics` are functions of the run alone, `timing` differs between equal runs."""
         self.metrics.append(update, metrics)
-        self.timing.append(update, timing)
-        if self.mlflow:
-            self.mlflow.log(update, metrics | timing)
+        self.timing.append(update, timing | {"unix_s": round(time.time(), 3)})
 
     def close(self, status: str) -> None:
         """Flush; `status` as MLflow names it: FINISHED, FAILED or KILLED."""
-        if self.mlflow:
-            if (self.run_dir / BAD_FILE).is_file():
-                self.mlflow.artifact(self.run_dir / BAD_FILE)
-            self.mlflow.close(status)
+        self._status(status)
+        if self.sender:
+            self.sender.close(status)
+
+    def _status(self, status: str) -> None:
+        write_atomic(self.run_dir / STATUS_FILE, f"{status}\n".encode())
 
 
-class MlflowSink:
-    """An MLflow run fed by a daemon thread. When MLflow fails it says so once and drops; the CSV files have it all."""
+class Sender(threading.Thread):
+    """Keeps the MLflow run of a training up to date; whatever MLflow does must not reach the training."""
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
-        fail_fast()
-        self.run_dir, self.config, self.params, self.resume_from = run_dir, config, params, resume_from
-        self.uri = tracking_uri(run_dir, config)
-        self.run_id: str | None = None
-        self.error: str | None = None
-        self._jobs: queue.Queue = queue.Queue(maxsize=10_000)
-        self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow")
-        self._thread.start()
+    def __init__(self, mirror: Mirror):
+        super().__init__(daemon=True, name="mlflow")
+        self.mirror, self.away, self.complete = mirror, False, False
+        self._ending, self._status = threading.Event(), "RUNNING"
+        self.start()
 
-    def log(self, update: int, values: dict[str, float]) -> None:
-        """Queue the metrics of one update."""
-        self._put(("metrics", (update, int(time.time() * 1000), dict(values))))
-
-    def artifact(self, path: Path) -> None:
-        """Queue a file."""
-        self._put(("artifact", path))
+    def run(self) -> None:
+        """Send, wait, send; after a failure from what the store says that it has."""
+        pause = 0.0
+        while True:
+            ending = self._ending.wait(pause)
+            pause = SEND_EVERY_S
+            try:
+                sent = self.mirror.send()
+                if self.away:
+                    self.away = False
+                    print(f"MLflow at {self.mirror.uri} is back, {sent} updates were sent", flush=True)
+                if ending:
+                    self.mirror.finish(self._status)
+                    self.complete = True
+            except Exception as error:
+                self.mirror.forget()
+                pause = RETRY_S
+                if not self.away:
+                    self.away = True
+                    reason = " ".join(str(error).split())[:300]
+                    print(
+                        f"MLflow at {self.mirror.uri} failed ({reason}): going on without it, metrics.csv has everything; what it "
+                        "misses is sent when it is back",
+                        flush=True,
+                    )
+            if ending:
+                return
 
     def close(self, status: str, timeout_s: float = 60.0) -> None:
-        """Finish what is queued, set the status, wait at most `timeout_s`."""
-        self._put(("close", status))
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        """Send what is left and set the status, for at most `timeout_s`; say what to do when that did not work."""
+        self._status = status
+        self._ending.set()
+        self.join(timeout_s)
+        if not self.complete:
             print(
-                f"MLflow at {self.uri} did not take everything in {timeout_s:.0f} s; metrics.csv is complete",
+                f"MLflow at {self.mirror.uri} lacks the end of this run: when it is back, `teasr sync-mlflow {self.mirror.run_dir}` "
+                "sends it",
                 flush=True,
             )
 
-    def _put(self, job: tuple[str, Any]) -> None:
-        if self.error is None:
-            try:
-                self._jobs.put_nowait(job)
-            except queue.Full:
-                self._fail("it is too slow, its queue is full")
 
-    def _fail(self, reason: object) -> None:
-        if self.error is None:
-            self.error = " ".join(str(reason).split())[:300]
-            print(
-                f"MLflow at {self.uri} failed ({self.error}): going on without it, metrics.csv has everything",
-                flush=True,
-            )
+class Mirror:
+    """The MLflow run of a run folder. It needs nothing but the folder: what the store has already, the store itself says."""
 
-    def _work(self) -> None:
-        try:
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric
+    def __init__(self, run_dir: Path, config: TrackingConfig, resumed_from: int = 0):
+        fail_fast()
+        self.run_dir, self.config, self.resumed_from = run_dir, config, resumed_from
+        self.uri = tracking_uri(run_dir, config)
+        self.run_id: str | None = None
+        self.forget()
 
-            client = MlflowClient(self.uri)
-            self.run_id = open_run(client, self.run_dir, self.uri, self.config, self.params, self.resume_from)
-            while True:
-                jobs = [self._jobs.get()]
-                while len(jobs) < 30 and not self._jobs.empty():
-                    jobs.append(self._jobs.get())
-                rows = [
-                    Metric(k, v, at, n)
-                    for kind, job in jobs
-                    if kind == "metrics"
-                    for n, at, d in [job]
-                    for k, v in d.items()
-                ]
-                for i in range(0, len(rows), 1000):
-                    client.log_batch(self.run_id, metrics=rows[i : i + 1000])
-                for kind, job in jobs:
-                    if kind == "artifact":
-                        client.log_artifact(self.run_id, str(job))
-                    elif kind == "close":
-                        client.set_terminated(self.run_id, job)
-                        return
-        except Exception as error:  # whatever MLflow raises must not reach the training
-            self._fail(error)
+    def forget(self) -> None:
+        """Ask the store again at the next `send`."""
+        self.client, self.sent, self._files, self._previews = None, -1, {}, set()
+        self._metrics, self._timing = (Tail(self.run_dir / name) for name in (METRICS, TIMING))
+        self._waiting: dict[int, dict[str, str]] = {}  # rows of metrics.csv whose timing is not written yet
+
+    def send(self) -> int:
+        """Bring the store up to date; returns the updates sent. Raises whatever MLflow raises: `forget`, and try again."""
+        from mlflow.entities import Metric
+
+        if self.client is None:
+            self._connect()
+        rows = self._new_rows()
+        batch: list = []
+        for update, at, values in [*rows, (None, 0, {})]:
+            if batch and (update is None or len(batch) + len(values) > BATCH):
+                self.client.log_batch(self.run_id, metrics=batch)
+                self.sent, batch = batch[-1].step, []
+            batch += [Metric(key, value, at, update) for key, value in values.items()]
+        self._send_files()
+        return len(rows)
+
+    def finish(self, status: str) -> None:
+        """Set the run's status, as MLflow names it."""
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status=status)
+        else:
+            self.client.set_terminated(self.run_id, status)
+
+    def _connect(self) -> None:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri)
+        path = self.run_dir / PARAMS_FILE
+        params = json.loads(path.read_text()) if path.is_file() else {}
+        self.run_id = open_run(client, self.run_dir, self.uri, self.config, params, self.resumed_from)
+        # rows go in order and whole, so the newest tells
+        self.sent = max((m.step for m in client.get_metric_history(self.run_id, "update_s")), default=-1)
+        self._previews = {_step(f.path) for f in client.list_artifacts(self.run_id, "images")}
+        self.client = client
+
+    def _new_rows(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(update, milliseconds, values) of what both files hold and the store does not."""
+        timings = self._timing.rows()  # first: each of them is in the other file already
+        self._waiting |= {int(row["update"]): row for row in self._metrics.rows()}
+        rows = []
+        for timing in timings:
+            update = int(timing["update"])
+            row = self._waiting.get(update)
+            if row is not None and update > self.sent:
+                at = int(1000 * float(timing["unix_s"]))
+                both = {k: float(v) for k, v in (row | timing).items() if v and k not in ("update", "unix_s")}
+                rows.append((update, at, both))
+        newest = int(timings[-1]["update"]) if timings else self.sent
+        self._waiting = {update: row for update, row in self._waiting.items() if update > newest}
+        return rows
+
+    def _send_files(self) -> None:
+        """Files that have changed, and previews that the store lacks."""
+        for name in FILES:
+            path = self.run_dir / name
+            state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            if state != self._files.get(name):
+                self.client.log_artifact(self.run_id, str(path))
+                self._files[name] = state
+        for path in sorted((self.run_dir / PREVIEWS).glob("update-*.png")):
+            update = int(path.stem.removeprefix("update-"))
+            if update not in self._previews:
+                self._send_preview(path, update)
+                self._previews.add(update)
+
+    def _send_preview(self, path: Path, update: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self.client.log_image(self.run_id, picture, key="preview", step=update, synchronous=True)
+
+
+def _step(artifact: str) -> int | None:
+    """The update of what `log_image` wrote: images/preview+step+100+timestamp+.."""
+    found = re.search(r"\+step\+(\d+)\+", artifact)
+    return int(found[1]) if found else None
+
+
+def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
+    """Send what MLflow lacks of a run folder; returns "uri, run id" and the number of updates sent.
+
+    Raises ValueError naming the store when it does not take them.
+    """
+    mirror = Mirror(run_dir, config)
+    try:
+        sent = mirror.send()
+        status = run_dir / STATUS_FILE
+        mirror.finish(status.read_text().strip() if status.is_file() else "KILLED")
+    except Exception as error:
+        raise ValueError(
+            f"MLflow at {mirror.uri} did not take the run ({' '.join(str(error).split())[:300]})"
+        ) from error
+    return f"{mirror.uri}, run {mirror.run_id}", sent
 
 
 def fail_fast() -> None:
@@ -170,23 +286,42 @@ def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent}/mlflow.db"
 
 
-def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resume_from: int = 0) -> str:
+def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resumed_from: int = 0) -> str:
     """The MLflow run of a run folder: reopened if its id is on file and known to the store, else created."""
     from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
 
     note = run_dir / RUN_FILE
-    if note.is_file():
-        known = json.loads(note.read_text())
-        try:
-            if known["uri"] == uri:
-                client.get_run(known["run_id"])
-                client.update_run(known["run_id"], status="RUNNING")
-                if resume_from:
-                    client.set_tag(known["run_id"], "resumed_from_update", resume_from)
-                return known["run_id"]
-        except MlflowException:
-            pass  # the store was cleared: a new run below
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    run_id, has = known.get(uri), {}
+    if run_id is not None:
+        has = _params_of(client, run_id)
+        run_id = None if has is None else run_id
+    if run_id is None:
+        run_id, has = _create_run(client, run_dir, uri, config), {}
+        write_atomic(note, json.dumps(known | {uri: run_id}, indent=1).encode())
+    else:
+        client.update_run(run_id, status="RUNNING")
+        if resumed_from:
+            client.set_tag(run_id, "resumed_from_update", resumed_from)
+    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items() if key not in has]
+    for i in range(0, len(flat), 100):
+        client.log_batch(run_id, params=flat[i : i + 100])
+    return run_id
+
+
+def _params_of(client, run_id: str) -> dict | None:
+    """Parameters of a run, None when the store does not know it (it was cleared)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).data.params
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _create_run(client, run_dir: Path, uri: str, config: TrackingConfig) -> str:
     experiment = client.get_experiment_by_name(config.experiment)
     if experiment is None:
         place = None
@@ -198,12 +333,7 @@ def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: di
     else:
         experiment_id = experiment.experiment_id
     tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": "launch/train.py", "run_dir": str(run_dir)}
-    run_id = client.create_run(experiment_id, run_name=config.run_name or run_dir.name, tags=tags).info.run_id
-    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
-    for i in range(0, len(flat), 100):
-        client.log_batch(run_id, params=flat[i : i + 100])
-    write_atomic(note, json.dumps({"uri": uri, "run_id": run_id}, indent=1).encode())
-    return run_id
+    return client.create_run(experiment_id, run_name=config.run_name or run_dir.name, tags=tags).info.run_id
 
 
 def log_results(

@@ -1,55 +1,71 @@
 """The training loop: networks become DeepSpeed engines, loss terms are back-propagated one by one, every update is logged.
 
-The only file that imports deepspeed. It knows neither the method nor the backbone. All backward passes of an update run
-inside one `coalesce_grad_reduction` block: without it ZeRO-1/2 drop all but the last of several backward passes.
+It knows neither the method nor the backbone. All backward passes of an update run inside one `coalesce_grad_reduction` block: without it
+ZeRO-1/2 drop all but the last of several backward passes. Data, noise and schedules are functions of the update, so that a checkpoint needs no more
+than weights, moments, average and the update to go on to the same bits, on any number of ranks and under any ZeRO stage.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from teasr import checkpoint
+from teasr import checkpoint, checks
 from teasr.backbones.base import Backbone
-from teasr.config import diff
+from teasr.config import diff, to_dict
 from teasr.data.shards import ShardSet, decode_near, read_shard
 from teasr.data.stream import PairStream, batches, check_shards, check_streams
 from teasr.distributed import World
 from teasr.ema import Ema
+from teasr.engine import (
+    check_nvme,
+    engine_settings,
+    gather,
+    load_optimiser_state,
+    optimiser_state,
+    start_engine,
+    start_ranks,
+)
 from teasr.files import write_atomic
 from teasr.images import to_tensor
+from teasr.machine import Machine
 from teasr.methods.base import Batch, Method, Progress
+from teasr.preview import Preview
 from teasr.progress import ProgressLine
 from teasr.randomness import Draws
 from teasr.recipe import Recipe, load
-from teasr.settings import TrainConfig
-from teasr.tracking import BAD_FILE, Tracker, git_commit
+from teasr.stopping import Stopping
+from teasr.tracking import BAD_FILE, PREVIEW, PREVIEWS, SKIPPED_FILE, Tracker, git_commit
 
-RUN_OWNS = (  # keys that the run config decides; a second value in a ds_configs file is an error
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
-    "scheduler", "fp16", "bf16", "torch_autocast",
+MAY_CHANGE = (  # without a word of consent: what does not change the numbers, and the length of the run
+    "run_dir", "data.shards", "data.workers", "preview.", "tracking.", "train.cpu_threads", "train.deepspeed", "train.keep_checkpoints",
+    "train.max_hours", "train.max_skipped", "train.micro_batch", "train.on_full_disk", "train.save_every_updates", "train.updates",
 )  # fmt: skip
-MAY_CHANGE = ("run_dir", "data.shards", "data.workers", "tracking.", "train.cpu_threads", "train.keep_checkpoints",
-              "train.save_every_updates", "train.updates")  # fmt: skip
+LOST = (
+    "gloo",
+    "NCCL",
+    "Connection reset by peer",
+    "Connection closed by peer",
+)  # in what torch says when a rank has died
 FIT_PAIRS = 1024  # pictures that a codec is fitted to
 
 
 class Trainer:
     """One run: everything checked and built in the constructor, trained by `fit`."""
 
-    def __init__(self, recipe: Recipe):
-        """Raises ValueError with the cure before anything long when the run cannot work."""
-        self.recipe, self.train = recipe, recipe.train
+    def __init__(self, recipe: Recipe, accept_changes: bool = False):
+        """Raises ValueError with the cure before anything long when the run cannot work.
+
+        accept_changes: go on from a checkpoint of another config wherever its tensors fit.
+        """
+        self.recipe, self.train, self.accept_changes = recipe, recipe.train, accept_changes
         self.world = World.from_environment()
         self.run_dir = Path(recipe.run_dir)
         self.root = self.run_dir / "checkpoints"
@@ -57,6 +73,8 @@ class Trainer:
         self.shards = ShardSet.open(recipe.data.shards)
         check_streams(self.shards, recipe.data, self.world.size)
         settings = engine_settings(self.train, self.world.size)
+        check_nvme(settings, self.world)
+        checks.precision(self.train.dtype, to_dict(recipe.backbone).get("dtype"))
         self.method: Method = recipe.build_method()
         self.method.check(self.accumulation)
         self.networks: dict[str, Backbone] = {name: recipe.build_backbone() for name in self.method.networks}
@@ -66,15 +84,23 @@ class Trainer:
                 "remove train.dtype"
             )
         self.student = self.networks[self.method.networks[0]]
+        self.checkpoint_bytes = self._bytes()
+        self.preview = self._preview_pictures()
         if self.world.main:
-            for problem in check_shards(self.shards, self.student.check_size, recipe.data.max_bad_share):
+            warnings = check_shards(self.shards, self.student.check_size, recipe.data.max_bad_share)
+            checks.writable(self.run_dir)
+            warnings.append(checks.room(self.run_dir, self.checkpoint_bytes, self.train.keep_checkpoints))
+            for problem in filter(None, warnings):
                 self._say(f"warning: {problem}")
-            self.run_dir.mkdir(parents=True, exist_ok=True)
         start_ranks(self.train, self.world)
         found = checkpoint.latest(self.root) if self.world.main else None
         self.found: Path | None = self.world.from_main(found)
-        self.update = self._check_found() if self.found else 0
+        self.update, self.steps = self._check_found() if self.found else (0, 0)
+        self.saved = self.update  # the newest checkpoint's
         self._fit_fixed_parts()
+        if self.found:
+            for name, network in self.networks.items():
+                network.load_weights(load_file(self.found / self._file("weights", name)))
         self.method.to(self.world.device)
         self.engines = {
             name: start_engine(network, self.train, settings, self.world) for name, network in self.networks.items()
@@ -87,11 +113,21 @@ class Trainer:
             self._load()
 
     def fit(self) -> None:
-        """Train to the last update, saving on the way; says so when there is nothing left to do."""
+        """Train to the last update, saving on the way; says so when there is nothing left to do.
+
+        Told to stop (SIGTERM, SIGINT, train.max_hours), it finishes the update, saves and returns. FloatingPointError after too many
+        updates in a row that were not finite, OSError when a checkpoint cannot be written; both name the last good one.
+        """
         updates = self.train.updates
         if self.update >= updates:
             self._say(f"already trained: {self.update}/{updates} updates in {self.run_dir}")
             return
+        sharding = Path(self.train.deepspeed).stem
+        self._say(
+            f"training {self.recipe.method_name} on {self.recipe.backbone_name}: {self.world.size} rank(s), {sharding}, "
+            f"{self.world.device.type if self.world.device.type == 'cpu' else torch.cuda.get_device_name()}, a batch of "
+            f"{self.train.batch} = {self.world.size} x {self.train.micro_batch} x {self.accumulation}"
+        )
         stream = PairStream(
             self.shards, self.recipe.data, self.recipe.seed, self.world.rank, self.world.size,
             self.update * self.train.batch // self.world.size,
@@ -99,43 +135,112 @@ class Trainer:
         data = batches(stream, self.train.micro_batch, self.world.device)
         line = ProgressLine("train", updates, "updates", self.update, enabled=self.world.main)
         tracker = self._start_tracker()
-        status, named = "KILLED", set()
+        machine = Machine(self.run_dir, self.world.device)
+        status, named, stop, skipped = "KILLED", set(), False, 0
         try:
-            while self.update < updates:
-                started = time.perf_counter()
-                micro = [next(data) for _ in range(self.accumulation)]
-                waited = time.perf_counter() - started
-                bad = [name for _, names in micro for name in names]
-                self._name(sorted(set(bad) - named))
-                named |= set(bad)
-                logs = self._one_update([batch for batch, _ in micro], len(bad))
-                self.update += 1
-                if tracker:
-                    seconds = time.perf_counter() - started
-                    timing = {"update_s": seconds, "data_wait_s": waited, "images_per_s": self.train.batch / seconds}
-                    tracker.log(self.update, logs, timing)
-                line.show(self.update, loss=logs["loss"])
-                if self.update % self.train.save_every_updates == 0 or self.update == updates:
-                    self.save()
-            status = "FINISHED"
-        except Exception:
+            with Stopping(self.train.max_hours) as stopping:
+                if self.preview and not self.update:
+                    self._log(tracker, *self._show())
+                while self.update < updates and not stop:
+                    started = time.perf_counter()
+                    micro = [next(data) for _ in range(self.accumulation)]
+                    waited = time.perf_counter() - started
+                    bad = [name for _, names in micro for name in names]
+                    self._name(sorted(set(bad) - named))
+                    named |= set(bad)
+                    logs = self._one_update([batch for batch, _ in micro], len(bad), stopping.reason is not None)
+                    self.update += 1
+                    stop = logs.pop("stop") > 0
+                    skipped = skipped + 1 if logs["skipped"] else 0
+                    saves = self.update % self.train.save_every_updates == 0 or self.update == updates or stop
+                    timing = self._timing(started, waited) | machine.sample()
+                    shown, shown_s = self._show() if self._shows(saves) else ({}, {})
+                    self._log(tracker, logs | shown, timing | shown_s)
+                    line.show(self.update, loss=logs.get("loss", math.nan))
+                    if skipped > self.train.max_skipped:
+                        raise FloatingPointError(
+                            f"{skipped} updates in a row were not finite (skipped_updates.txt names them); the last good state is "
+                            f"{self.root / checkpoint.name_of(self.saved)}; lower train.learning_rate or raise the ramps of "
+                            "method.ramps"
+                        )
+                    if saves:
+                        self.save(shown.get(self.preview.score) if self.preview else None)
+                reason = stopping.reason or "another rank"
+            if stop and self.update < updates:
+                line.close()
+                self._say(f"stopped by {reason} after update {self.update}: the same command goes on from there")
+            else:
+                status = "FINISHED"
+        except Exception as error:
             status = "FAILED"
+            if self.world.size > 1 and any(name in str(error) for name in LOST):
+                raise ConnectionError(
+                    f"another rank is gone ({' '.join(str(error).split())[:150]}): its own message is in its log; the same "
+                    f"command goes on from update {self.saved}"
+                ) from error
             raise
         finally:
             line.close()
             if tracker:
                 tracker.close(status)
 
+    def _preview_pictures(self) -> Preview | None:
+        """None where no previews are wanted. ValueError when previews and checkpoints could never meet."""
+        every, config = self.train.save_every_updates, self.recipe.preview
+        if config.every_updates == 0:
+            return None
+        if config.every_updates and max(every, config.every_updates) % min(every, config.every_updates):
+            raise ValueError(
+                f"preview.every_updates = {config.every_updates} and train.save_every_updates = {every}: one must be a multiple of "
+                "the other, for a checkpoint to have a score"
+            )
+        return Preview(config, self.shards, self.recipe.seed)
+
+    def _shows(self, saves: bool) -> bool:
+        """Whether this update ends with a preview."""
+        if self.preview is None:
+            return False
+        every = self.recipe.preview.every_updates
+        return saves if every is None else self.update % every == 0 or self.update == self.train.updates
+
+    def _show(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Restore the preview's pictures with the averaged weights; returns scores and timing. Every rank must call it."""
+        started = time.perf_counter()
+        with self.ema.swapped() if self.ema else nullcontext():
+            sheet, scores = self.preview.make(self.student, self.world.device)
+        if self.world.main:
+            write_atomic(self.run_dir / PREVIEWS / PREVIEW.format(self.update), sheet)
+        return scores, {"preview_s": time.perf_counter() - started}
+
+    def _log(self, tracker: Tracker | None, logs: dict[str, float], timing: dict[str, float]) -> None:
+        if tracker:
+            tracker.log(self.update, logs, timing)
+
+    def _timing(self, started: float, waited: float) -> dict[str, float]:
+        """What differs between equal runs: seconds of this update, pictures a second, and on a GPU the most memory so far."""
+        seconds = time.perf_counter() - started
+        timing = {"update_s": seconds, "data_wait_s": waited, "images_per_s": self.train.batch / seconds}
+        if self.world.device.type == "cuda":
+            timing["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return timing
+
     def _name(self, bad: list[str]) -> None:
         """Print what had to be passed over in the data, and keep it in bad_samples.txt, which goes to MLflow at the end."""
         if bad:
-            lines = [f"update {self.update + 1}, rank {self.world.rank}: skipped {name}" for name in bad]
-            print(*lines, sep="\n", flush=True)
-            with open(self.run_dir / BAD_FILE, "a") as file:
-                file.write("\n".join(lines) + "\n")
+            self._note(BAD_FILE, [f"skipped {name}" for name in bad])
 
-    def _one_update(self, micro: list[Batch], bad: int) -> dict[str, float]:
-        """All terms of all micro-batches, then one optimiser step of every network; returns what to log."""
+    def _note(self, file: str, lines: list[str]) -> None:
+        """Print what went wrong in the update at hand on this rank, and keep it in a file of the run folder."""
+        lines = [f"update {self.update + 1}, rank {self.world.rank}: {line}" for line in lines]
+        print(*lines, sep="\n", flush=True)
+        with open(self.run_dir / file, "a") as out:
+            out.write("\n".join(lines) + "\n")
+
+    def _one_update(self, micro: list[Batch], bad: int, stop: bool) -> dict[str, float]:
+        """All terms of all micro-batches, then one optimiser step of every network; returns what to log.
+
+        Where a loss or a gradient of any rank is not finite, all ranks leave the weights as they are.
+        """
         rate = self.train.rate(self.update)
         sums: dict[str, list[torch.Tensor]] = {}
         with ExitStack() as stack:
@@ -151,28 +256,44 @@ class Trainer:
                     for name, value in term.logs.items():
                         sums.setdefault(name, []).append(value.detach())
                     del term
-        means = {name: torch.stack(values).mean() for name, values in sums.items()}
-        logs = self.world.mean(means | {"bad_samples": torch.tensor(bad)})
-        logs["bad_samples"] *= self.world.size
-        self._refuse_nan(logs, micro)
+            means = {name: torch.stack(values).mean() for name, values in sums.items()}
+            wrong = self._not_finite(means)
+            told = {"bad_samples": bad, "stop": stop, "skipped": bool(wrong)}
+            logs = self.world.mean(means | {name: torch.tensor(float(value)) for name, value in told.items()})
+            if logs["skipped"]:
+                self._clear_gradients()
+        flags = {"bad_samples": logs["bad_samples"] * self.world.size, "skipped": float(logs["skipped"] > 0)}
+        if flags["skipped"]:
+            if wrong:
+                keys = ", ".join(key for batch in micro for key in batch.keys[:4])
+                self._note(SKIPPED_FILE, [f"{', '.join(wrong)} not finite, update skipped (samples {keys})"])
+            return flags | {"stop": logs["stop"]}
         for engine in self.engines.values():
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             engine.step()
+        self.steps += 1
         if self.ema:
             self.ema.update(self.update)
         weights = self.method.weights(Progress(self.update, self.train.updates))
         loss = sum(weight * logs.get(name, 0.0) for name, weight in weights.items())
         norm = math.hypot(*(float(engine.get_global_grad_norm()) for engine in self.engines.values()))
-        return {"loss": loss} | logs | {"grad_norm": norm, "learning_rate": rate}
+        return {"loss": loss} | logs | flags | {"grad_norm": norm, "learning_rate": rate}
 
-    def _refuse_nan(self, logs: dict[str, float], micro: list[Batch]) -> None:
-        wrong = [name for name, value in logs.items() if not math.isfinite(value)]
-        if wrong:
-            raise FloatingPointError(
-                f"update {self.update + 1}: {', '.join(wrong)} is not finite (samples {', '.join(micro[0].keys[:8])}); the "
-                f"last good state is in {self.root}; lower train.learning_rate or raise the ramps of method.ramps"
-            )
+    def _gradients(self) -> list[torch.Tensor]:
+        """What the backward passes of this update have left on this rank so far."""
+        return [p.grad for engine in self.engines.values() for p in engine.module.parameters() if p.grad is not None]
+
+    def _not_finite(self, means: dict[str, torch.Tensor]) -> list[str]:
+        """Names of what is not finite on this rank."""
+        wrong = [name for name, value in means.items() if not bool(torch.isfinite(value))]
+        norms = torch._foreach_norm(self._gradients())
+        return wrong if not norms or bool(torch.isfinite(torch.stack(norms)).all()) else [*wrong, "gradient"]
+
+    def _clear_gradients(self) -> None:
+        """To zero, and not away: ZeRO-3 would take those of an earlier update in their place."""
+        for gradient in self._gradients():
+            gradient.zero_()
 
     def _fit_fixed_parts(self) -> None:
         """What is fitted and not trained (a codec): from the checkpoint, else from the data, equal on all ranks."""
@@ -199,139 +320,95 @@ class Trainer:
         }  # fmt: skip
         return Tracker(self.run_dir, self.recipe.tracking, params, resume_from=self.update)
 
-    def save(self) -> None:
-        """Write checkpoints/step-XXXXXXXX: engine state for resuming, plain safetensors for everything else."""
-        with checkpoint.writing(self.root, self.update, self.world, self.train.keep_checkpoints) as folder:
-            for name, engine in self.engines.items():
-                engine.save_checkpoint(
-                    str(folder),
-                    tag=f"engine-{name}",
-                    client_state={},
-                    save_latest=False,
-                    exclude_frozen_parameters=True,
-                )
-            student = self.student
-            weights = gather(student)
-            averaged = {}
-            if self.ema:
-                with self.ema.swapped():
-                    averaged = gather(student)
-            if self.world.main:
-                save_file(weights, folder / "weights.safetensors")
-                if averaged:
-                    save_file(averaged, folder / "ema.safetensors")
-                save_file(
-                    {k: v.contiguous().cpu() for k, v in student.fixed_state().items()}, folder / "fixed.safetensors"
-                )
-                state = {"update": self.update, "world_size": self.world.size, "commit": git_commit()}
-                write_atomic(folder / "state.json", json.dumps(state, indent=1).encode())
-                write_atomic(folder / "config.yaml", self.recipe.to_yaml().encode())
+    def save(self, score: float | None = None) -> None:
+        """Write checkpoints/step-XXXXXXXX, safetensors, JSON and YAML throughout; every rank must call it.
 
-    def _check_found(self) -> int:
-        """The update that the found checkpoint goes on from. ValueError when it is of another run or world."""
-        state = json.loads((self.found / "state.json").read_text())
-        old = load(self.found / "config.yaml").to_dict()
-        changes = diff(old, self.recipe.to_dict())
+        score: of the preview at this update; the checkpoint with the highest is kept beside the newest.
+
+        OSError, or with train.on_full_disk = continue a warning, when it cannot be written; older checkpoints stay.
+        """
+        if not self.steps:
+            return  # nothing has been learnt
+        writer = checkpoint.Writer(self.root, self.update, self.checkpoint_bytes) if self.world.main else None
+        for name, tensors in self._tensors():
+            if writer:
+                writer.tensors(name, tensors)
+        if writer:
+            state = {"update": self.update, "steps": self.steps, "world_size": self.world.size, "commit": git_commit()}
+            writer.text("state.json", json.dumps(state | ({} if score is None else {"score": score}), indent=1))
+            writer.text("config.yaml", self.recipe.to_yaml())
+            writer.commit(self.train.keep_checkpoints)
+        problem = self.world.from_main(writer.problem if writer else None)
+        if problem is None:
+            self.saved = self.update
+            return
+        message = (
+            f"checkpoint {self.root / checkpoint.name_of(self.update)} cannot be written ({problem}); "
+            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, lower "
+            "train.keep_checkpoints, or choose a run_dir on another disk"
+        )
+        if self.train.on_full_disk == "stop":
+            raise OSError(message)
+        self._say(f"warning: {message}")
+
+    def _file(self, kind: str, network: str) -> str:
+        """Name of a file of a checkpoint; the student's have no name of their own, for those who only want to use it."""
+        return f"{kind}.safetensors" if self.networks[network] is self.student else f"{kind}-{network}.safetensors"
+
+    def _tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The safetensors files of a checkpoint, one at a time; every rank must go through it, rank 0 gets the tensors."""
+        for name, network in self.networks.items():
+            yield self._file("weights", name), gather(network)
+            yield self._file("optimiser", name), optimiser_state(self.engines[name], self.world)
+        if self.ema:
+            with self.ema.swapped():
+                averaged = gather(self.student)
+            yield "ema.safetensors", averaged
+        yield "fixed.safetensors", self.student.fixed_state()
+
+    def _bytes(self) -> int:
+        """About what a checkpoint takes; asked before the networks become engines."""
+        total = 0
+        for network in self.networks.values():
+            for name, p in network.net.named_parameters():
+                copies = 1 + (self.train.ema is not None and network is self.student)
+                total += p.numel() * (p.element_size() * copies * network.exports(name, p) + 8 * p.requires_grad)
+        return total
+
+    def _check_found(self) -> tuple[int, int]:
+        """Update and optimiser steps that the found checkpoint goes on from. ValueError when it is of another run."""
+        try:
+            state = json.loads((self.found / "state.json").read_text())
+            update, steps = state["update"], state["steps"]
+        except KeyError as error:
+            raise ValueError(
+                f"{self.found} was written by an older version of teasr (no {error}): choose another run_dir"
+            ) from None
+        changes = diff(load(self.found / "config.yaml").to_dict(), self.recipe.to_dict())
         fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
-        if fatal:
+        if fatal and not self.accept_changes:
             raise ValueError(
-                f"{self.run_dir} holds a run of another config ({'; '.join(fatal)}): take these back, or choose another run_dir"
+                f"{self.run_dir} holds a run of another config ({'; '.join(fatal)}): take these back, choose another run_dir, or "
+                "go on with them by --accept-changes"
             )
+        self._say(f"resuming from {self.found} at update {update}")
         if state["world_size"] != self.world.size:
-            raise ValueError(
-                f"{self.found} was written by {state['world_size']} rank(s), this start has {self.world.size}: start with as many"
-            )
-        for line in [f"resuming from {self.found} at update {state['update']}", *(f"  changed: {c}" for c in changes)]:
-            self._say(line)
-        return state["update"]
+            self._say(f"  ranks: {state['world_size']} -> {self.world.size}")
+        for line in changes:
+            self._say(f"  changed: {line}")
+        return update, steps
 
     def _load(self) -> None:
-        """Weights, optimiser and average of the found checkpoint; positions and noise follow from the update."""
+        """Optimiser and average of the found checkpoint; the weights are there, positions and noise follow from the update."""
         for name, engine in self.engines.items():
-            path, _ = engine.load_checkpoint(str(self.found), tag=f"engine-{name}", load_module_strict=False)
-            assert path is not None, f"DeepSpeed found no engine-{name} in {self.found}"
-        if self.ema:
-            self.ema.load(load_file(self.found / "ema.safetensors"))
+            load_optimiser_state(engine, load_file(self.found / self._file("optimiser", name)), self.steps, self.world)
+        average = self.found / "ema.safetensors"
+        if self.ema and average.is_file():  # without one (train.ema was null) it starts at the weights
+            self.ema.load(load_file(average))
 
     def _say(self, text: str) -> None:
         if self.world.main:
             print(text, flush=True)
-
-
-def start_ranks(train: TrainConfig, world: World) -> None:
-    """Bring up torch.distributed the way DeepSpeed wants it, quietly, and set the threads of a CPU rank."""
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.device)
-    else:
-        torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // world.size))
-        # Its shared-memory all-reduce is compiled at start, which needs a compiler and a minute; gloo serves as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        deepspeed.init_distributed(verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(
-            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
-            "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
-        ) from None
-
-
-def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
-    """A DeepSpeed engine around the network, on the rank's device; it takes the place of `backbone.net`."""
-    import deepspeed
-
-    backbone.to(world.device, each=_cutter(settings))
-    parameters = [p for p in backbone.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
-        fused=torch.cuda.is_available() and "offload_optimizer" not in settings["zero_optimization"],
-    )  # fmt: skip
-    engine, *_ = deepspeed.initialize(
-        model=backbone.net, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
-    )
-    backbone.net = engine
-    return engine
-
-
-def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
-    """Under ZeRO-3: spreads each part of a network over the ranks (or into host memory) as it comes, so that none holds it whole."""
-    if settings["zero_optimization"]["stage"] < 3:
-        return lambda part: None
-    import deepspeed
-
-    return lambda part: deepspeed.zero.Init(part, config_dict_or_path=settings, mem_efficient_linear=False)
-
-
-def engine_settings(train: TrainConfig, world_size: int) -> dict:
-    """DeepSpeed's config: sharding from the file that `train.deepspeed` names, all else from the run. ValueError on both."""
-    path = Path(train.deepspeed)
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"train.deepspeed = {path} cannot be read ({error}): name a file such as ds_configs/zero3.json"
-        ) from None
-    twice = [key for key in RUN_OWNS if key in settings]
-    if twice:
-        raise ValueError(f"{path} sets {twice[0]}, which the run config decides: remove it there")
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"{path} has zero_optimization.stage = {stage}: it must be 1, 2 or 3 (1 costs nothing on one GPU)"
-        )
-    return settings | {
-        "train_batch_size": train.batch // train.accumulation(world_size),
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": 1,  # the trainer accumulates by itself, term by term
-        "gradient_clipping": train.clip_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        **({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if train.dtype == "bf16" else {}),
-    }
 
 
 def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -348,17 +425,3 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
             yield to_tensor(sample.hq), to_tensor(sample.lq_up)
     if not found:
         raise ValueError(f"no shard of {shards.location} can be used: look at it with data_prep/verify_shards.py")
-
-
-def gather(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """What the backbone wants exported, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
-    import deepspeed
-
-    net, state = backbone.net.module, {}
-    main = World.from_environment().main
-    for name, parameter in net.named_parameters():
-        if backbone.exports(name, parameter):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if main:
-                    state[name] = parameter.detach().cpu().clone()
-    return state

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
 from teasr import checkpoint, images
 from teasr.backbones.base import Backbone
 from teasr.recipe import Recipe, load
-from teasr.sampler import sample
+from teasr.sampler import restore
 
 
 class Upscaler:
@@ -54,11 +53,5 @@ class Upscaler:
             raise ValueError(f"expected an RGB picture [H, W, 3] in uint8, got {array.shape} in {array.dtype}")
         device = next(self.backbone.net.parameters()).device
         x = images.to_tensor(images.upsample(array, self.scale))[None].to(device)
-        height, width = x.shape[-2:]
-        m = self.backbone.pixel_multiple
-        x = F.pad(x, (0, -width % m, 0, -height % m), mode="replicate")
-        z_lq = self.backbone.encode(x)
-        eps = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        x_hat = self.backbone.decode(sample(self.backbone, z_lq, eps, steps))
-        restored = images.to_uint8(x_hat[0, :, :height, :width])
+        restored = images.to_uint8(restore(self.backbone, x, steps, seed)[0])
         return Image.fromarray(restored) if isinstance(picture, Image.Image) else restored

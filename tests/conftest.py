@@ -66,6 +66,7 @@ def small_recipe(shards: Path, run_dir: Path, zero: str = "zero3", **changes) ->
             "cpu_threads": 1,
             "deepspeed": str(ROOT / f"ds_configs/{zero}.json"),
         },
+        "preview": {"every_updates": 0},
         "tracking": {"mlflow": False},
     }
     for key, value in changes.items():

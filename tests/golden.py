@@ -30,7 +30,13 @@ def losses(folder: Path) -> list[dict[str, float]]:
     preset = ("--config", "data_prep/presets/demo_train.yaml")
     run("data_prep/make_shards.py", *preset, f"photos={folder}/photos/train", f"out={folder}/shards")
     preset = ("--config", "launch/presets/tiny_teasr.yaml")
-    overrides = (f"data.shards={folder}/shards", "train.updates=20", "train.cpu_threads=1", "tracking.mlflow=false")
+    overrides = (
+        f"data.shards={folder}/shards",
+        "train.updates=20",
+        "train.cpu_threads=1",
+        "tracking.mlflow=false",
+        "preview.every_updates=0",
+    )
     run("launch/train.py", *preset, f"run_dir={folder}/run", *overrides)
     rows = csv.DictReader((folder / "run/metrics.csv").read_text().splitlines())
     return [{name: float(value) for name, value in row.items() if value} for row in rows]

@@ -1,24 +1,69 @@
 """Run training jobs one after another in this process or on these ranks: `run_jobs.py jobs.json`.
 
-A job is {"name", "recipe"}; what the Trainer raises is written to <run_dir>/error.txt instead of ending the others.
+A job is a recipe; what the Trainer raises is written to <run_dir>/error.txt instead of ending the others. Under "harm" a job may ask for what
+the world does to a run: {"poison": [updates]} makes pictures of rank 0 NaN, {"no_files_after": update} lets no file grow past 10 kB from then on;
+{"damage": update} breaks four shards in four ways.
 Started plainly for one rank, through the deepspeed launcher for several, so that many cases share one start.
 """
 
 import argparse
 import json
+import math
+import resource
 import traceback
 from pathlib import Path
 
+from teasr import training
+from teasr.distributed import leave
 from teasr.recipe import parse
-from teasr.training import Trainer
+
+WHOLE = training.batches
+
+
+def break_shards(folder: Path) -> None:
+    """Truncated, a flipped bit, empty, missing."""
+    cut, flipped, empty, missing = sorted(folder.glob("shard-*.tar"))[:4]
+    cut.write_bytes(cut.read_bytes()[:3000])
+    data = bytearray(flipped.read_bytes())
+    data[data.index(b"IDAT") + 60] ^= 1
+    flipped.write_bytes(data)
+    empty.write_bytes(b"")
+    missing.unlink()
+
+
+def harm(
+    trainer: training.Trainer, poison: tuple = (), no_files_after: int | None = None, damage: int | None = None
+) -> None:
+    """Let it happen to this run."""
+
+    def batches(*arguments):
+        nonlocal damage
+        for batch, names in WHOLE(*arguments):
+            if trainer.update in poison and trainer.world.main:
+                batch.x_hq[0, :, :8, :8] = math.nan
+            if trainer.update == no_files_after:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            if trainer.update == damage and trainer.world.main:
+                break_shards(Path(trainer.shards.location))
+                damage = None
+            yield batch, names
+
+    training.batches = batches
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     for job in json.loads(parser.parse_args().jobs.read_text()):
+        done_to, accept = job.pop("harm", {}), job.pop("accept_changes", False)
         try:
-            Trainer(parse(job)).fit()
-        except ValueError:
+            trainer = training.Trainer(parse(job), accept)
+            harm(trainer, **done_to)
+            trainer.fit()
+        except (ValueError, FloatingPointError, OSError):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path(job["run_dir"]).mkdir(parents=True, exist_ok=True)
             (Path(job["run_dir"]) / "error.txt").write_text(traceback.format_exc())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    leave(0)

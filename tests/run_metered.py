@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from teasr.distributed import World
 from teasr.ema import Ema
+from teasr.engine import _cutter, engine_settings, start_ranks
 from teasr.footprint import Meter
 from teasr.recipe import parse
-from teasr.training import World, _cutter, engine_settings, start_ranks
 
 if __name__ == "__main__":
     import deepspeed

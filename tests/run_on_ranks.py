@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from teasr.distributed import World
+from teasr.distributed import World, leave
+from teasr.engine import engine_settings, start_engine, start_ranks
 from teasr.recipe import parse
-from teasr.training import engine_settings, start_engine, start_ranks
 
 
 def private_bytes() -> int:
@@ -98,4 +98,4 @@ if __name__ == "__main__":
     if world.main:
         print(json.dumps(gathered), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)

@@ -11,10 +11,10 @@ from conftest import ROOT, partitioning
 from torch.profiler import ProfilerActivity, profile
 
 from teasr import footprint, recipe
+from teasr.engine import engine_settings
 from teasr.footprint import GIB, Meter, count
 from teasr.methods.base import Batch, Progress
 from teasr.randomness import Draws
-from teasr.training import engine_settings
 
 TRANSFORMER = {
     "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 48, "axes_dims_rope": [8, 12, 12],

@@ -154,7 +154,8 @@ def test_the_preset_runs_on_random_weights(shards, tmp_path):
         [*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len(rows(tmp_path / "run")) == 2 and rows(tmp_path / "run")[0]["lpips"] > 0
+    _, first, _ = rows(tmp_path / "run")  # the preview before the first update has a row too
+    assert first["lpips"] > 0 and len(list((tmp_path / "run/previews").iterdir())) == 2
 
 
 def test_mistakes_name_the_cure(model, tmp_path):
@@ -184,6 +185,17 @@ def random_backbone(**changes):
         if "lora_B" in name:
             torch.nn.init.normal_(p, 0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     return b
+
+
+def test_random_networks_take_weights_before_they_have_memory():
+    """A resumed benchmark run started at other weights, without a word."""
+    trained = {name: p.detach().clone() for name, p in random_backbone().net.named_parameters() if p.requires_grad}
+    resumed = QwenImage(QwenImageConfig("random", "random", **(SIZES | {"lora_rank": 4, "lora_alpha": 4})), seed=1)
+    resumed.load_weights(trained)
+    resumed.to(torch.device("cpu"))
+    for name, p in resumed.net.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p, trained[name]), name
 
 
 def velocity_and_gradients(b):

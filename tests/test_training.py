@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from teasr.data.shards import ShardSet
 from teasr.data.stream import DataConfig, PairStream, batches
 from teasr.distributed import free_port
+from teasr.engine import engine_settings
 from teasr.methods.base import Progress
 from teasr.randomness import Draws
 from teasr.recipe import parse
-from teasr.training import engine_settings
 
 STAGES = ("zero1", "zero2", "zero3", "zero3_offload")
 VARIANTS = {

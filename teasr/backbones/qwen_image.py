@@ -117,6 +117,7 @@ class QwenImage(Backbone):
     def __init__(self, config: QwenImageConfig, seed: int = 0):
         """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
         self.config, self.seed, self.prepared = config, seed, False
+        self.given: dict[str, Tensor] = {}
         dtype = DTYPES[config.dtype]
         transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
         embeds = _prompt(config, transformer.config.joint_attention_dim)
@@ -186,6 +187,11 @@ class QwenImage(Backbone):
         except ValueError as error:
             raise ValueError(f"backbone.lora = {path}: {error}") from None
 
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        super().load_weights(state)
+        if self.config.model == "random" and not self.prepared:
+            self.given = state  # there was no memory yet to take it
+
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
@@ -210,7 +216,7 @@ class QwenImage(Backbone):
         self._place("vae", self.codec, device)
         for name, child in transformer.named_children():
             if child is not transformer.transformer_blocks:
-                self._place(name, child, device)
+                self._place(name, child, device, f"transformer.{name}.")
         self.net.prompt = self.net.prompt.to(device)
         table = None
         if config.modulation_table:
@@ -219,18 +225,18 @@ class QwenImage(Backbone):
             with torch.no_grad():
                 temb = transformer.time_embedding(table.times.to(device))
         for i, block in enumerate(transformer.transformer_blocks):
-            self._place(f"block {i}", block, device)
+            self._place(f"block {i}", block, device, f"transformer.transformer_blocks.{i}.")
             if table:
                 table.take(i, block, temb)
             if config.quantise:
                 replace_linears(block, KINDS[config.quantise])
             each(block)
-        transformer.modulation, self.prepared = table, True
+        transformer.modulation, self.prepared, self.given = table, True, {}
         if config.compile:
             transformer.compile_repeated_blocks()
 
-    def _place(self, part_name: str, part: nn.Module, device: torch.device) -> None:
-        """Move a part; random weights come into being there."""
+    def _place(self, part_name: str, part: nn.Module, device: torch.device, prefix: str = "") -> None:
+        """Move a part; random weights come into being there. `prefix`: of its parameters' names in the network."""
         if self.config.model != "random" or device.type == "meta":
             part.to(device)
             return
@@ -244,6 +250,9 @@ class QwenImage(Backbone):
                     else:  # of a norm, or a bias
                         value.fill_(0.0 if name == "bias" else 1.0)
                     module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
+        for name, p in part.named_parameters():
+            if (given := self.given.get(prefix + name)) is not None:
+                p.data.copy_(given)
         part.to(device)
 
 

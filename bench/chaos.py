@@ -1,0 +1,146 @@
+"""Kill a training run at random moments, again and again, and compare what it ends with with an undisturbed run, byte for byte.
+
+    python bench/chaos.py runs/demo/shards/train [--kills 20] [--ranks 2] [train.deepspeed=ds_configs/zero1.json ..]
+
+Every kill is a SIGKILL of all processes (launcher and ranks), at a random moment of a start, of some updates, or of a save; the same
+command then goes on. A kill is survived when the newest complete checkpoint is no older than the last one that the run had finished;
+lost otherwise. Exit code 1 when one was lost, or when weights, moments, average or metrics.csv differ in a single byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from teasr import checkpoint
+from teasr.distributed import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+MOMENTS = ("before the first update", "between saves", "inside a save")
+SETTINGS = ["train.updates=120", "train.save_every_updates=5", "tracking.mlflow=false"]
+
+
+class Job:
+    """A training in processes of its own."""
+
+    def __init__(self, run: Path, options: argparse.Namespace):
+        program = [sys.executable]
+        if options.ranks > 1:
+            program = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(options.ranks)]
+            program += ["--master_port", str(free_port())]
+        shards = [f"data.shards={options.shards}", f"preview.shards={options.shards}", f"run_dir={run}"]
+        program += ["launch/train.py", "--config", options.config, *SETTINGS, *shards, *options.settings]
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.log = open(f"{run}.log", "a")  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=self.log, stderr=self.log)
+
+    def kill(self) -> None:
+        """All its processes at once."""
+        try:
+            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        except psutil.NoSuchProcess:
+            family = []
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=10)
+
+
+def newest_update(run: Path) -> int:
+    """The newest update in metrics.csv; -1 before the first row."""
+    lines = (run / "metrics.csv").read_text().splitlines()[1:] if (run / "metrics.csv").is_file() else []
+    return int(lines[-1].split(",")[0]) if lines else -1
+
+
+def written(run: Path) -> int:
+    """When metrics.csv was last written; a start rewrites it."""
+    return (run / "metrics.csv").stat().st_mtime_ns if (run / "metrics.csv").is_file() else 0
+
+
+def saved_update(run: Path) -> int:
+    """Update of the newest checkpoint folder, complete or not; 0 without one."""
+    return max((int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def left(run: Path) -> dict[str, bytes]:
+    """What a run ends with."""
+    files = [*checkpoint.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
+    return {path.name: path.read_bytes() for path in files + sorted((run / "previews").glob("*.png"))}
+
+
+def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> None:
+    """Until a moment of the wanted kind, or the end of the job. `saved`: the newest checkpoint when the job was started."""
+    until = time.monotonic() + draw.uniform(0, 12)
+    updates, before = saved + draw.randint(1, 6), written(run)
+
+    def come() -> bool:
+        if moment == MOMENTS[0]:
+            return time.monotonic() >= until
+        if written(run) == before or newest_update(run) < updates:
+            return False
+        return moment == MOMENTS[1] or bool(list((run / "checkpoints").glob(".tmp-*")))
+
+    while job.process.poll() is None and not come():
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.3 if moment == MOMENTS[1] else 0.02))
+
+
+def main() -> int:
+    """Run undisturbed, then with kills; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards", type=lambda text: Path(text).resolve())
+    parser.add_argument("--config", default="launch/presets/tiny_teasr.yaml")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args()
+    place, draw = Path(tempfile.mkdtemp()), random.Random(options.seed)
+    started = time.monotonic()
+    if Job(place / "whole", options).process.wait():
+        print((place / "whole.log").read_text()[-2000:])
+        return 1
+    print(f"undisturbed: {time.monotonic() - started:.1f} s", flush=True)
+    run, survived, where = place / "killed", 0, dict.fromkeys(MOMENTS, 0)
+    for i in range(options.kills):
+        before, saved_before = written(run), saved_update(run)
+        job = Job(run, options)
+        wait(job, run, draw.choice(MOMENTS), saved_before, draw)
+        if job.process.poll() is not None:
+            print(f"it ended before kill {i + 1}: more updates are needed, such as train.updates=300")
+            break
+        job.kill()
+        reached, saved = newest_update(run), saved_update(run)
+        inside = bool(list((run / "checkpoints").glob(".tmp-*")))
+        kind = MOMENTS[2 if inside else written(run) != before]
+        where[kind] += 1
+        found = checkpoint.latest(run / "checkpoints")
+        good = saved == 0 or (found is not None and found.name == checkpoint.name_of(saved))
+        survived += good
+        state = "whole" if good else "LOST"
+        print(f"kill {i + 1}: {kind}, at update {reached}, newest checkpoint {saved}: {state}", flush=True)
+    end = Job(run, options)
+    failed = end.process.wait()
+    equal = not failed and left(run) == left(place / "whole")
+    print(f"killed {', '.join(f'{n} {kind}' for kind, n in where.items())}; {options.ranks} rank(s)")
+    print(
+        f"survived {survived}, lost {sum(where.values()) - survived}; the end {'equals' if equal else 'DIFFERS FROM'} the undisturbed run's, byte for byte"
+    )
+    if equal:
+        shutil.rmtree(place)
+    return 0 if equal and survived == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

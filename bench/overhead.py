@@ -1,0 +1,131 @@
+"""What engine, logging and loader cost an update, beside a bare PyTorch loop of the same forwards and backwards.
+
+    python bench/overhead.py runs/demo/shards/train [--rounds 5] [--updates 20] [train.batch=8 ..]
+
+All rows are the tiny preset in this process, in turn, round by round: the bare loop (its batches made beforehand, torch's AdamW, clipping), the
+same with the reader, then the trainer with ever more of what it does. Reported: median seconds of an update, and the median of the ratios to
+the bare loop of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from teasr import recipe
+from teasr.data.shards import ShardSet
+from teasr.data.stream import PairStream, batches
+from teasr.methods.base import Progress
+from teasr.randomness import Draws
+from teasr.training import FIT_PAIRS, Trainer, first_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Bare:
+    """The update in plain torch; `reader`: batches come from the trainer's reader, else from a list."""
+
+    def __init__(self, settings: recipe.Recipe, reader: bool):
+        torch.set_num_threads(settings.train.cpu_threads or 1)
+        self.settings, self.train, self.update = settings, settings.train, 0
+        self.backbone, self.method = settings.build_backbone(), settings.build_method()
+        shards = ShardSet.open(settings.data.shards)
+        self.backbone.fit(first_pairs(shards, FIT_PAIRS))
+        self.parameters = [p for p in self.backbone.net.parameters() if p.requires_grad]
+        train = self.train
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+        )
+        self.data = batches(PairStream(shards, settings.data, settings.seed, 0, 1, 0), train.micro_batch)
+        self.held = None if reader else list(islice(self.data, 8))
+
+    def run(self, updates: int) -> float:
+        """Seconds an update."""
+        n = self.train.micro_batch
+        micros, started = self.train.batch // n, time.perf_counter()
+        for _ in range(updates):
+            for i in range(micros):
+                batch, _ = next(self.data) if self.held is None else self.held[(self.update + i) % len(self.held)]
+                draws = Draws(self.settings.seed, self.update, tuple(range(i * n, (i + 1) * n)))
+                progress = Progress(self.update, self.train.updates, i, micros)
+                for term in self.method.terms({"student": self.backbone}, batch, draws, progress):
+                    (term.loss / micros).backward()
+                    del term
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.update += 1
+        return (time.perf_counter() - started) / updates
+
+
+class Whole:
+    """The trainer; `fit` is asked for some more updates each time."""
+
+    def __init__(self, settings: recipe.Recipe, zero: str, ema: bool, mlflow: bool, place: Path):
+        train = replace(settings.train, deepspeed=str(ROOT / f"ds_configs/{zero}.json"), save_every_updates=10**9)
+        train = train if ema else replace(train, ema=None)
+        preview, tracking = (
+            replace(settings.preview, every_updates=0),
+            replace(settings.tracking, mlflow=mlflow, uri=None),
+        )
+        name = f"{zero}-{ema}-{mlflow}"
+        made = replace(settings, train=train, preview=preview, tracking=tracking, run_dir=str(place / name))
+        self.trainer = Trainer(made)
+        self.trainer.save = lambda score=None: None  # a checkpoint is not part of an update
+
+    def run(self, updates: int) -> float:
+        """Seconds an update, starting and ending of the loop and of MLflow left out."""
+        trainer, first = self.trainer, self.trainer.update
+        trainer.train = replace(trainer.train, updates=first + updates)
+        trainer.fit()
+        rows = (trainer.run_dir / "timing.csv").read_text().splitlines()
+        column = rows[0].split(",").index("update_s")
+        return statistics.mean(float(row.split(",")[column]) for row in rows[-updates:])
+
+
+def main() -> None:
+    """Time all in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards")
+    parser.add_argument("--config", type=Path, default=ROOT / "launch/presets/tiny_teasr.yaml")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=20, help="of each row in each round")
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args()
+    place = Path(tempfile.mkdtemp())
+    settings = recipe.load(options.config, [f"data.shards={options.shards}", "train.updates=100000", *options.settings])
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet):
+        ways = {
+            "bare loop": Bare(settings, reader=False),
+            "+ reader": Bare(settings, reader=True),
+            "trainer, ZeRO-1, no average": Whole(settings, "zero1", ema=False, mlflow=False, place=place),
+            "+ moving average": Whole(settings, "zero1", ema=True, mlflow=False, place=place),
+            "+ MLflow": Whole(settings, "zero1", ema=True, mlflow=True, place=place),
+            "the same under ZeRO-2": Whole(settings, "zero2", ema=True, mlflow=True, place=place),
+            "the same under ZeRO-3": Whole(settings, "zero3", ema=True, mlflow=True, place=place),
+        }
+        for way in ways.values():
+            way.run(5)
+        rounds = [{name: way.run(options.updates) for name, way in ways.items()} for _ in range(options.rounds)]
+    print(f"{'':30s} s / update   of the bare loop")
+    for name in ways:
+        seconds = statistics.median(r[name] for r in rounds)
+        ratio = statistics.median(r[name] / r["bare loop"] for r in rounds)
+        print(f"{name:30s} {seconds:10.4f}   {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
