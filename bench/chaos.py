@@ -1,6 +1,7 @@
 """Kill a training run at random moments, again and again, and compare what it ends with with an undisturbed run, byte for byte.
 
-    python bench/chaos.py runs/demo/shards/train [--kills 20] [--ranks 2] [train.deepspeed=ds_configs/zero1.json ..]
+    python bench/chaos.py runs/demo/shards/train [--kills 20] [train.deepspeed=ds_configs/zero1.json ..]
+    python bench/chaos.py runs/demo/shards/train --ranks 2 train.micro_batch=4
 
 Every kill is a SIGKILL of all processes (launcher and ranks), at a random moment of a start, of some updates, or of a save; the same
 command then goes on. A kill is survived when the newest complete checkpoint is no older than the last one that the run had finished;

@@ -37,7 +37,9 @@ class Upscaler:
         recipe = load(folder / "config.yaml")
         file = folder / f"{weights}.safetensors"
         if not file.is_file():
-            have = ", ".join(f.stem for f in sorted(folder.glob("*.safetensors")) if f.stem not in ("fixed", "optimiser"))
+            have = ", ".join(
+                f.stem for f in sorted(folder.glob("*.safetensors")) if f.stem not in ("fixed", "optimiser")
+            )
             raise ValueError(f"{folder} holds no {file.name}; there is: {have}")
         backbone = recipe.build_backbone()
         backbone.load_fixed_state(load_file(folder / "fixed.safetensors"))

@@ -46,6 +46,14 @@ def config(tmp_path, shards, **changes) -> str:
         ("method.mode=cycle", "not a multiple of 4"),
         ("backbone.train=lora", "backbone.base names none"),
         ("backbone.base=/nowhere.safetensors", "/nowhere.safetensors cannot be loaded"),
+        ("run_dir=/dev/null/run", "run_dir = /dev/null/run cannot be written (Not a directory)"),
+        (
+            "preview={every_updates: 7}",
+            "preview.every_updates = 7 and train.save_every_updates = 500: one must be a multiple",
+        ),
+        ("preview={steps: [0]}", "must be >= 1"),
+        ("preview={shards: /nowhere}", "/nowhere holds no index.json"),
+        (f"train.deepspeed={ROOT}/ds_configs/zero3_nvme.json", "nvme_path = /local_nvme is no folder: copy the file"),
     ],
 )
 def test_train_names_the_mistake_before_any_work(tmp_path, shards, capsys, monkeypatch, override, message):
