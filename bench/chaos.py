@@ -42,6 +42,7 @@ class Job:
         shards = [f"data.shards={options.shards}", f"preview.shards={options.shards}", f"run_dir={run}"]
         program += ["launch/train.py", "--config", options.config, *SETTINGS, *shards, *options.settings]
         env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.begun = time.time()
         self.log = open(f"{run}.log", "a")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=self.log, stderr=self.log)
 
@@ -74,6 +75,11 @@ def saved_update(run: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")), default=0)
 
 
+def saving(run: Path, since: float) -> bool:
+    """Whether a save begun after `since` (seconds) has not ended; what killed ones left does not count."""
+    return any(p.stat().st_mtime > since for p in (run / "checkpoints").glob(".tmp-*") if p.exists())
+
+
 def left(run: Path) -> dict[str, bytes]:
     """What a run ends with."""
     files = [*checkpoint.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
@@ -90,7 +96,7 @@ def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> N
             return time.monotonic() >= until
         if written(run) == before or newest_update(run) < updates:
             return False
-        return moment == MOMENTS[1] or bool(list((run / "checkpoints").glob(".tmp-*")))
+        return moment == MOMENTS[1] or saving(run, job.begun)
 
     while job.process.poll() is None and not come():
         time.sleep(0.001)
@@ -123,7 +129,7 @@ def main() -> int:
             break
         job.kill()
         reached, saved = newest_update(run), saved_update(run)
-        inside = bool(list((run / "checkpoints").glob(".tmp-*")))
+        inside = saving(run, job.begun)
         kind = MOMENTS[2 if inside else written(run) != before]
         where[kind] += 1
         found = checkpoint.latest(run / "checkpoints")

@@ -83,7 +83,7 @@ class Whole:
         name = f"{zero}-{ema}-{mlflow}"
         made = replace(settings, train=train, preview=preview, tracking=tracking, run_dir=str(place / name))
         self.trainer = Trainer(made)
-        self.trainer.save = lambda score=None: None  # a checkpoint is not part of an update
+        self.trainer.state.save = lambda score=None: None  # a checkpoint is not part of an update
 
     def run(self, updates: int) -> float:
         """Seconds an update, starting and ending of the loop and of MLflow left out."""

@@ -29,6 +29,24 @@ class Preview:
             f"preview/psnr_y_{config.steps[0]}" if config.shards else None
         )  # what the best checkpoint has most of
 
+    @classmethod
+    def of(cls, config: PreviewConfig, save_every: int, training: ShardSet, seed: int) -> Preview | None:
+        """None where no previews are wanted. ValueError when previews and checkpoints would not meet."""
+        every = config.every_updates
+        if every == 0:
+            return None
+        if every and max(save_every, every) % min(save_every, every):
+            raise ValueError(
+                f"preview.every_updates = {every} and train.save_every_updates = {save_every}: one must be a multiple of the other, "
+                "for checkpoints to have scores"
+            )
+        return cls(config, training, seed)
+
+    def due(self, update: int, saves: bool) -> bool:
+        """Whether this update ends with a preview; `saves`: and with a checkpoint."""
+        every = self.config.every_updates
+        return saves if every is None else update % every == 0
+
     def make(self, backbone: Backbone, device: torch.device) -> tuple[bytes, dict[str, float]]:
         """A PNG (LQ | restored in every number of steps | HQ, a picture a row) and mean scores by metric and steps."""
         rows, sums = [], {}

@@ -37,15 +37,19 @@ BATCH = 1000  # metrics that MLflow takes at once
 
 
 class CsvLog:
-    """Rows of numbers by update, appended and flushed; a new column rewrites the file, a resume drops later rows."""
+    """Rows of numbers by update, appended and flushed; a new column rewrites the file, a resume drops later rows.
+
+    While the file cannot be written (a full disk) rows are kept in memory and come with the next one that can.
+    """
 
     def __init__(self, path: Path, resume_from: int = 0):
-        """Keep the rows up to update `resume_from`."""
+        """Keep the rows up to update `resume_from`; none where the run starts afresh."""
         self.path = path
-        rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
+        rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and resume_from else []
         rows = [row for row in rows if row["update"] and int(row["update"]) <= resume_from]
         self.columns = list(rows[0]) if rows else ["update"]
         self._rewrite(rows)
+        self._waiting: list[dict] = []
 
     def _rewrite(self, rows: list[dict]) -> None:
         text = io.StringIO()
@@ -56,14 +60,34 @@ class CsvLog:
 
     def append(self, update: int, values: dict[str, float]) -> None:
         """Add one row; numbers with 9 significant digits."""
-        new = [name for name in values if name not in self.columns]
+        self._waiting.append({"update": update} | {name: f"{value:.9g}" for name, value in values.items()})
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"warning: {self.path} cannot be written ({error.strerror}): rows wait until it can", flush=True)
+            return
+        self._waiting = []
+
+    def _write(self) -> None:
+        new = dict.fromkeys(name for row in self._waiting for name in row if name not in self.columns)
         if new:
             rows = list(csv.DictReader(io.StringIO(self.path.read_text())))
-            self.columns += new
-            self._rewrite(rows)
-        row = {"update": update} | {name: f"{value:.9g}" for name, value in values.items()}
-        with open(self.path, "a") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            columns, self.columns = self.columns, [*self.columns, *new]
+            try:
+                self._rewrite(rows)
+            except OSError:
+                self.columns = columns
+                raise
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(self._waiting)
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a") as file:
+                file.write(text.getvalue())
+        except OSError:
+            os.truncate(self.path, size)  # no half rows
+            raise
 
 
 class Tail:
@@ -110,8 +134,19 @@ class Tracker:
         if self.sender:
             self.sender.close(status)
 
+    def preview(self, update: int, png: bytes) -> None:
+        """Keep the sheet of an update."""
+        self._write(self.run_dir / PREVIEWS / PREVIEW.format(update), png)
+
     def _status(self, status: str) -> None:
-        write_atomic(self.run_dir / STATUS_FILE, f"{status}\n".encode())
+        self._write(self.run_dir / STATUS_FILE, f"{status}\n".encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Nothing that stops a run: a full disk is the checkpoints' affair."""
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            print(f"warning: {path} cannot be written ({error.strerror})", flush=True)
 
 
 class Sender(threading.Thread):

@@ -7,32 +7,22 @@ than weights, moments, average and the update to go on to the same bits, on any 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from teasr import checkpoint, checks
+from teasr import checks
 from teasr.backbones.base import Backbone
-from teasr.config import diff, to_dict
+from teasr.config import to_dict
 from teasr.data.shards import ShardSet, decode_near, read_shard
 from teasr.data.stream import PairStream, batches, check_shards, check_streams
 from teasr.distributed import World
 from teasr.ema import Ema
-from teasr.engine import (
-    check_nvme,
-    engine_settings,
-    gather,
-    load_optimiser_state,
-    optimiser_state,
-    start_engine,
-    start_ranks,
-)
+from teasr.engine import check_nvme, engine_settings, start_engine, start_ranks
 from teasr.files import write_atomic
 from teasr.images import to_tensor
 from teasr.machine import Machine
@@ -40,20 +30,12 @@ from teasr.methods.base import Batch, Method, Progress
 from teasr.preview import Preview
 from teasr.progress import ProgressLine
 from teasr.randomness import Draws
-from teasr.recipe import Recipe, load
+from teasr.recipe import Recipe
+from teasr.run_state import RunState
 from teasr.stopping import Stopping
-from teasr.tracking import BAD_FILE, PREVIEW, PREVIEWS, SKIPPED_FILE, Tracker, git_commit
+from teasr.tracking import BAD_FILE, SKIPPED_FILE, Tracker, git_commit
 
-MAY_CHANGE = (  # without a word of consent: what does not change the numbers, and the length of the run
-    "run_dir", "data.shards", "data.workers", "preview.", "tracking.", "train.cpu_threads", "train.deepspeed", "train.keep_checkpoints",
-    "train.max_hours", "train.max_skipped", "train.micro_batch", "train.on_full_disk", "train.save_every_updates", "train.updates",
-)  # fmt: skip
-LOST = (
-    "gloo",
-    "NCCL",
-    "Connection reset by peer",
-    "Connection closed by peer",
-)  # in what torch says when a rank has died
+LOST = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")  # said by torch when a rank has died
 FIT_PAIRS = 1024  # pictures that a codec is fitted to
 
 
@@ -65,10 +47,9 @@ class Trainer:
 
         accept_changes: go on from a checkpoint of another config wherever its tensors fit.
         """
-        self.recipe, self.train, self.accept_changes = recipe, recipe.train, accept_changes
+        self.recipe, self.train = recipe, recipe.train
         self.world = World.from_environment()
         self.run_dir = Path(recipe.run_dir)
-        self.root = self.run_dir / "checkpoints"
         self.accumulation = self.train.accumulation(self.world.size)
         self.shards = ShardSet.open(recipe.data.shards)
         check_streams(self.shards, recipe.data, self.world.size)
@@ -84,23 +65,18 @@ class Trainer:
                 "remove train.dtype"
             )
         self.student = self.networks[self.method.networks[0]]
-        self.checkpoint_bytes = self._bytes()
-        self.preview = self._preview_pictures()
+        self.state = RunState(recipe, self.world, self.networks, self._say)
+        self.preview = Preview.of(recipe.preview, self.train.save_every_updates, self.shards, recipe.seed)
         if self.world.main:
             warnings = check_shards(self.shards, self.student.check_size, recipe.data.max_bad_share)
             checks.writable(self.run_dir)
-            warnings.append(checks.room(self.run_dir, self.checkpoint_bytes, self.train.keep_checkpoints))
+            warnings.append(checks.room(self.run_dir, self.state.bytes, self.train.keep_checkpoints))
             for problem in filter(None, warnings):
                 self._say(f"warning: {problem}")
         start_ranks(self.train, self.world)
-        found = checkpoint.latest(self.root) if self.world.main else None
-        self.found: Path | None = self.world.from_main(found)
-        self.update, self.steps = self._check_found() if self.found else (0, 0)
-        self.saved = self.update  # the newest checkpoint's
+        self.state.find(accept_changes)
         self._fit_fixed_parts()
-        if self.found:
-            for name, network in self.networks.items():
-                network.load_weights(load_file(self.found / self._file("weights", name)))
+        self.state.load_weights()
         self.method.to(self.world.device)
         self.engines = {
             name: start_engine(network, self.train, settings, self.world) for name, network in self.networks.items()
@@ -109,8 +85,12 @@ class Trainer:
         away = "offload_optimizer" in settings["zero_optimization"]
         place = torch.device("cpu") if away else None
         self.ema = Ema(self.student.net.module, self.train.ema, self.world, place) if self.train.ema else None
-        if self.found:
-            self._load()
+        self.state.load_rest(self.engines, self.ema)
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        return self.state.update
 
     def fit(self) -> None:
         """Train to the last update, saving on the way; says so when there is nothing left to do.
@@ -140,7 +120,7 @@ class Trainer:
         try:
             with Stopping(self.train.max_hours) as stopping:
                 if self.preview and not self.update:
-                    self._log(tracker, *self._show())
+                    self._log(tracker, *self._show(tracker))
                 while self.update < updates and not stop:
                     started = time.perf_counter()
                     micro = [next(data) for _ in range(self.accumulation)]
@@ -149,22 +129,24 @@ class Trainer:
                     self._name(sorted(set(bad) - named))
                     named |= set(bad)
                     logs = self._one_update([batch for batch, _ in micro], len(bad), stopping.reason is not None)
-                    self.update += 1
+                    self.state.update += 1
                     stop = logs.pop("stop") > 0
                     skipped = skipped + 1 if logs["skipped"] else 0
                     saves = self.update % self.train.save_every_updates == 0 or self.update == updates or stop
                     timing = self._timing(started, waited) | machine.sample()
-                    shown, shown_s = self._show() if self._shows(saves) else ({}, {})
+                    shown, shown_s = (
+                        self._show(tracker) if self.preview and self.preview.due(self.update, saves) else ({}, {})
+                    )
                     self._log(tracker, logs | shown, timing | shown_s)
                     line.show(self.update, loss=logs.get("loss", math.nan))
                     if skipped > self.train.max_skipped:
                         raise FloatingPointError(
                             f"{skipped} updates in a row were not finite (skipped_updates.txt names them); the last good state is "
-                            f"{self.root / checkpoint.name_of(self.saved)}; lower train.learning_rate or raise the ramps of "
+                            f"{self.state.newest}; lower train.learning_rate or raise the ramps of "
                             "method.ramps"
                         )
                     if saves:
-                        self.save(shown.get(self.preview.score) if self.preview else None)
+                        self.state.save(shown.get(self.preview.score) if self.preview else None)
                 reason = stopping.reason or "another rank"
             if stop and self.update < updates:
                 line.close()
@@ -176,7 +158,7 @@ class Trainer:
             if self.world.size > 1 and any(name in str(error) for name in LOST):
                 raise ConnectionError(
                     f"another rank is gone ({' '.join(str(error).split())[:150]}): its own message is in its log; the same "
-                    f"command goes on from update {self.saved}"
+                    f"command goes on from update {self.state.saved}"
                 ) from error
             raise
         finally:
@@ -184,32 +166,13 @@ class Trainer:
             if tracker:
                 tracker.close(status)
 
-    def _preview_pictures(self) -> Preview | None:
-        """None where no previews are wanted. ValueError when previews and checkpoints could never meet."""
-        every, config = self.train.save_every_updates, self.recipe.preview
-        if config.every_updates == 0:
-            return None
-        if config.every_updates and max(every, config.every_updates) % min(every, config.every_updates):
-            raise ValueError(
-                f"preview.every_updates = {config.every_updates} and train.save_every_updates = {every}: one must be a multiple of "
-                "the other, for a checkpoint to have a score"
-            )
-        return Preview(config, self.shards, self.recipe.seed)
-
-    def _shows(self, saves: bool) -> bool:
-        """Whether this update ends with a preview."""
-        if self.preview is None:
-            return False
-        every = self.recipe.preview.every_updates
-        return saves if every is None else self.update % every == 0 or self.update == self.train.updates
-
-    def _show(self) -> tuple[dict[str, float], dict[str, float]]:
+    def _show(self, tracker: Tracker | None) -> tuple[dict[str, float], dict[str, float]]:
         """Restore the preview's pictures with the averaged weights; returns scores and timing. Every rank must call it."""
         started = time.perf_counter()
-        with self.ema.swapped() if self.ema else nullcontext():
+        with self.ema.swapped() if self.ema else contextlib.nullcontext():
             sheet, scores = self.preview.make(self.student, self.world.device)
-        if self.world.main:
-            write_atomic(self.run_dir / PREVIEWS / PREVIEW.format(self.update), sheet)
+        if tracker:
+            tracker.preview(self.update, sheet)
         return scores, {"preview_s": time.perf_counter() - started}
 
     def _log(self, tracker: Tracker | None, logs: dict[str, float], timing: dict[str, float]) -> None:
@@ -233,7 +196,10 @@ class Trainer:
         """Print what went wrong in the update at hand on this rank, and keep it in a file of the run folder."""
         lines = [f"update {self.update + 1}, rank {self.world.rank}: {line}" for line in lines]
         print(*lines, sep="\n", flush=True)
-        with open(self.run_dir / file, "a") as out:
+        with (
+            contextlib.suppress(OSError),
+            open(self.run_dir / file, "a") as out,
+        ):  # a full disk is the checkpoints' affair
             out.write("\n".join(lines) + "\n")
 
     def _one_update(self, micro: list[Batch], bad: int, stop: bool) -> dict[str, float]:
@@ -243,7 +209,7 @@ class Trainer:
         """
         rate = self.train.rate(self.update)
         sums: dict[str, list[torch.Tensor]] = {}
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.coalesce_grad_reduction())
             for i, batch in enumerate(micro):
@@ -272,7 +238,7 @@ class Trainer:
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             engine.step()
-        self.steps += 1
+        self.state.steps += 1
         if self.ema:
             self.ema.update(self.update)
         weights = self.method.weights(Progress(self.update, self.train.updates))
@@ -296,16 +262,12 @@ class Trainer:
             gradient.zero_()
 
     def _fit_fixed_parts(self) -> None:
-        """What is fitted and not trained (a codec): from the checkpoint, else from the data, equal on all ranks."""
-        if self.found:
-            state = load_file(self.found / "fixed.safetensors")
-        elif self.student.needs_fit:
+        """What is fitted and not trained (a codec), equal on all ranks; a resumed run has it in its checkpoint."""
+        if self.state.found is None and self.student.needs_fit:
             self.student.fit(first_pairs(self.shards, FIT_PAIRS))
             state = self.world.from_main(self.student.fixed_state())
-        else:
-            return
-        for network in self.networks.values():
-            network.load_fixed_state(state)
+            for network in self.networks.values():
+                network.load_fixed_state(state)
 
     def _start_tracker(self) -> Tracker | None:
         if not self.world.main:
@@ -319,92 +281,6 @@ class Trainer:
             ),
         }  # fmt: skip
         return Tracker(self.run_dir, self.recipe.tracking, params, resume_from=self.update)
-
-    def save(self, score: float | None = None) -> None:
-        """Write checkpoints/step-XXXXXXXX, safetensors, JSON and YAML throughout; every rank must call it.
-
-        score: of the preview at this update; the checkpoint with the highest is kept beside the newest.
-
-        OSError, or with train.on_full_disk = continue a warning, when it cannot be written; older checkpoints stay.
-        """
-        if not self.steps:
-            return  # nothing has been learnt
-        writer = checkpoint.Writer(self.root, self.update, self.checkpoint_bytes) if self.world.main else None
-        for name, tensors in self._tensors():
-            if writer:
-                writer.tensors(name, tensors)
-        if writer:
-            state = {"update": self.update, "steps": self.steps, "world_size": self.world.size, "commit": git_commit()}
-            writer.text("state.json", json.dumps(state | ({} if score is None else {"score": score}), indent=1))
-            writer.text("config.yaml", self.recipe.to_yaml())
-            writer.commit(self.train.keep_checkpoints)
-        problem = self.world.from_main(writer.problem if writer else None)
-        if problem is None:
-            self.saved = self.update
-            return
-        message = (
-            f"checkpoint {self.root / checkpoint.name_of(self.update)} cannot be written ({problem}); "
-            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, lower "
-            "train.keep_checkpoints, or choose a run_dir on another disk"
-        )
-        if self.train.on_full_disk == "stop":
-            raise OSError(message)
-        self._say(f"warning: {message}")
-
-    def _file(self, kind: str, network: str) -> str:
-        """Name of a file of a checkpoint; the student's have no name of their own, for those who only want to use it."""
-        return f"{kind}.safetensors" if self.networks[network] is self.student else f"{kind}-{network}.safetensors"
-
-    def _tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """The safetensors files of a checkpoint, one at a time; every rank must go through it, rank 0 gets the tensors."""
-        for name, network in self.networks.items():
-            yield self._file("weights", name), gather(network)
-            yield self._file("optimiser", name), optimiser_state(self.engines[name], self.world)
-        if self.ema:
-            with self.ema.swapped():
-                averaged = gather(self.student)
-            yield "ema.safetensors", averaged
-        yield "fixed.safetensors", self.student.fixed_state()
-
-    def _bytes(self) -> int:
-        """About what a checkpoint takes; asked before the networks become engines."""
-        total = 0
-        for network in self.networks.values():
-            for name, p in network.net.named_parameters():
-                copies = 1 + (self.train.ema is not None and network is self.student)
-                total += p.numel() * (p.element_size() * copies * network.exports(name, p) + 8 * p.requires_grad)
-        return total
-
-    def _check_found(self) -> tuple[int, int]:
-        """Update and optimiser steps that the found checkpoint goes on from. ValueError when it is of another run."""
-        try:
-            state = json.loads((self.found / "state.json").read_text())
-            update, steps = state["update"], state["steps"]
-        except KeyError as error:
-            raise ValueError(
-                f"{self.found} was written by an older version of teasr (no {error}): choose another run_dir"
-            ) from None
-        changes = diff(load(self.found / "config.yaml").to_dict(), self.recipe.to_dict())
-        fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
-        if fatal and not self.accept_changes:
-            raise ValueError(
-                f"{self.run_dir} holds a run of another config ({'; '.join(fatal)}): take these back, choose another run_dir, or "
-                "go on with them by --accept-changes"
-            )
-        self._say(f"resuming from {self.found} at update {update}")
-        if state["world_size"] != self.world.size:
-            self._say(f"  ranks: {state['world_size']} -> {self.world.size}")
-        for line in changes:
-            self._say(f"  changed: {line}")
-        return update, steps
-
-    def _load(self) -> None:
-        """Optimiser and average of the found checkpoint; the weights are there, positions and noise follow from the update."""
-        for name, engine in self.engines.items():
-            load_optimiser_state(engine, load_file(self.found / self._file("optimiser", name)), self.steps, self.world)
-        average = self.found / "ema.safetensors"
-        if self.ema and average.is_file():  # without one (train.ema was null) it starts at the weights
-            self.ema.load(load_file(average))
 
     def _say(self, text: str) -> None:
         if self.world.main:

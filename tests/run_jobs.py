@@ -1,7 +1,8 @@
 """Run training jobs one after another in this process or on these ranks: `run_jobs.py jobs.json`.
 
 A job is a recipe; what the Trainer raises is written to <run_dir>/error.txt instead of ending the others. Under "harm" a job may ask for what
-the world does to a run: {"poison": [updates]} makes pictures of rank 0 NaN, {"no_files_after": update} lets no file grow past 10 kB from then on;
+the world does to a run: {"poison": [updates]} makes pictures of rank 0 NaN, {"no_files_after": update} lets no file grow past 10 kB from then on,
+{"full_disk": [first, last]} none at all for these updates;
 {"damage": update} breaks four shards in four ways.
 Started plainly for one rank, through the deepspeed launcher for several, so that many cases share one start.
 """
@@ -32,7 +33,11 @@ def break_shards(folder: Path) -> None:
 
 
 def harm(
-    trainer: training.Trainer, poison: tuple = (), no_files_after: int | None = None, damage: int | None = None
+    trainer: training.Trainer,
+    poison: tuple = (),
+    no_files_after: int | None = None,
+    damage: int | None = None,
+    full_disk: tuple = (),
 ) -> None:
     """Let it happen to this run."""
 
@@ -43,6 +48,10 @@ def harm(
                 batch.x_hq[0, :, :8, :8] = math.nan
             if trainer.update == no_files_after:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            if full_disk and trainer.world.main:
+                first, last = full_disk
+                limit = 1 if first <= trainer.update + 1 <= last else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if trainer.update == damage and trainer.world.main:
                 break_shards(Path(trainer.shards.location))
                 damage = None

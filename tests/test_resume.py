@@ -220,7 +220,18 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_stops_or_goes_on(shards, tmp_p
     harm = {"harm": {"no_files_after": 3}}
     stops = small_recipe(shards, tmp_path / "stops", **common) | harm
     goes_on = small_recipe(shards, tmp_path / "goes_on", **common, train__on_full_disk="continue") | harm
-    start([stops, goes_on], tmp_path, ranks)
+    waits = small_recipe(
+        shards,
+        tmp_path / "waits",
+        **common,
+        train__on_full_disk="continue",
+        preview={"every_updates": 2, "pictures": 1},
+    )
+    start([stops, goes_on, waits | {"harm": {"full_disk": [3, 5]}}], tmp_path, ranks)
+    with open(tmp_path / "waits/metrics.csv") as file:
+        assert [row["update"] for row in csv.DictReader(file)] == list("0123456")
+    assert last(tmp_path / "waits").name == "step-00000006" and not (tmp_path / "waits/error.txt").exists()
+    assert sorted(p.name[-5:] for p in (tmp_path / "waits/previews").iterdir()) == ["0.png", "2.png", "6.png"]
     error = (tmp_path / "stops/error.txt").read_text()
     assert "step-00000004 cannot be written" in error and "the newest is of update 2: make room" in error
     assert last(tmp_path / "stops").name == "step-00000002" and updates(tmp_path / "stops") == 4

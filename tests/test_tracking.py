@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +32,32 @@ def test_csv_grows_columns_and_drops_what_a_resume_repeats(tmp_path):
     log = CsvLog(tmp_path / "m.csv", resume_from=2)
     log.append(3, {"a": 9.0, "b": 9.0})
     assert [r["update"] for r in rows(log.path)] == ["1", "2", "3"] and rows(log.path)[2]["a"] == "9"
+
+
+def test_a_fresh_start_keeps_no_row_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    """The row of the preview before the first update was there once for every start."""
+    for _ in range(2):
+        log = CsvLog(tmp_path / "m.csv", resume_from=0)
+        log.append(0, {"a": 1.0})
+    assert [r["update"] for r in rows(log.path)] == ["0"]
+
+
+def test_rows_wait_while_the_file_cannot_be_written(tmp_path, capsys):
+    log = CsvLog(tmp_path / "m.csv")
+    log.append(1, {"a": 1.0})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 1, old[1]))
+    try:
+        log.append(2, {"a": 2.0})
+        log.append(3, {"b": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [r["update"] for r in rows(log.path)] == ["1"]
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    log.append(4, {"a": 4.0})
+    assert [(r["update"], r["a"], r["b"]) for r in rows(log.path)] == [
+        ("1", "1", ""), ("2", "2", ""), ("3", "", "3"), ("4", "4", ""),
+    ]  # fmt: skip
 
 
 def tracker(run_dir, **changes):
