@@ -66,7 +66,7 @@ def run_apart(layout: str) -> dict:
 
 def one_layout(options: argparse.Namespace) -> dict:
     """Predict, and unless told not to, measure."""
-    recipe.METHODS["teasr"] = (TeasrConfig, LAYOUTS[options.only])
+    recipe.METHODS["teasr"] = lambda: (TeasrConfig, LAYOUTS[options.only])
     settings = recipe.load(options.config, options.overrides).weightless()
     partitioning = engine_settings(settings.train, 1)
     counted = footprint.count(settings, partitioning, options.size)

@@ -1,7 +1,4 @@
-"""The command `teasr`: what is done with finished runs, a sub-command each.
-
-teasr sync-mlflow runs/demo
-"""
+"""The command `teasr`: what is done with trained models, a sub-command each."""
 
 from __future__ import annotations
 
@@ -9,25 +6,104 @@ import argparse
 import sys
 from pathlib import Path
 
+EXAMPLES = """examples:
+  teasr upscale photo.jpg -o photo_x4.png --model runs/demo               one picture in one step
+  teasr upscale holiday/ -o restored/ --model runs/demo --steps 4         a folder, sub-folders kept
+  teasr upscale 'scans/*.tif' -o out/ --model runs/demo --suffix _x4 --format png
+  teasr upscale holiday/ -o restored/ --model runs/demo --skip-existing   go on after Ctrl-C
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    """Parse and run; returns the exit code: 0 done, 1 some files failed, 2 a mistake that the message explains, 130 stopped."""
     parser = argparse.ArgumentParser(prog="teasr", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_upscale(commands)
+    _add_sync(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.act(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: what was finished is there", file=sys.stderr, flush=True)
+        return 130
+
+
+def _add_upscale(commands) -> None:
+    upscale = commands.add_parser(
+        "upscale", help="restore pictures at four times their size", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    upscale.add_argument("inputs", nargs="+", metavar="IN", help="file, folder or quoted pattern")
+    upscale.add_argument("-o", "--out", type=Path, required=True, help="folder, or a file for a single picture")
+    model = upscale.add_argument_group("model")
+    model.add_argument("--model", required=True, help="run folder or checkpoint folder")
+    model.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights (ema)")
+    quality = upscale.add_argument_group("quality")
+    quality.add_argument("--steps", type=int, default=1, help="1 is fastest, more draw more detail (1)")
+    quality.add_argument("--scale", type=float, metavar="X", help="of the sides (4)")
+    quality.add_argument("--size", metavar="WxH", help="in pixels, in place of --scale")
+    quality.add_argument(
+        "--color",
+        choices=("none", "wavelet", "adain", "lab"),
+        default="none",
+        help="take colours back to the source's (none)",
+    )
+    quality.add_argument("--seed", type=int, default=0, help="of the noise that details are drawn from (0)")
+    machine = upscale.add_argument_group("machine")
+    machine.add_argument("--tile", default="auto", metavar="auto|PX", help="side of the tiles of large pictures (auto)")
+    machine.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
+    files = upscale.add_argument_group("files")
+    files.add_argument("--skip-existing", action="store_true", help="leave out what has been restored before")
+    files.add_argument("--suffix", default="", help="added to names, such as _x4")
+    files.add_argument("--format", choices=("png", "jpg", "webp", "tif"), help="default: as the picture came")
+    upscale.set_defaults(act=_upscale)
+
+
+def _upscale(options: argparse.Namespace) -> int:
+    from teasr import batch
+    from teasr.upscale import Upscaler
+
+    if options.tile != "auto" and not options.tile.isdigit():
+        raise ValueError(f"--tile {options.tile}: auto, or a number of pixels such as 512")
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps}: must be >= 1")
+    how = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
+    todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
+    if options.skip_existing and all(job.target.is_file() for job in todo):
+        print(f"all {len(todo)} are there already")
+        return 0
+    upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device)
+    tile_px = None if options.tile == "auto" else int(options.tile)
+
+    def restore(picture):
+        return upscaler(picture, options.steps, options.seed, tile_px=tile_px, **how)
+
+    failed = batch.run(todo, restore, options.skip_existing)
+    if failed:
+        print(f"{failed} of {len(todo)} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ValueError(f"--size {text}: width x height in pixels, such as 3840x2160")
+    return int(width), int(height)
+
+
+def _add_sync(commands) -> None:
     sync = commands.add_parser("sync-mlflow", help="send to MLflow what it lacks of a run folder")
     sync.add_argument("run", type=Path, help="run folder")
     sync.add_argument("--uri", help="another store than that of the run's config")
     sync.set_defaults(act=_sync)
-    options = parser.parse_args(arguments)
-    try:
-        options.act(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
 
 
-def _sync(options: argparse.Namespace) -> None:
+def _sync(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from teasr import config
@@ -36,13 +112,13 @@ def _sync(options: argparse.Namespace) -> None:
 
     if not (options.run / METRICS).is_file():
         raise ValueError(f"{options.run} is no run folder: it holds no {METRICS}")
-    tracking = config.build(
-        TrackingConfig, config.read_yaml(options.run / "config.yaml").get("tracking") or {}, "tracking"
-    )
+    settings = config.read_yaml(options.run / "config.yaml").get("tracking") or {}
+    tracking = config.build(TrackingConfig, settings, "tracking")
     if options.uri:
         tracking = replace(tracking, uri=options.uri)
     place, sent = sync(options.run, tracking)
     print(f"{sent} updates sent to {place}" if sent else f"nothing was missing at {place}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The registries of backbones and methods live here; adding one is a file, a line 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,32 @@ import yaml
 
 from teasr import config as cfg
 from teasr.backbones.base import Backbone
-from teasr.backbones.qwen_image import QwenImage, QwenImageConfig
-from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.stream import DataConfig
 from teasr.methods.base import Method
-from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.settings import PreviewConfig, TrackingConfig, TrainConfig
 
-BACKBONES: dict[str, tuple[type, type[Backbone]]] = {
-    "tiny": (TinyConfig, Tiny),
-    "qwen_image": (QwenImageConfig, QwenImage),
-}
-METHODS: dict[str, tuple[type, type[Method]]] = {"teasr": (TeasrConfig, Teasr)}
+
+def _tiny() -> tuple[type, type[Backbone]]:
+    from teasr.backbones.tiny import Tiny, TinyConfig
+
+    return TinyConfig, Tiny
+
+
+def _qwen_image() -> tuple[type, type[Backbone]]:
+    from teasr.backbones.qwen_image import QwenImage, QwenImageConfig
+
+    return QwenImageConfig, QwenImage
+
+
+def _teasr() -> tuple[type, type[Method]]:
+    from teasr.methods.teasr import Teasr, TeasrConfig
+
+    return TeasrConfig, Teasr
+
+
+# (config, class), imported when a recipe names them: diffusers alone takes seconds
+BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {"tiny": _tiny, "qwen_image": _qwen_image}
+METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"teasr": _teasr}
 
 
 @dataclass(frozen=True)
@@ -63,17 +78,17 @@ class Recipe:
         """The same work on random weights: for dry runs and benchmarks, where no weight file is at hand."""
         return replace(
             self,
-            backbone=BACKBONES[self.backbone_name][1].weightless(self.backbone),
-            method=METHODS[self.method_name][1].weightless(self.method),
+            backbone=BACKBONES[self.backbone_name]()[1].weightless(self.backbone),
+            method=METHODS[self.method_name]()[1].weightless(self.method),
         )
 
     def build_backbone(self) -> Backbone:
         """The backbone with its initial weights."""
-        return BACKBONES[self.backbone_name][1](self.backbone, seed=self.seed)
+        return BACKBONES[self.backbone_name]()[1](self.backbone, seed=self.seed)
 
     def build_method(self) -> Method:
         """The method; raises ValueError when something it needs (LPIPS weights) is missing."""
-        return METHODS[self.method_name][1](self.method)
+        return METHODS[self.method_name]()[1](self.method)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -112,4 +127,4 @@ def _component(registry: dict, data: Any, where: str) -> tuple[str, Any]:
     name = data["name"]
     if name not in registry:
         raise ValueError(f"config key {where}.name = {name!r}: allowed are {', '.join(registry)}")
-    return name, cfg.build(registry[name][0], {k: v for k, v in data.items() if k != "name"}, where)
+    return name, cfg.build(registry[name]()[0], {k: v for k, v in data.items() if k != "name"}, where)

@@ -100,7 +100,12 @@ INSIDE = {  # file or folder of the package -> modules of teasr it may import
         "tracking",
     },
     "preview.py": {"backbones.base", "data.shards", "images", "metrics", "sampler", "seed", "settings"},
-    "cli.py": {"config", "settings", "tracking"},
+    "cli.py": {"batch", "config", "settings", "tracking", "upscale"},
+    "batch.py": {"images", "picture", "progress"},
+    "picture.py": {"files", "images"},
+    "color.py": set(),
+    "tiling.py": set(),
+    "tiled.py": {"backbones.base", "tiling"},
     "tracking.py": {"config", "files", "settings"},
 }
 

@@ -23,6 +23,7 @@ class Backbone(ABC):
     downsample: int  # pixels of the picture for one latent pixel
     pixel_multiple: int  # height and width of a picture must be divisible by it
     own_dtype = False  # computes in a dtype of its own config: autocast stays out
+    tile_px = 1024  # side of the tiles in which large pictures are restored
     patch_px: int  # pixels of the picture for one token: the period of a possible checkerboard
 
     @abstractmethod

@@ -300,6 +300,7 @@ class Tiny(Backbone):
         self.net = net
         self.latent_channels = config.latent_channels
         self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
+        self.tile_px = 256  # it learns from crops of 64 px
 
     def encode(self, x: Tensor) -> Tensor:
         self.check_size(*x.shape[-2:])
