@@ -59,8 +59,8 @@ class CsvLog:
         write_atomic(self.path, text.getvalue().encode())
 
     def append(self, update: int, values: dict[str, float]) -> None:
-        """Add one row; numbers with 9 significant digits."""
-        self._waiting.append({"update": update} | {name: f"{value:.9g}" for name, value in values.items()})
+        """Add one row; whole numbers whole, others with 9 significant digits."""
+        self._waiting.append({"update": update} | {k: v if type(v) is int else f"{v:.9g}" for k, v in values.items()})
         try:
             self._write()
         except OSError as error:
@@ -126,7 +126,7 @@ class Tracker:
     def log(self, update: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """One update: `metrics` are functions of the run alone, `timing` differs between equal runs."""
         self.metrics.append(update, metrics)
-        self.timing.append(update, timing | {"unix_s": round(time.time(), 3)})
+        self.timing.append(update, timing | {"unix_ms": int(1000 * time.time())})
 
     def close(self, status: str) -> None:
         """Flush; `status` as MLflow names it: FINISHED, FAILED or KILLED."""
@@ -259,8 +259,8 @@ class Mirror:
             update = int(timing["update"])
             row = self._waiting.get(update)
             if row is not None and update > self.sent:
-                at = int(1000 * float(timing["unix_s"]))
-                both = {k: float(v) for k, v in (row | timing).items() if v and k not in ("update", "unix_s")}
+                at = int(timing["unix_ms"])
+                both = {k: float(v) for k, v in (row | timing).items() if v and k not in ("update", "unix_ms")}
                 rows.append((update, at, both))
         newest = int(timings[-1]["update"]) if timings else self.sent
         self._waiting = {update: row for update, row in self._waiting.items() if update > newest}

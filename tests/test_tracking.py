@@ -127,6 +127,10 @@ def test_sync_sends_what_was_missed_once(tmp_path, capsys, monkeypatch):
     assert run.info.status == "KILLED"
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [p.step for p in points] == list(range(1, 2100)) and points[1].value == 0.5
+    assert (
+        0 < points[-1].timestamp - points[0].timestamp < 60_000
+    )  # milliseconds: not those of the upload, and not rounded
+    assert len({p.timestamp for p in points}) > 20
     assert cli.main(["sync-mlflow", str(tmp_path / "nothing")]) == 2
     assert "is no run folder" in capsys.readouterr().err
 
