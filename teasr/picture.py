@@ -171,7 +171,7 @@ def _channels(picture: Picture) -> np.ndarray:
     return x if picture.alpha is None else np.concatenate((x, picture.alpha[..., None]), 2)
 
 
-def _eight(picture: Picture, kind: str) -> bytes:
+def _eight(picture: Picture, kind: str) -> memoryview:
     name, extra = {
         "png": ("PNG", {}),
         "jpg": ("JPEG", {"quality": QUALITY, "subsampling": 0}),
@@ -181,7 +181,7 @@ def _eight(picture: Picture, kind: str) -> bytes:
     about = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
     out = io.BytesIO()
     to_pil(picture).save(out, name, **extra, **about)
-    return out.getvalue()
+    return out.getbuffer()
 
 
 def _deep(picture: Picture, kind: str) -> bytes:

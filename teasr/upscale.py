@@ -91,8 +91,8 @@ class Upscaler:
 
         scale: of its sides (default: the model's, 4), at least 1; or size: (width, height) in pixels. color_fix: none, wavelet, adain or lab
         (`teasr.color`). tile_px: side of the tiles of large pictures (default: the backbone's); device memory is that of one tile, host memory
-        some 10 bytes a restored pixel. on_progress(done, all) counts tiles. ValueError for what cannot be restored, MemoryError when not even a
-        small tile fits.
+        that of the picture and five times its latents. on_progress(done, all) counts tiles. ValueError for what cannot be restored, MemoryError
+        when not even a small tile fits.
         """
         if isinstance(picture, Image.Image):
             given = from_pil(picture)
@@ -114,10 +114,13 @@ class Upscaler:
             raise ValueError(
                 f"expected an RGB picture [H, W, 3] in uint8 or uint16, got {array.shape} in {array.dtype}"
             )
+        if color_fix not in color.KINDS:
+            raise ValueError(f"color_fix = {color_fix}: {', '.join(color.KINDS)}")
         frame = images.resize(array, *self._size(array, scale, size))
+        source = frame.copy() if color_fix != "none" else None
         restored = self._restore(frame, steps, seed, tile_px, on_progress)
-        if color_fix != "none":
-            color.correct(color_fix, restored, frame)
+        if source is not None:
+            color.correct(color_fix, restored, source)
         if isinstance(picture, np.ndarray):
             return restored
         made = given.restored(restored)
@@ -156,10 +159,11 @@ class Upscaler:
 
     @torch.no_grad()
     def _restore(self, frame: np.ndarray, steps: int, seed: int, tile_px: int | None, on_progress) -> np.ndarray:
-        """A frame [H, W, 3] that was brought to its size already."""
+        """A frame [H, W, 3] that was brought to its size already; the result may take its place in memory."""
         height, width = frame.shape[:2]
         m, device = self.backbone.pixel_multiple, next(self.backbone.net.parameters()).device
-        padded = np.pad(frame, ((0, -height % m), (0, -width % m), (0, 0)), mode="edge")
+        if height % m or width % m:
+            frame = np.pad(frame, ((0, -height % m), (0, -width % m), (0, 0)), mode="edge")
         done = 0
 
         def on_tile() -> None:
@@ -168,8 +172,9 @@ class Upscaler:
             if on_progress:
                 on_progress(done, len(tiled.plan) * (steps + 2))
 
-        tiled = Tiled(self.backbone, *padded.shape[:2], tile_px or self.backbone.tile_px, device, on_tile=on_tile)
-        z_lq = tiled.encode(padded)
+        tiled = Tiled(self.backbone, *frame.shape[:2], tile_px or self.backbone.tile_px, device, on_tile=on_tile)
+        z_lq = tiled.encode(frame)
         z = sample(tiled, z_lq, torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)), steps)
-        tiled.decode(z, padded)
-        return padded[:height, :width]
+        del z_lq
+        tiled.decode(z, frame)
+        return frame[:height, :width]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from PIL import Image
 
 from teasr import images
 from teasr.backbones.tiny import Tiny, TinyConfig
@@ -86,3 +87,47 @@ def test_progress_counts_every_tile_of_every_stage(upscaler, lq):
     calls = []
     upscaler(lq, steps=2, tile_px=104, on_progress=lambda done, of: calls.append((done, of)))
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1)) and {of for _, of in calls} == {len(calls)}
+
+
+def test_any_size_and_what_comes_in_comes_out(upscaler, lq):
+    assert upscaler(lq, scale=2.5).shape == (round(61 * 2.5), round(83 * 2.5), 3)
+    assert upscaler(lq, size=(200, 150)).shape == (150, 200, 3)
+    photo = Image.fromarray(lq)
+    for mode in ("L", "RGB", "RGBA", "LA"):
+        made = upscaler(photo.convert(mode))
+        assert made.mode == mode and made.size == (332, 244)
+    x = torch.from_numpy(lq).permute(2, 0, 1) / 255
+    made = upscaler(torch.stack((x, x.flip(0))), steps=1)
+    assert made.shape == (2, 3, 244, 332) and made.dtype == x.dtype and made.min() >= 0 and made.max() <= 1
+    assert (upscaler(x) - made[0]).abs().max() == 0
+    assert (made[0].permute(1, 2, 0).numpy() * 255 - upscaler(lq)).max() < 1.5
+    for mistake in (
+        {"scale": 0.5},
+        {"scale": 100},
+        {"scale": 2, "size": (200, 150)},
+        {"size": (10, 10)},
+        {"color_fix": "sepia"},
+    ):
+        with pytest.raises(ValueError):
+            upscaler(lq, **mistake)
+    with pytest.raises(ValueError, match=r"\[3, H, W\]"):
+        upscaler(torch.zeros(4, 4))
+
+
+def test_colours_are_corrected_and_the_source_is_left_alone(upscaler, lq, monkeypatch):
+    decode = upscaler.backbone.decode
+    monkeypatch.setattr(
+        upscaler.backbone, "decode", lambda z: decode(z) * 0.8 + torch.tensor([0.2, 0, 0]).view(3, 1, 1)
+    )
+    before, plain = lq.copy(), upscaler(lq)
+    fixed = upscaler(lq, color_fix="adain")
+    up = images.upsample(lq, 4)
+    assert np.array_equal(lq, before)
+    for moment in (np.mean, np.std):
+        off = [np.abs(moment(x, (0, 1)) - moment(up, (0, 1))).max() for x in (plain, fixed)]
+        assert off[1] < off[0] and off[1] < 2
+
+
+def test_what_programs_can_read(upscaler):
+    d = upscaler.descriptor
+    assert (d.scale, d.pixel_multiple, d.min_tile_px, d.tile_px) == (4, 8, 64, 256)
