@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teasr import checkpoint, color, images
@@ -44,6 +44,7 @@ class Upscaler:
 
     def __init__(self, backbone: Backbone, scale: int = 4, recipe: Recipe | None = None, source: Path | None = None):
         self.backbone, self.scale, self.recipe, self.source = backbone, scale, recipe, source
+        self._exported = [name for name, p in backbone.net.named_parameters() if backbone.exports(name, p)]
         backbone.net.requires_grad_(False).eval()
 
     @classmethod
@@ -67,6 +68,28 @@ class Upscaler:
         backbone.load_weights((load_file(first) if first.is_file() else {}) | load_file(file))
         backbone.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         return cls(backbone, recipe=recipe, source=folder)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder.
+
+        ValueError when the folder holds something else already.
+        """
+        folder = Path(folder)
+        if self.recipe is None:
+            raise ValueError("a model without a recipe cannot be saved: make it by from_pretrained")
+        if folder.exists() and not (folder / checkpoint.MANIFEST).is_file() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose a new folder")
+        temporary = folder.with_name(f".tmp-{folder.name}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        parameters = dict(self.backbone.net.named_parameters())
+        state = {name: parameters[name].detach().cpu().contiguous() for name in self._exported}
+        save_file(state, temporary / "ema.safetensors")
+        save_file(
+            {n: x.cpu().contiguous() for n, x in self.backbone.fixed_state().items()}, temporary / "fixed.safetensors"
+        )
+        (temporary / "config.yaml").write_text(self.recipe.to_yaml())
+        checkpoint.commit(temporary, folder)
+        return folder
 
     @property
     def descriptor(self) -> Descriptor:

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, small_recipe
 from PIL import Image, ImageCms
 
-from teasr import batch, checkpoint, cli, picture
+from teasr import Upscaler, batch, checkpoint, cli, picture
 from teasr.recipe import parse
 
 RNG = np.random.default_rng(0)
@@ -221,3 +221,19 @@ def test_jobs_of_a_tree(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = batch.jobs([str(tmp_path / "a")], tmp_path / "out", kind="webp")
     assert [j.target.relative_to(tmp_path).as_posix() for j in found] == ["out/b/y.webp", "out/x.webp"]
+
+
+def test_a_model_is_saved_and_loaded(model, tmp_path):
+    first = Upscaler.from_pretrained(model)
+    saved = first.save_pretrained(tmp_path / "saved")
+    assert {p.name for p in saved.iterdir()} == {"ema.safetensors", "fixed.safetensors", "config.yaml", "MANIFEST.json"}
+    again = Upscaler.from_pretrained(saved)
+    assert np.array_equal(again(PHOTO, steps=2), first(PHOTO, steps=2))
+    again.save_pretrained(saved)  # over itself
+    assert np.array_equal(Upscaler.from_pretrained(saved)(PHOTO), first(PHOTO))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        first.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no weights"):
+        Upscaler.from_pretrained(saved, weights="weights")

@@ -123,8 +123,11 @@ def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
         for name in ("weights.safetensors", "ema.safetensors"):
             assert (whole / name).read_bytes() == (halves / name).read_bytes()
     lq = np.ascontiguousarray(skimage.data.coffee()[:20, :28])
-    restored = Upscaler.from_pretrained(tmp_path / "zero3-whole")(lq, steps=2)
+    upscaler = Upscaler.from_pretrained(tmp_path / "zero3-whole")
+    restored = upscaler(lq, steps=2)
     assert restored.shape == (80, 112, 3) and restored.std() > 0
+    saved = upscaler.save_pretrained(tmp_path / "saved")
+    assert np.array_equal(Upscaler.from_pretrained(saved)(lq, steps=2), restored)
     scoring = ["--data", str(shards), "--steps", "1", "--out", str(tmp_path / "scores")]
     done = subprocess.run([sys.executable, str(ROOT / "eval/benchmark.py"), str(tmp_path / "zero3-whole"), *scoring])
     assert done.returncode == 0 and (tmp_path / "scores/scores.json").is_file()
