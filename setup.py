@@ -40,8 +40,8 @@ setup(
         "webdataset",
     ],
     extras_require={
-        "demo": ["scikit-image"],  # its photographs
-        "dev": ["bitsandbytes", "jpeglib", "pytest", "ray", "ruff", "scikit-image"],
+        "demo": ["gradio", "scikit-image"],  # the page of `teasr demo`; photographs for `make demo`
+        "dev": ["bitsandbytes", "gradio", "jpeglib", "playwright", "pytest", "pytest-xdist", "ray", "ruff", "scikit-image"],
         "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
         "metrics": ["pyiqa"],  # PolyForm Noncommercial licence: reference metrics only, nothing here imports it
         "nf4": ["bitsandbytes"],  # frozen weights in 4 bits

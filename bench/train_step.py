@@ -6,7 +6,7 @@
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict           # counts only, all three, no GPU
 
 Each layout runs in a process of its own, one after another. `predicted` is the dry run's sum without its allowance for CUDA. On a GPU `allocated` and
-`reserved` are PyTorch's; on the CPU `allocated` is counted by footprint.Meter in an update of its own. FLOP/s are those of the dry run's count over the
+`reserved` are PyTorch's; on the CPU `allocated` is counted by meter.Meter in an update of its own. FLOP/s are those of the dry run's count over the
 measured time; `of matmul` divides them by the rate of one large product in the network's dtype on the same device.
 """
 
@@ -28,7 +28,8 @@ from peer_update import Joint, ThreeModelVsd
 from teasr import footprint, recipe
 from teasr.distributed import World
 from teasr.engine import engine_settings, start_engine, start_ranks
-from teasr.footprint import GIB, Meter
+from teasr.footprint import GIB
+from teasr.meter import Meter
 from teasr.methods.base import Batch, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.randomness import Draws

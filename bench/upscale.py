@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from teasr import Upscaler, images
-from teasr.footprint import Meter
+from teasr.meter import Meter
 from teasr.sampler import restore
 
 

@@ -3,13 +3,15 @@
     python launch/export.py runs/qwen_teasr --out exported/teasr
     python launch/export.py runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr --weights weights --dtype bf16
 
-fp32 keeps every bit of the training; bf16 halves the file. `backbone.lora=exported/teasr` starts another run from it.
+fp32 keeps every bit of the training; bf16 halves the file. `teasr upscale --model exported/teasr` restores with it (the base model comes from where
+the recipe has it), `backbone.lora=exported/teasr` starts another run from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,7 +61,16 @@ def export(options: argparse.Namespace) -> Path:
         "recipe": settings.to_yaml(),
     }
     weights = {name: x.to(DTYPES[options.dtype]) for name, x in load_file(file).items()}
-    return lora_file.write(options.out, weights, peft, story)
+    path = lora_file.write(options.out, weights, peft, story)
+    kind = recipe.BACKBONES[settings.backbone_name]()[1]
+    for name, used in kind.files(settings.backbone).items():
+        if used.is_file():
+            shutil.copyfile(used, options.out / name)
+        else:
+            print(
+                f"warning: {used} is not here: copy it to {options.out / name}, or the model cannot be used elsewhere"
+            )
+    return path
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,25 +61,61 @@ def _expand(text: str) -> list[tuple[Path, Path]]:
     return found
 
 
-def run(todo: list[Job], restore: Callable[[picture.Picture], picture.Picture], skip_existing: bool = False) -> int:
-    """Restore all; returns how many failed. One line for each file; a broken one is named and the rest goes on."""
+Tell = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+
+def run(
+    todo: list[Job],
+    restore: Callable[[picture.Picture, Tell, Say], picture.Picture],
+    skip_existing: bool = False,
+) -> int:
+    """Restore all; returns how many failed. One line for each file; a broken one is named and the rest goes on.
+
+    restore(picture, tell, say): `tell(done, all)` as it goes on (drawn on a terminal), `say` what the file's line shall mention.
+    """
     failed, began, spent = 0, time.monotonic(), 0
     for i, job in enumerate(todo):
         head = f"{i + 1}/{len(todo)} {job.source}"
         if skip_existing and job.target.is_file():
             print(f"{head}: there already", flush=True)
             continue
-        started = time.monotonic()
+        started, notes = time.monotonic(), []
+        line = Inside(head)
         try:
             before = picture.read(job.source)
-            after = restore(before)
+            after = restore(before, line.show, notes.append)
             picture.write(job.target, after)
         except (ValueError, OSError, MemoryError) as error:
             failed += 1
+            line.clear()
             print(f"{head}: failed: {error}", flush=True)
             continue
         spent += 1
+        line.clear()
         left = (time.monotonic() - began) / spent * (len(todo) - i - 1)
         sizes = " -> ".join(f"{p.rgb.shape[1]}x{p.rgb.shape[0]}" for p in (before, after))
-        print(f"{head}: {sizes}, {time.monotonic() - started:.1f} s, {duration(left)} left", flush=True)
+        parts = [sizes, f"{time.monotonic() - started:.1f} s", *notes, f"{duration(left)} left"]
+        print(f"{head}: {', '.join(parts)}", flush=True)
     return failed
+
+
+class Inside:
+    """How far one picture is, and its time left; drawn on a terminal alone."""
+
+    def __init__(self, head: str):
+        self.head, self.began, self.drawn = head, time.monotonic(), 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, done: int, of: int) -> None:
+        """`done` of all parts are through."""
+        now = time.monotonic()
+        if self.terminal and now - self.drawn > 0.2:
+            self.drawn = now
+            left = (now - self.began) / done * (of - done)
+            print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)}", end="", flush=True)
+
+    def clear(self) -> None:
+        """Make room for the file's line."""
+        if self.drawn:
+            print("\r\033[K", end="", flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 EXAMPLES = """examples:
   teasr upscale photo.jpg -o photo_x4.png --model runs/demo               one picture in one step
   teasr upscale holiday/ -o restored/ --model runs/demo --steps 4         a folder, sub-folders kept
+  teasr upscale portrait.png -o out/ --model runs/demo --steps 8 --fidelity 0.5   half of the detail that 8 steps draw
   teasr upscale 'scans/*.tif' -o out/ --model runs/demo --suffix _x4 --format png
   teasr upscale holiday/ -o restored/ --model runs/demo --skip-existing   go on after Ctrl-C
 """
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="teasr", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_upscale(commands)
+    _add_demo(commands)
     _add_sync(commands)
     options = parser.parse_args(arguments)
     try:
@@ -39,10 +41,19 @@ def _add_upscale(commands) -> None:
     upscale.add_argument("inputs", nargs="+", metavar="IN", help="file, folder or quoted pattern")
     upscale.add_argument("-o", "--out", type=Path, required=True, help="folder, or a file for a single picture")
     model = upscale.add_argument_group("model")
-    model.add_argument("--model", required=True, help="run folder or checkpoint folder")
+    model.add_argument(
+        "--model", required=True, help="folder of a run, a checkpoint or an export; or owner/name on the hub"
+    )
     model.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights (ema)")
     quality = upscale.add_argument_group("quality")
-    quality.add_argument("--steps", type=int, default=1, help="1 is fastest, more draw more detail (1)")
+    quality.add_argument("--steps", default="1", metavar="N|auto", help="1 is fastest, more draw more detail (1)")
+    quality.add_argument(
+        "--fidelity",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="0 to 1: take back detail that several steps invent (0)",
+    )
     quality.add_argument("--scale", type=float, metavar="X", help="of the sides (4)")
     quality.add_argument("--size", metavar="WxH", help="in pixels, in place of --scale")
     quality.add_argument(
@@ -54,6 +65,8 @@ def _add_upscale(commands) -> None:
     quality.add_argument("--seed", type=int, default=0, help="of the noise that details are drawn from (0)")
     machine = upscale.add_argument_group("machine")
     machine.add_argument("--tile", default="auto", metavar="auto|PX", help="side of the tiles of large pictures (auto)")
+    machine.add_argument("--dtype", help="fp32, bf16, fp16; fp8 or nf4 of large models (as trained)")
+    machine.add_argument("--offload", action="store_true", help="GPU too small: weights wait in host memory")
     machine.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
     files = upscale.add_argument_group("files")
     files.add_argument("--skip-existing", action="store_true", help="leave out what has been restored before")
@@ -64,22 +77,25 @@ def _add_upscale(commands) -> None:
 
 def _upscale(options: argparse.Namespace) -> int:
     from teasr import batch
+    from teasr.sampler import check_fidelity
     from teasr.upscale import Upscaler
 
     if options.tile != "auto" and not options.tile.isdigit():
         raise ValueError(f"--tile {options.tile}: auto, or a number of pixels such as 512")
-    if options.steps < 1:
-        raise ValueError(f"--steps {options.steps}: must be >= 1")
+    if options.steps != "auto" and not (options.steps.isdigit() and int(options.steps) >= 1):
+        raise ValueError(f"--steps {options.steps}: auto, or a number >= 1")
+    steps = "auto" if options.steps == "auto" else int(options.steps)
+    check_fidelity(options.fidelity, 2 if steps == "auto" else steps)
     how = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
+    how |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
     todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
     if options.skip_existing and all(job.target.is_file() for job in todo):
         print(f"all {len(todo)} are there already")
         return 0
-    upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device)
-    tile_px = None if options.tile == "auto" else int(options.tile)
+    upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device, options.dtype, options.offload)
 
-    def restore(picture):
-        return upscaler(picture, options.steps, options.seed, tile_px=tile_px, **how)
+    def restore(picture, tell, say):
+        return upscaler(picture, steps, options.seed, on_progress=tell, say=say, **how)
 
     failed = batch.run(todo, restore, options.skip_existing)
     if failed:
@@ -94,6 +110,31 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdigit() and height.isdigit()):
         raise ValueError(f"--size {text}: width x height in pixels, such as 3840x2160")
     return int(width), int(height)
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser("demo", help="a local web page to try a model on")
+    demo.add_argument("--model", required=True, help="as of `teasr upscale`")
+    demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (127.0.0.1)")
+    demo.add_argument("--port", type=int, default=7860, help="(7860)")
+    demo.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
+    demo.add_argument("--dtype", help="as of `teasr upscale`")
+    demo.add_argument("--offload", action="store_true", help="GPU too small: weights wait in host memory")
+    demo.set_defaults(act=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from teasr import page
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the page needs {error.name}: pip install 'teasr[demo]'") from None
+    from teasr.upscale import Upscaler
+
+    upscaler = Upscaler.from_pretrained(
+        options.model, device=options.device, dtype=options.dtype, offload=options.offload
+    )
+    page.serve(upscaler, options.host, options.port)
+    return 0
 
 
 def _add_sync(commands) -> None:

@@ -82,7 +82,7 @@ Restores pictures (x4 real-world super-resolution) in 1 to 30 steps: rank {rank}
 **It acts on condition tokens alone.** Noise and text tokens run through the base weights. A stock diffusers pipeline or ComfyUI loads this file
 without complaint, applies it to all tokens at one time, and gives wrong pictures; so does fusing it into the base weights. Use `teasr`.
 
-Continue training from it: `backbone.lora=FOLDER` in a recipe.
+Restore with it: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. Continue training from it: `backbone.lora=FOLDER` in a recipe.
 
 | | |
 |---|---|

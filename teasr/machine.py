@@ -1,4 +1,4 @@
-"""What the host and the GPU of a rank are doing, under the names that MLflow shows as system metrics."""
+"""What the host and the GPU of a rank are doing, under the names that MLflow shows as system metrics; and how much memory is free."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import psutil
 import torch
 
 PERIOD_S = 10.0
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Machine:
@@ -41,3 +42,20 @@ class Machine:
             except (ModuleNotFoundError, RuntimeError):
                 pass  # no nvidia-ml-py, or a driver that does not tell
         return {f"system/{name}": value for name, value in found.items()}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU with what PyTorch has reserved and does not use; of the host within its control group's limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    try:
+        limit = CGROUP.joinpath("memory.max").read_text().strip()
+        if limit != "max":
+            used = int(CGROUP.joinpath("memory.current").read_text())
+            cached = dict(line.split() for line in CGROUP.joinpath("memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - used + int(cached.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control groups here
+    return max(0, free)

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from teasr.backbones.base import Backbone
+from teasr.machine import free_memory
+from teasr.meter import Meter
 from teasr.tiling import Plan, Tile
 
 OVERLAP = 1 / 8  # of a tile's side, with its neighbours
 MARGIN = 1 / 32  # of a tile's side, at its inner ends: context, of which nothing is shown
 SMALLEST = 8  # units of a tile's side
+PROBE = 16  # units of the side of the tile whose memory is counted
+USABLE = 0.8  # of free memory
 T = TypeVar("T")
 
 
@@ -34,9 +38,10 @@ class Tiled:
         device: torch.device,
         say: Callable[[str], None] = print,
         on_tile: Callable[[], None] = lambda: None,
+        autocast: torch.dtype | None = None,
     ):
-        """Sides are multiples of `backbone.pixel_multiple`. `on_tile` is called after each tile of each stage."""
-        self.backbone, self.device, self.say, self.on_tile = backbone, device, say, on_tile
+        """Sides are multiples of `backbone.pixel_multiple`. `on_tile` is called after each tile of each stage; `autocast` is of the transformer."""
+        self.backbone, self.device, self.say, self.on_tile, self.autocast = backbone, device, say, on_tile, autocast
         self.unit = backbone.pixel_multiple
         self.places = self.unit // backbone.downsample  # latent pixels of a unit
         self.height, self.width = height_px // self.unit, width_px // self.unit
@@ -72,7 +77,9 @@ class Tiled:
             for tile in self.plan:
                 parts = (tile.of(z, self.places).to(self.device) for z in (z_t, z_lq))
                 z_tile, lq_tile = (part.contiguous() for part in parts)
-                self._add(v, tile, self.backbone.velocity(z_tile, t, lq_tile, r), self.places)
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    v_tile = self.backbone.velocity(z_tile, t, lq_tile, r)
+                self._add(v, tile, v_tile, self.places)
             return v
 
         return self._with_room(all_tiles)
@@ -132,6 +139,31 @@ class Tiled:
         most = np.iinfo(dtype).max
         x = ((x.clamp(-1, 1) + 1) * (most / 2)).round()
         return x.permute(1, 2, 0).to(torch.int32 if most > 255 else torch.uint8).numpy().astype(dtype, copy=False)
+
+
+@torch.no_grad()
+def bytes_of_unit(backbone: Backbone, device: torch.device) -> float:
+    """What one unit of a tile's area takes on the device, counted on a tile of PROBE units; linear in the area, attention being fused.
+
+    Infinite when not even that fits.
+    """
+    side = PROBE * backbone.pixel_multiple
+    try:
+        with Meter(device.type) as meter:
+            z = backbone.encode(torch.zeros(1, 3, side, side, device=device))
+            t, r = (backbone.snap(torch.full((1,), time, device=device)) for time in (1.0, 0.0))
+            backbone.decode(z - backbone.velocity(z, t, z, r))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return float("inf")
+    return meter.peak / PROBE**2
+
+
+def units_that_fit(unit_bytes: float, device: torch.device, kept_bytes: int) -> int:
+    """Units of a tile's side that free memory has room for, when `kept_bytes` of it are needed for other things; SMALLEST at least."""
+    room = max(0, free_memory(device) - kept_bytes) * USABLE
+    return max(SMALLEST, int((room / unit_bytes) ** 0.5))
 
 
 def _out_of_memory(error: Exception) -> bool:

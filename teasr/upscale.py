@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teasr import checkpoint, color, images
+from teasr import auto_steps, color, images, pretrained
 from teasr.backbones.base import Backbone
 from teasr.picture import Picture, from_pil, to_pil
-from teasr.recipe import Recipe, load
+from teasr.recipe import Recipe
 from teasr.sampler import sample
-from teasr.tiled import SMALLEST, Tiled
+from teasr.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
 
 MAX_SCALE = 16.0
+LATENT_COPIES = 6  # of a frame's latents in host memory while it is sampled, at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Descriptor:
     scale: int  # of the pairs that it was trained on; others work, with more or less effect
     pixel_multiple: int  # sides are padded to it inside
     min_tile_px: int
-    tile_px: int  # what large pictures are cut into by default
+    tile_px: int  # what large pictures are cut into, memory permitting
+    precisions: tuple[str, ...]  # for `dtype` of from_pretrained
     dtypes: tuple[str, ...] = ("uint8", "uint16")  # of pictures, in and out
     channels: tuple[str, ...] = ("grey", "RGB", "RGBA")
 
@@ -42,94 +44,86 @@ class Descriptor:
 class Upscaler:
     """A trained model, ready to restore."""
 
-    def __init__(self, backbone: Backbone, scale: int = 4, recipe: Recipe | None = None, source: Path | None = None):
-        self.backbone, self.scale, self.recipe, self.source = backbone, scale, recipe, source
+    def __init__(
+        self,
+        backbone: Backbone,
+        scale: int = 4,
+        recipe: Recipe | None = None,
+        device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        """`device`: where the backbone computes, if not where its weights are; `autocast`: of its transformer."""
+        self.backbone, self.scale, self.recipe, self.autocast = backbone, scale, recipe, autocast
+        self.device = device or next(backbone.net.parameters()).device
+        self._unit_bytes = float("inf")  # of a tile's area; counted when first needed
         self._exported = [name for name, p in backbone.net.named_parameters() if backbone.exports(name, p)]
         backbone.net.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, weights: str = "ema", device: str | None = None) -> Upscaler:
-        """From a run folder (its newest checkpoint), a checkpoint folder or what `save_pretrained` wrote; `weights` is `ema` or `weights`.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        weights: str = "ema",
+        device: str | None = None,
+        dtype: str | None = None,
+        offload: bool = False,
+    ) -> Upscaler:
+        """From a run folder (its newest checkpoint), a checkpoint, what `save_pretrained` or launch/export.py wrote, or `owner/name` on the hub.
 
-        Raises ValueError naming what is missing or damaged.
+        weights: `ema` (averaged) or `weights` (last). dtype: one of the descriptor's precisions; default: as trained. offload: for a GPU that is
+        too small, blocks stay in host memory. Raises ValueError naming what is missing, damaged or impossible here.
         """
-        folder = checkpoint.resolve(Path(path))
-        recipe = load(folder / "config.yaml")
-        file = folder / f"{weights}.safetensors"
-        if not file.is_file():
-            tensors = (f.stem for f in sorted(folder.glob("*.safetensors")))
-            have = ", ".join(name for name in tensors if name not in ("fixed", "optimiser"))
-            raise ValueError(f"{folder} holds no {file.name}; there is: {have}")
-        if device and device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {device}: no GPU is visible here; leave it out to restore on the CPU")
-        backbone = recipe.build_backbone()
-        backbone.load_fixed_state(load_file(folder / "fixed.safetensors"))
-        first = folder / "weights.safetensors"
-        backbone.load_weights((load_file(first) if first.is_file() else {}) | load_file(file))
-        backbone.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-        return cls(backbone, recipe=recipe, source=folder)
+        backbone, recipe, place = pretrained.load(path, weights, device, dtype, offload)
+        autocast = None if backbone.own_dtype else pretrained.AUTOCAST.get(dtype)
+        return cls(backbone, recipe=recipe, device=place, autocast=autocast)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder.
 
         ValueError when the folder holds something else already.
         """
-        folder = Path(folder)
         if self.recipe is None:
             raise ValueError("a model without a recipe cannot be saved: make it by from_pretrained")
-        if folder.exists() and not (folder / checkpoint.MANIFEST).is_file() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds other files: choose a new folder")
-        temporary = folder.with_name(f".tmp-{folder.name}")
-        temporary.mkdir(parents=True, exist_ok=True)
-        parameters = dict(self.backbone.net.named_parameters())
-        state = {name: parameters[name].detach().cpu().contiguous() for name in self._exported}
-        save_file(state, temporary / "ema.safetensors")
-        save_file(
-            {n: x.cpu().contiguous() for n, x in self.backbone.fixed_state().items()}, temporary / "fixed.safetensors"
-        )
-        (temporary / "config.yaml").write_text(self.recipe.to_yaml())
-        checkpoint.commit(temporary, folder)
-        return folder
+        pretrained.save(self.backbone, self._exported, self.recipe, Path(folder))
+        return Path(folder)
 
     @property
     def descriptor(self) -> Descriptor:
         """Scale, multiples, tiles and types."""
         unit = self.backbone.pixel_multiple
-        return Descriptor(self.scale, unit, SMALLEST * unit, self.backbone.tile_px)
+        return Descriptor(self.scale, unit, SMALLEST * unit, self.backbone.tile_px, self.backbone.dtypes)
 
     def __call__(
         self,
         picture: Image.Image | np.ndarray | Tensor | Picture,
-        steps: int = 1,
-        seed: int = 0,
+        steps: int | Literal["auto"] = 1,
+        seed: int | torch.Generator = 0,
         *,
+        fidelity: float = 0.0,
         scale: float | None = None,
         size: tuple[int, int] | None = None,
         color_fix: str = "none",
         tile_px: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
+        say: Callable[[str], None] = print,
     ) -> Image.Image | np.ndarray | Tensor | Picture:
         """Restore a picture in `steps` steps; what comes in comes out: PIL of any mode, [H, W, 3] uint8 or uint16, or a tensor [3, H, W] or
         [B, 3, H, W] in [0, 1].
 
-        scale: of its sides (default: the model's, 4), at least 1; or size: (width, height) in pixels. color_fix: none, wavelet, adain or lab
-        (`teasr.color`). tile_px: side of the tiles of large pictures (default: the backbone's); device memory is that of one tile, host memory
-        that of the picture and five times its latents. on_progress(done, all) counts tiles. ValueError for what cannot be restored, MemoryError
-        when not even a small tile fits.
+        steps: `auto` takes as few as give what twice as many would (`teasr.auto_steps`). fidelity: 0 to 1, takes back detail that several
+        steps invented (`sampler.sample`). scale: of the sides (default: the model's, 4), at least 1; or size: (width, height) in pixels.
+        color_fix: none, wavelet, adain or lab (`teasr.color`). tile_px: side of the tiles of large pictures (default: the backbone's, or
+        what fits in free memory); device memory is that of one tile, host memory that of the picture and six times its latents.
+        on_progress(done, all) counts tiles; on_step as in `sampler.sample`, with latents [1, C, h, w] of the whole frame in host memory; `say` is
+        told when tiles shrink and what `auto` chose. ValueError for what cannot be restored, MemoryError when not even a small tile fits.
         """
         if isinstance(picture, Image.Image):
             given = from_pil(picture)
         elif isinstance(picture, Tensor):
-            return self._tensor(
-                picture,
-                steps,
-                seed,
-                scale=scale,
-                size=size,
-                color_fix=color_fix,
-                tile_px=tile_px,
-                on_progress=on_progress,
-            )
+            how = {"fidelity": fidelity, "scale": scale, "size": size, "color_fix": color_fix, "tile_px": tile_px}
+            how |= {"on_progress": on_progress, "on_step": on_step, "say": say}
+            return self._tensor(picture, lambda frame: self(frame, steps, seed, **how))
         else:
             given = picture if isinstance(picture, Picture) else Picture(np.ascontiguousarray(picture))
         array = given.rgb
@@ -141,7 +135,7 @@ class Upscaler:
             raise ValueError(f"color_fix = {color_fix}: {', '.join(color.KINDS)}")
         frame = images.resize(array, *self._size(array, scale, size))
         source = frame.copy() if color_fix != "none" else None
-        restored = self._restore(frame, steps, seed, tile_px, on_progress)
+        restored = self._restore(frame, steps, seed, fidelity, tile_px, on_progress, on_step, say)
         if source is not None:
             color.correct(color_fix, restored, source)
         if isinstance(picture, np.ndarray):
@@ -166,27 +160,36 @@ class Upscaler:
             )
         return wanted
 
-    def _tensor(self, x: Tensor, steps: int, seed: int, **rest) -> Tensor:
+    @staticmethod
+    def _tensor(x: Tensor, act: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         """[3, H, W] or [B, 3, H, W] in [0, 1], by way of 16 bit."""
         batch = x[None] if x.ndim == 3 else x
         if batch.ndim != 4 or batch.shape[1] != 3 or not x.is_floating_point():
             raise ValueError(
                 f"expected a tensor [3, H, W] or [B, 3, H, W] in [0, 1], got {tuple(x.shape)} in {x.dtype}"
             )
-        frames = (
-            (batch.detach().float().clamp(0, 1).cpu() * 65535).round().permute(0, 2, 3, 1).numpy().astype(np.uint16)
-        )
-        made = np.stack([self(frame, steps, seed, **rest) for frame in frames])
+        frames = (batch.detach().float().clamp(0, 1).cpu() * 65535).round().permute(0, 2, 3, 1).numpy()
+        made = np.stack([act(frame) for frame in frames.astype(np.uint16)])
         out = torch.from_numpy(made.astype(np.float32) / 65535).permute(0, 3, 1, 2).to(x)
         return out[0] if x.ndim == 3 else out
 
     @torch.no_grad()
-    def _restore(self, frame: np.ndarray, steps: int, seed: int, tile_px: int | None, on_progress) -> np.ndarray:
+    def _restore(self, frame, steps, seed, fidelity, tile_px, on_progress, on_step, say) -> np.ndarray:
         """A frame [H, W, 3] that was brought to its size already; the result may take its place in memory."""
         height, width = frame.shape[:2]
-        m, device = self.backbone.pixel_multiple, next(self.backbone.net.parameters()).device
+        m = self.backbone.pixel_multiple
         if height % m or width % m:
             frame = np.pad(frame, ((0, -height % m), (0, -width % m), (0, 0)), mode="edge")
+        side = tile_px or self._fitting_tile(frame.shape[:2])
+        if steps == "auto":
+            part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m)
+            steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, 0.0, side, None, None, say))
+            say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change {change:.1f} levels")
+            fidelity = fidelity if steps > 1 else 0.0
+        return self._frame(frame, steps, seed, fidelity, side, on_progress, on_step, say)[:height, :width]
+
+    def _frame(self, frame, steps, seed, fidelity, tile_px, on_progress, on_step, say) -> np.ndarray:
+        """A frame whose sides are multiples of `pixel_multiple`; the result takes its place in memory."""
         done = 0
 
         def on_tile() -> None:
@@ -195,9 +198,22 @@ class Upscaler:
             if on_progress:
                 on_progress(done, len(tiled.plan) * (steps + 2))
 
-        tiled = Tiled(self.backbone, *frame.shape[:2], tile_px or self.backbone.tile_px, device, on_tile=on_tile)
+        tiled = Tiled(self.backbone, *frame.shape[:2], tile_px, self.device, say, on_tile, self.autocast)
         z_lq = tiled.encode(frame)
-        z = sample(tiled, z_lq, torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)), steps)
-        del z_lq
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        eps = torch.randn(z_lq.shape, generator=generator, device=generator.device).cpu()
+        z = sample(tiled, z_lq, eps, steps, fidelity, on_step)
+        del z_lq, eps
         tiled.decode(z, frame)
-        return frame[:height, :width]
+        return frame
+
+    def _fitting_tile(self, size: tuple[int, int]) -> int:
+        """Side in px for a frame of this size."""
+        kept = 0
+        if self.device.type == "cpu":
+            places = size[0] * size[1] // self.backbone.downsample**2
+            kept = LATENT_COPIES * 4 * self.backbone.latent_channels * places
+        if self._unit_bytes == float("inf"):
+            self._unit_bytes = bytes_of_unit(self.backbone, self.device)
+        units = units_that_fit(self._unit_bytes, self.device, kept)
+        return min(self.backbone.tile_px, units * self.backbone.pixel_multiple)

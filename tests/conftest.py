@@ -34,6 +34,30 @@ def shards(photos, tmp_path_factory) -> Path:
     return make_shards(photos, tmp_path_factory.mktemp("shards"))
 
 
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """A run folder with a checkpoint of a tiny network that was never trained, and does something nevertheless."""
+    from teasr import checkpoint
+    from teasr.recipe import parse
+
+    root = tmp_path_factory.mktemp("untrained")
+    recipe = parse(small_recipe(root, root / "run"))
+    backbone = recipe.build_backbone()
+    generator = torch.Generator().manual_seed(0)
+    backbone.fit([torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(8)])
+    torch.nn.init.normal_(backbone.net.proj_out.weight, 0, 0.05, generator=generator)
+    writer = checkpoint.Writer(root / "run/checkpoints", 1)
+    weights = {name: p.detach() for name, p in backbone.net.named_parameters() if backbone.exports(name, p)}
+    for name in ("weights", "ema"):
+        writer.tensors(f"{name}.safetensors", weights)
+    writer.tensors("fixed.safetensors", backbone.fixed_state())
+    writer.text("config.yaml", recipe.to_yaml())
+    writer.text("state.json", json.dumps({"update": 1, "commit": "none"}))
+    writer.commit(1)
+    assert writer.problem is None
+    return root / "run"
+
+
 def make_shards(photos: Path, out: Path, **settings) -> Path:
     """Make a small shard set and return its folder."""
     from teasr.data.job import make_set

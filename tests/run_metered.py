@@ -12,7 +12,7 @@ import torch
 from teasr.distributed import World
 from teasr.ema import Ema
 from teasr.engine import _cutter, engine_settings, start_ranks
-from teasr.footprint import Meter
+from teasr.meter import Meter
 from teasr.recipe import parse
 
 if __name__ == "__main__":

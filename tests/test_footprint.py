@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from teasr import footprint, recipe
 from teasr.engine import engine_settings
-from teasr.footprint import GIB, Meter, count
+from teasr.footprint import GIB, count
+from teasr.meter import Meter
 from teasr.methods.base import Batch, Progress
 from teasr.randomness import Draws
 

@@ -1,6 +1,5 @@
 """picture.py, batch.py, `teasr upscale`: what belongs to a picture survives, a broken one does not stop the others, nothing is half written."""
 
-import json
 import os
 import signal
 import struct
@@ -14,12 +13,10 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-import torch
-from conftest import ROOT, small_recipe
+from conftest import ROOT
 from PIL import Image, ImageCms
 
-from teasr import Upscaler, batch, checkpoint, cli, picture
-from teasr.recipe import parse
+from teasr import batch, cli, picture
 
 RNG = np.random.default_rng(0)
 PHOTO = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:256])  # 56 x 40
@@ -123,26 +120,7 @@ def test_what_is_refused_is_named(tmp_path):
         assert name in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A checkpoint folder of a tiny network that was never trained."""
-    root = tmp_path_factory.mktemp("model")
-    recipe = parse(small_recipe(root, root / "run"))
-    backbone = recipe.build_backbone()
-    backbone.fit([(torch.rand(3, 64, 64) * 2 - 1, torch.rand(3, 64, 64) * 2 - 1) for _ in range(8)])
-    writer = checkpoint.Writer(root / "run/checkpoints", 1)
-    weights = {name: p.detach() for name, p in backbone.net.named_parameters() if backbone.exports(name, p)}
-    for name in ("weights", "ema"):
-        writer.tensors(f"{name}.safetensors", weights)
-    writer.tensors("fixed.safetensors", backbone.fixed_state())
-    writer.text("config.yaml", recipe.to_yaml())
-    writer.text("state.json", json.dumps({"update": 1}))
-    writer.commit(1)
-    assert writer.problem is None
-    return root / "run"
-
-
-def test_a_folder_with_broken_files_is_restored_but_for_them(model, tmp_path, capsys):
+def test_a_folder_with_broken_files_is_restored_but_for_them(untrained, tmp_path, capsys):
     """Sub-folders are kept, the exit code is 1, a second start with --skip-existing does only what is missing."""
     source, out = tmp_path / "in", tmp_path / "out"
     broken_files(source / "broken")
@@ -150,7 +128,7 @@ def test_a_folder_with_broken_files_is_restored_but_for_them(model, tmp_path, ca
     (source / "sub").mkdir()
     Image.fromarray(PHOTO).convert("L").save(source / "sub/b.jpeg")
     Image.fromarray(PHOTO).save(source / "sub/c.bmp")
-    command = ["upscale", str(source), "-o", str(out), "--model", str(model), "--suffix", "_x4"]
+    command = ["upscale", str(source), "-o", str(out), "--model", str(untrained), "--suffix", "_x4"]
     assert cli.main(command) == 1
     printed = capsys.readouterr()
     assert "6 of 9 failed" in printed.err and printed.out.count("failed: ") == 6
@@ -167,10 +145,10 @@ def test_a_folder_with_broken_files_is_restored_but_for_them(model, tmp_path, ca
     assert (out / "a_x4.png").is_file()
 
 
-def test_one_file_globs_and_mistakes(model, tmp_path, capsys):
+def test_one_file_globs_and_mistakes(untrained, tmp_path, capsys):
     for name in ("a.png", "b.png", "b.tif"):
         Image.fromarray(PHOTO).save(tmp_path / name)
-    m = ["--model", str(model)]
+    m = ["--model", str(untrained)]
     assert cli.main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "one.webp"), *m]) == 0
     with Image.open(tmp_path / "one.webp") as made:
         assert made.format == "WEBP" and made.size == (224, 160)
@@ -181,8 +159,11 @@ def test_one_file_globs_and_mistakes(model, tmp_path, capsys):
         (str(tmp_path), "-o", str(tmp_path)): "would be overwritten by its own result",
         (str(tmp_path / "b.*"), "-o", str(tmp_path / "out"), "--format", "png"): "would both be written to",
         ("/nowhere", "-o", "x"): "/nowhere is no picture",
-        (str(tmp_path / "a.png"), "-o", "x", "--steps", "0"): "--steps 0: must be >= 1",
+        (str(tmp_path / "a.png"), "-o", "x", "--steps", "0"): "--steps 0: auto, or a number >= 1",
         (str(tmp_path / "a.png"), "-o", "x", "--tile", "big"): "--tile big: auto, or a number",
+        (str(tmp_path / "a.png"), "-o", "x", "--dtype", "nf4"): "dtype nf4: backbone tiny can do fp32, bf16, fp16",
+        (str(tmp_path / "a.png"), "-o", "x", "--fidelity", "0.5"): "use 2 steps or more",
+        (str(tmp_path / "a.png"), "-o", "x", "--offload"): "none is visible here",
     }
     for arguments, message in mistakes.items():
         assert cli.main(["upscale", *arguments, *m]) == 2
@@ -192,12 +173,12 @@ def test_one_file_globs_and_mistakes(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_at_any_moment_no_half_written_file_is_left(model, tmp_path, number):
+def test_stopped_at_any_moment_no_half_written_file_is_left(untrained, tmp_path, number):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for i in range(60):
         Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(source / f"{i:02d}.png")
-    command = [sys.executable, "-m", "teasr.cli", "upscale", str(source), "-o", str(out), "--model", str(model)]
+    command = [sys.executable, "-m", "teasr.cli", "upscale", str(source), "-o", str(out), "--model", str(untrained)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     while len(list(out.glob("*.png"))) < 2:
@@ -221,19 +202,3 @@ def test_jobs_of_a_tree(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = batch.jobs([str(tmp_path / "a")], tmp_path / "out", kind="webp")
     assert [j.target.relative_to(tmp_path).as_posix() for j in found] == ["out/b/y.webp", "out/x.webp"]
-
-
-def test_a_model_is_saved_and_loaded(model, tmp_path):
-    first = Upscaler.from_pretrained(model)
-    saved = first.save_pretrained(tmp_path / "saved")
-    assert {p.name for p in saved.iterdir()} == {"ema.safetensors", "fixed.safetensors", "config.yaml", "MANIFEST.json"}
-    again = Upscaler.from_pretrained(saved)
-    assert np.array_equal(again(PHOTO, steps=2), first(PHOTO, steps=2))
-    again.save_pretrained(saved)  # over itself
-    assert np.array_equal(Upscaler.from_pretrained(saved)(PHOTO), first(PHOTO))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds other files"):
-        first.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no weights"):
-        Upscaler.from_pretrained(saved, weights="weights")

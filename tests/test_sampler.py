@@ -61,7 +61,22 @@ def test_instantaneous_velocity_converges_at_first_order(pair):
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
-def test_callback_counts_steps(pair):
+def test_callback_counts_steps_and_may_change_the_latents(pair):
     seen = []
-    sample(GaussianField(average=True), *pair, 3, on_step=lambda i, n: seen.append((i, n)))
+    sample(GaussianField(average=True), *pair, 3, on_step=lambda i, n, z: seen.append((i, n)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+    z = sample(GaussianField(average=True), *pair, 3, on_step=lambda i, n, z: z * 0 if i == 3 else None)
+    assert not z.any()
+
+
+def test_fidelity_goes_from_the_sample_to_the_mean(pair):
+    """Of the instantaneous field the first jump's estimate is the mean of all that fits, z_lq: the line to it in equal parts, at no evaluation more."""
+    z_lq, eps = pair
+    end = sample(GaussianField(average=False), z_lq, eps, 4)
+    for fidelity in (0.0, 0.25, 1.0):
+        field = GaussianField(average=False)
+        z = sample(field, z_lq, eps, 4, fidelity)
+        assert torch.allclose(z, (1 - fidelity) * end + fidelity * z_lq, atol=1e-6) and len(field.calls) == 4
+    for fidelity, steps in ((1.5, 4), (-0.1, 4), (0.5, 1)):
+        with pytest.raises(ValueError, match="fidelity"):
+            sample(GaussianField(average=True), z_lq, eps, steps, fidelity)

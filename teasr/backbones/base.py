@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Backbone(ABC):
     downsample: int  # pixels of the picture for one latent pixel
     pixel_multiple: int  # height and width of a picture must be divisible by it
     own_dtype = False  # computes in a dtype of its own config: autocast stays out
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # that a trained one can restore in
     tile_px = 1024  # side of the tiles in which large pictures are restored
     patch_px: int  # pixels of the picture for one token: the period of a possible checkerboard
 
@@ -101,6 +103,23 @@ class Backbone(ABC):
         """
         self.net.to(device)
         each(self.net)
+
+    def offload(self, device: torch.device) -> None:
+        """In place of `to`, to restore with: the network's blocks stay in host memory and visit the device one by one."""
+        raise ValueError(f"{type(self).__name__} cannot be offloaded: leave it out")
+
+    @classmethod
+    def for_use(cls, config: Any, dtype: str | None, folder: Path) -> Any:
+        """The config to build a saved model with: no file is needed that only training started from.
+
+        folder: where the model lies, with what `files` named; dtype: None, or one of `dtypes` (matters where `own_dtype`).
+        """
+        return config
+
+    @classmethod
+    def files(cls, config: Any) -> dict[str, Path]:
+        """Files that a saved model needs beside its weights: name there -> where they are now."""
+        return {}
 
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raise ValueError when a picture of this size cannot be encoded."""

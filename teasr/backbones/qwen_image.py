@@ -25,10 +25,13 @@ from teasr.backbones.base import Backbone
 from teasr.backbones.branch_lora import add_branch_lora, lora_settings, replace_linears
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.modulation import ModulationTable
+from teasr.backbones.offloading import offload_blocks
 from teasr.backbones.quantised import KINDS
 from teasr.backbones.qwen_vae import QwenCodec
 from teasr.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.seed import seed_of
+
+PROMPT = "prompt.safetensors"  # beside the weights of a saved model
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class QwenImage(Backbone):
     """The backbone: `QwenNet` and the VAE's codec."""
 
     own_dtype = True
+    dtypes = ("bf16", "fp32", "fp8", "nf4")
 
     def __init__(self, config: QwenImageConfig, seed: int = 0):
         """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
@@ -164,6 +168,29 @@ class QwenImage(Backbone):
                     raise cannot_load("backbone.model", config.model, error) from None
                 sizes[part] = {k: v for k, v in found.items() if not k.startswith("_")}
         return replace(config, model="random", prompt="random", lora=None, **sizes)
+
+    def offload(self, device: torch.device) -> None:
+        self.to(torch.device("cpu"))
+        offload_blocks(self.net.transformer, device)
+        self.net.prompt = self.net.prompt.to(device)
+        self.codec.to(device)
+
+    @classmethod
+    def for_use(cls, config: QwenImageConfig, dtype: str | None, folder: Path) -> QwenImageConfig:
+        """`fp8` and `nf4` are of the frozen weights of the blocks, which then compute in bf16."""
+        prompt, lora = folder / PROMPT, folder / lora_file.NAME
+        config = replace(
+            config,
+            prompt=str(prompt) if prompt.is_file() else config.prompt,
+            lora=str(folder) if lora.is_file() else None,
+        )
+        if dtype in ("fp8", "nf4"):
+            return replace(config, dtype="bf16", quantise=dtype)
+        return config if dtype is None else replace(config, dtype=dtype, quantise=None)
+
+    @classmethod
+    def files(cls, config: QwenImageConfig) -> dict[str, Path]:
+        return {} if config.prompt == "random" else {PROMPT: Path(config.prompt).expanduser()}
 
     def lora_story(self) -> tuple[dict, dict]:
         config = self.config

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teasr.backbones.base import Backbone
 from teasr.backbones.branch_lora import add_branch_lora, base, branch
+from teasr.backbones.offloading import offload_blocks
 from teasr.flow import per_sample
 from teasr.seed import seed_of
 
@@ -331,6 +332,15 @@ class Tiny(Backbone):
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
         super().to(device, each)
         self.codec.to(device)
+
+    def offload(self, device: torch.device) -> None:
+        self.to(torch.device("cpu"))
+        offload_blocks(self.net, device)
+        self.codec.to(device)
+
+    @classmethod
+    def for_use(cls, config: TinyConfig, dtype: str | None, folder: Path) -> TinyConfig:
+        return cls.weightless(config)  # everything is exported, the base too
 
     def fixed_state(self) -> dict[str, Tensor]:
         return self.codec.state_dict()
