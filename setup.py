@@ -41,7 +41,17 @@ setup(
     ],
     extras_require={
         "demo": ["gradio", "scikit-image"],  # the page of `teasr demo`; photographs for `make demo`
-        "dev": ["bitsandbytes", "gradio", "jpeglib", "playwright", "pytest", "pytest-xdist", "ray", "ruff", "scikit-image"],
+        "dev": [
+            "bitsandbytes",
+            "gradio",
+            "jpeglib",
+            "playwright",
+            "pytest",
+            "pytest-xdist",
+            "ray",
+            "ruff",
+            "scikit-image",
+        ],
         "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
         "metrics": ["pyiqa"],  # PolyForm Noncommercial licence: reference metrics only, nothing here imports it
         "nf4": ["bitsandbytes"],  # frozen weights in 4 bits

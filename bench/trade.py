@@ -1,0 +1,72 @@
+"""Faithful or detailed: PSNR against sharpness over step counts and fidelity, and what `--steps auto` chooses, on held-out pairs.
+
+    python bench/trade.py runs/demo --data runs/demo/shards/heldout [--steps 2 4 8] [--fidelity 0 .25 .5 .75 1]
+
+Sharpness is the root mean square of the luma's gradient; that of the originals is the aim. `auto` counts the step counts that were chosen, and says what
+the mean picture then costs and scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
+
+import numpy as np
+import torch
+from benchmark import samples
+
+from teasr import Upscaler
+from teasr.data.shards import ShardSet
+from teasr.metrics import luma, psnr_y
+from teasr.seed import seed_of
+
+
+def sharpness(x: np.ndarray) -> float:
+    """Of [H, W, 3] uint8, in grey levels a pixel."""
+    y = luma(x)
+    return float(np.sqrt(np.mean(np.diff(y, axis=0) ** 2) + np.mean(np.diff(y, axis=1) ** 2)))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="shard set of held-out pairs")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--fidelity", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--pictures", type=int, default=24, help="at most")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    upscaler = Upscaler.from_pretrained(options.model)
+    shards = ShardSet.open(options.data)
+    pairs = [pair for pair, _ in zip(samples(shards), range(options.pictures), strict=False)]
+
+    def show(name: str, made: list[np.ndarray]) -> None:
+        psnr = np.mean([psnr_y(x, pair.hq) for x, pair in zip(made, pairs, strict=True)])
+        print(f"{name:24s} {psnr:7.3f} {np.mean([sharpness(x) for x in made]):7.2f}", flush=True)
+
+    def restore(pair, steps, **how) -> np.ndarray:
+        return upscaler(pair.lq, steps, seed_of(0, pair.key), **how)
+
+    print(f"{len(pairs)} pictures{'':14s} PSNR-Y   sharp")
+    show("original", [pair.hq for pair in pairs])
+    show("bicubic", [pair.lq_up for pair in pairs])
+    show("1 step", [restore(pair, 1) for pair in pairs])
+    for steps in options.steps:
+        for fidelity in options.fidelity:
+            show(f"{steps} steps, fidelity {fidelity:g}", [restore(pair, steps, fidelity=fidelity) for pair in pairs])
+    told: list[str] = []
+    show("auto", [restore(pair, "auto", say=told.append) for pair in pairs])
+    chosen = Counter(int(line.split()[0]) for line in told)
+    mean = sum(n * count for n, count in chosen.items()) / len(pairs)
+    print("auto chose " + ", ".join(f"{n}: {chosen[n]}" for n in sorted(chosen)) + f"; {mean:.2f} steps a picture")
+
+
+if __name__ == "__main__":
+    main()
