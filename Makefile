@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/demo
+WORKERS ?= 2# test files at a time; each may start two ranks
 # Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
 export TOKENIZERS_PARALLELISM := false
 
@@ -29,7 +30,7 @@ clean-demo:
 	rm -rf $(RUN)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

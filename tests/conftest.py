@@ -13,6 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "test_resume.py",
+    "test_training.py",
+    "test_qwen_image.py",
+    "test_nodes.py",
+    "test_demo.py",
+    "test_tracking.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: two workers then end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
