@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
 
 import numpy as np
 import torch
-from benchmark import samples
 
 from teasr import Upscaler
-from teasr.data.shards import ShardSet
-from teasr.metrics import luma, psnr_y
+from teasr.data import pairs as pairs_of
+from teasr.exact_metrics import luma, psnr
 from teasr.seed import seed_of
 
 
@@ -44,11 +40,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     upscaler = Upscaler.from_pretrained(options.model)
-    shards = ShardSet.open(options.data)
-    pairs = [pair for pair, _ in zip(samples(shards), range(options.pictures), strict=False)]
+    entries = pairs_of.from_shards(options.data)
+    pairs = [load() for (_, load), _ in zip(entries, range(options.pictures), strict=False)]
 
     def show(name: str, made: list[np.ndarray]) -> None:
-        psnr = np.mean([psnr_y(x, pair.hq) for x, pair in zip(made, pairs, strict=True)])
+        psnr = np.mean([psnr(x, pair.hq) for x, pair in zip(made, pairs, strict=True)])
         print(f"{name:24s} {psnr:7.3f} {np.mean([sharpness(x) for x in made]):7.2f}", flush=True)
 
     def restore(pair, steps, **how) -> np.ndarray:

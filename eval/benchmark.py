@@ -1,42 +1,56 @@
-"""Score a checkpoint on held-out pairs at several step counts, beside bicubic; results go to files and MLflow.
+"""Score a checkpoint on held-out pairs at several step counts, or pictures made by anything else, beside bicubic; results go to files and MLflow.
 
     python eval/benchmark.py runs/demo --data runs/demo/shards/heldout --steps 1 2 4 8
+    python eval/benchmark.py runs/mine --data RealSR --data-root ~/testsets --metric-weights ~/metric_weights
+    python eval/benchmark.py runs/mine --data lq_folder:hq_folder --protocol crop4
+    torchrun --nproc_per_node 8 eval/benchmark.py runs/mine --data DIV2K-Val
+    python eval/benchmark.py --predictions their_pictures --hq hq_folder --name theirs --out results/theirs
 
-Writes scores.json (means), scores_by_picture.csv and comparison.png (LQ | steps.. | HQ) into the run folder or --out.
+Writes scores.json (means, 95 % intervals), scores_by_picture.csv, speed.json, comparison.png, extremes.png (best and worst) and the pictures into
+RUN/eval/DATASET or --out. The same command goes on where it was stopped. A metric without its weights is named with the cure; --require makes it an error.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from teasr import checkpoint, images
-from teasr.data.shards import Sample, ShardSet, decode, read_shard
+from teasr import checkpoint, config
+from teasr.data import pairs as pairs_of
+from teasr.data.pairs import Pairs
+from teasr.data.shards import Sample
+from teasr.evaluation import SHOWN, Evaluation, step_name, steps_of, table
 from teasr.files import write_atomic
-from teasr.metrics import METRICS
-from teasr.progress import ProgressLine
+from teasr.metrics import METRICS, PROTOCOLS, Scorer
 from teasr.seed import seed_of
+from teasr.settings import TrackingConfig
 from teasr.tracking import git_commit, log_results
 
-COMPARED = 6  # pictures in comparison.png, at most
+DATASETS = Path(__file__).resolve().parent / "datasets.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate, or say that it was done before; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--data", required=True, help="shard set of held-out pairs")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--data", help="shard set, LQ:HQ folders, or a name of eval/datasets.yaml")
+    parser.add_argument("--data-root", type=Path, default=Path("data/eval"), help="where the sets of datasets.yaml lie")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
+    parser.add_argument("--fidelity", type=float, default=0.0, help="of more steps than one, as of `teasr upscale`")
+    parser.add_argument("--color", default="none", help="as of `teasr upscale`")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    parser.add_argument("--predictions", type=Path, help="score the pictures of this folder instead of a model's")
+    parser.add_argument("--hq", type=Path, help="their originals")
+    parser.add_argument("--name", default="predictions", help="what to call them")
+    parser.add_argument("--metrics", nargs="+", help=f"default: all of {', '.join(METRICS)}")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="osediff", help="of PSNR and SSIM")
+    parser.add_argument("--metric-weights", type=Path, help="folder of weight files")
+    parser.add_argument("--require", action="store_true", help="a metric that cannot be had is an error")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/eval/DATASET)")
     options = parser.parse_args(arguments)
     try:
         evaluate(options)
@@ -47,86 +61,137 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Restore every held-out picture at every step count, score, write and log."""
+    """Make what is missing, score it, write and log."""
+    if (options.model is None) == (options.predictions is None):
+        raise ValueError("give a model, or --predictions with --hq")
+    scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
+    evaluation = _of_predictions(options, scorer) if options.model is None else _of_model(options, scorer)
+    record = evaluation.out / "evaluation.json"
+    if evaluation.rank == 0 and _read_json(record).get("settings") == json.loads(json.dumps(evaluation.settings)):
+        print(f"already evaluated: {options.model or options.predictions} on {evaluation.pairs.name}")
+        show(json.loads((evaluation.out / "scores.json").read_text()), evaluation.out)
+        return
+    evaluation.run()
+    if evaluation.rank != 0:
+        return
+    show(evaluation.scores, evaluation.out)
+    if _log(options, evaluation):
+        write_atomic(record, json.dumps({"settings": evaluation.settings, "commit": git_commit()}, indent=1).encode())
+
+
+def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     from teasr.upscale import Upscaler
 
+    if options.data is None:
+        raise ValueError("--data is missing: a shard set, LQ:HQ, or a name of eval/datasets.yaml")
     folder = checkpoint.resolve(options.model)
-    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    out = options.out or run_dir
-    shards = ShardSet.open(options.data)
-    what = {
-        "checkpoint": folder.name, "manifest": json.loads((folder / checkpoint.MANIFEST).read_text()), "data": shards.settings,
-        "samples": len(shards), "steps": options.steps, "weights": options.weights, "seed": options.seed,
-    }  # fmt: skip
-    done = _read_json(out / "evaluation.json")
-    if done.get("what") == what and (out / "scores.json").is_file():
-        print(f"already evaluated: {folder} on {options.data}")
-        print_table(json.loads((out / "scores.json").read_text()), out)
-        return
-    upscaler = Upscaler.from_pretrained(folder, options.weights)
-    rows, pictures = restore_all(upscaler, shards, options.steps, options.seed)
-    scores = {
-        name: {metric: float(np.mean([row[metric] for row in rows if row["method"] == name])) for metric in METRICS}
-        for name in ["bicubic", *map(str, options.steps)]
-    }
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["picture", "method", *METRICS], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(out / "scores_by_picture.csv", text.getvalue().encode())
-    write_atomic(out / "scores.json", json.dumps(scores, indent=1).encode())
-    titles = ["LQ (bicubic)", *(f"{n} step{'s' * (n > 1)}" for n in options.steps), "HQ"]
-    write_atomic(out / "comparison.png", images.png_bytes(images.comparison(pictures, titles)))
-    print_table(scores, out)
-    recipe = upscaler.recipe
-    if recipe.tracking.mlflow:
-        metrics = {f"eval/{m}": {n: scores[str(n)][m] for n in options.steps} for m in METRICS}
-        metrics |= {f"eval/bicubic_{m}": {0: scores["bicubic"][m]} for m in METRICS}
-        metrics |= {f"eval/{m}_{n}_steps": {0: scores[str(n)][m]} for m in METRICS for n in options.steps}
-        files = [out / "scores.json", out / "scores_by_picture.csv", out / "comparison.png"]
-        try:
-            print("logged to", log_results(run_dir, recipe.tracking, recipe.to_dict(), metrics, files))
-        except ValueError as error:
-            print(f"warning: {error}; the files are complete, run this again when it is back", flush=True)
-            return
-    write_atomic(out / "evaluation.json", json.dumps({"what": what, "commit": git_commit()}, indent=1).encode())
+    pairs = find_pairs(options.data, options.data_root)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    made_by = {"checkpoint": folder.name, "manifest": manifest, "weights": options.weights, "seed": options.seed}
+    made_by |= {"fidelity": options.fidelity, "color": options.color}
+    upscaler = Upscaler.from_pretrained(folder, options.weights, _device())
+
+    def method(steps: int):
+        def restore(sample: Sample):
+            if sample.scale != upscaler.scale:
+                raise ValueError(
+                    f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
+                )
+            fidelity = options.fidelity if steps > 1 else 0.0
+            how = {"fidelity": fidelity, "color_fix": options.color}
+            return upscaler(sample.lq, steps, seed_of(options.seed, sample.key), **how)
+
+        return restore
+
+    out = options.out or run_folder(folder) / "eval" / pairs.name
+    methods = {step_name(n): method(n) for n in options.steps}
+    return Evaluation(pairs, scorer, out, methods, made_by, **_here())
 
 
-def restore_all(upscaler, shards: ShardSet, steps: list[int], seed: int) -> tuple[list[dict], list[list[np.ndarray]]]:
-    """Scores of every picture and method, and the rows of the comparison sheet."""
-    rows, pictures = [], []
-    line = ProgressLine("evaluate", len(shards), "pictures")
-    compared = {round(i * (len(shards) - 1) / (COMPARED - 1)) for i in range(COMPARED)}  # spread over the set
-    for i, sample in enumerate(samples(shards)):
-        if sample.scale != upscaler.scale:
-            raise ValueError(
-                f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
-            )
-        made = {"bicubic": sample.lq_up}
-        made |= {str(n): upscaler(sample.lq, steps=n, seed=seed_of(seed, sample.key)) for n in steps}
-        scores = {name: {m: f(x, sample.hq) for m, f in METRICS.items()} for name, x in made.items()}
-        rows += [{"picture": sample.key, "method": name} | values for name, values in scores.items()]
-        if i in compared:
-            pictures.append([*made.values(), sample.hq])
-        line.show(i + 1, psnr_y=scores[str(steps[0])]["psnr_y"])
-    line.close()
-    return rows, pictures
+def _of_predictions(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
+    if options.hq is None or options.out is None:
+        raise ValueError("--predictions needs --hq, the originals, and --out, a folder for the results")
+    theirs = pairs_of.from_folders(options.hq, options.predictions, scale=1, name=options.hq.name)
+    evaluation = Evaluation(
+        theirs, scorer, options.out, {options.name: lambda sample: sample.lq}, {"name": options.name}, **_here()
+    )
+    evaluation.beside_bicubic = evaluation.keep_images = False
+    return evaluation
 
 
-def samples(shards: ShardSet) -> Iterator[Sample]:
-    """Every pair in file order; a broken one is an error, a score of less is not what was asked for."""
-    for url in shards.urls:
-        for raw in read_shard(url):
-            yield decode(raw)
+def find_pairs(data: str, root: Path) -> Pairs:
+    """From a name, LQ:HQ folders, or a shard set. ValueError when it is none of these or not whole."""
+    known = config.read_yaml(DATASETS)
+    if data in known:
+        entry = known[data]
+        hq = root / entry["hq"]
+        lq = None if entry["lq"] == "bicubic" else root / entry["lq"]
+        if not hq.is_dir():
+            raise ValueError(f"{data}: {hq} is not here. Get it from {entry['get']}; --data-root says where it lies")
+        return pairs_of.from_folders(hq, lq, entry["scale"], data, entry["count"])
+    lq, colon, hq = data.partition(":")
+    if colon and Path(lq).is_dir():
+        return pairs_of.from_folders(Path(hq), Path(lq))
+    return pairs_of.from_shards(data)
 
 
-def print_table(scores: dict, out: Path) -> None:
+def run_folder(folder: Path) -> Path:
+    """The run of a checkpoint folder, or the folder itself."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def show(scores: dict, out: Path) -> None:
     """The table, and where everything lies."""
-    print(f"\n{'':>10s}  {'PSNR-Y dB':>9s}  {'SSIM-Y':>7s}")
-    for name, values in scores.items():
-        label = name if name == "bicubic" else f"{name} step{'s' * (name != '1')}"
-        print(f"{label:>10s}  {values['psnr_y']:9.3f}  {values['ssim_y']:7.4f}")
-    print(f"\nscores {out / 'scores.json'}\npictures {out / 'comparison.png'}")
+    print(f"\n{scores['dataset']}, {scores['pictures']} pictures, protocol {scores['protocol']}\n{table(scores)}")
+    print(f"\nscores {out / 'scores.json'}\npictures {out / 'comparison.png'}, {out / 'extremes.png'}")
+
+
+def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
+    """To the MLflow run of the training, or to one of its own; False when the store did not take it."""
+    scores, name = evaluation.scores, evaluation.pairs.name
+    recipe = None
+    if options.model is not None:
+        from teasr.recipe import load
+
+        folder = checkpoint.resolve(options.model)
+        recipe = load(folder / "config.yaml")
+        tracking, place, params = recipe.tracking, run_folder(folder), recipe.to_dict()
+    else:
+        tracking, place = TrackingConfig(run_name=options.name), evaluation.out
+        params = {"predictions": str(options.predictions), "hq": str(options.hq)}
+    if not tracking.mlflow:
+        return True
+    metrics: dict[str, dict[int, float]] = {}
+    for method, row in scores["methods"].items():
+        for metric, value in row.items():
+            steps = steps_of(method)
+            if steps is not None:
+                metrics.setdefault(f"{name}/{metric}", {})[steps] = value["mean"]
+            metrics[f"{name}/{metric}_{method.replace(' ', '_')}"] = {0: value["mean"]}
+    files = [
+        evaluation.out / f
+        for f in ("scores.json", "scores_by_picture.csv", "speed.json", "comparison.png", "extremes.png", SHOWN)
+    ]
+    try:
+        print("logged to", log_results(place, tracking, params, metrics, files, f"eval/{name}"))
+    except ValueError as error:
+        print(f"warning: {error}; the files are complete, run this again when it is back", flush=True)
+        return False
+    return True
+
+
+def _here() -> dict:
+    ranks = {"rank": int(os.environ.get("RANK", 0)), "world": int(os.environ.get("WORLD_SIZE", 1))}
+    return ranks | {"commit": git_commit()}
+
+
+def _device() -> str:
+    """This rank's GPU, if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _read_json(path: Path) -> dict:

@@ -8,10 +8,12 @@ import torch
 from teasr import images
 from teasr.backbones.base import Backbone
 from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
-from teasr.metrics import METRICS
+from teasr.exact_metrics import psnr, ssim
 from teasr.sampler import restore
 from teasr.seed import seed_of
 from teasr.settings import PreviewConfig
+
+SCORES = {"psnr_y": psnr, "ssim_y": ssim}
 
 
 class Preview:
@@ -56,7 +58,7 @@ class Preview:
             for steps in self.config.steps:
                 made = images.to_uint8(restore(backbone, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0])
                 row.append(made)
-                for name, metric in METRICS.items():
+                for name, metric in SCORES.items():
                     sums.setdefault(f"preview/{name}_{steps}", []).append(metric(made, sample.hq))
             rows.append([*row, sample.hq])
         titles = ["LQ (bicubic)", *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps), "HQ"]

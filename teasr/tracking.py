@@ -314,6 +314,7 @@ def fail_fast() -> None:
     """Make MLflow give up on a dead server at once; left alone it blocks every call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
@@ -372,9 +373,16 @@ def _create_run(client, run_dir: Path, uri: str, config: TrackingConfig) -> str:
 
 
 def log_results(
-    run_dir: Path, config: TrackingConfig, params: dict, metrics: dict[str, dict[int, float]], files: list[Path]
+    run_dir: Path,
+    config: TrackingConfig,
+    params: dict,
+    metrics: dict[str, dict[int, float]],
+    files: list[Path],
+    folder: str | None = None,
 ) -> str:
-    """Add results {name: {step: value}} and files to the MLflow run of a run folder; returns "uri, run id".
+    """Add results {name: {step: value}} and files (into `folder` of the artifacts) to the MLflow run of a run folder; returns "uri, run id".
+
+    CSV files become tables that MLflow shows and compares, too.
 
     Raises ValueError naming the store when MLflow does not take them.
     """
@@ -389,11 +397,46 @@ def log_results(
             for step, value in values.items():
                 client.log_metric(run_id, name, value, step=step)
         for path in files:
-            client.log_artifact(run_id, str(path))
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), f"{folder or ''}/{path.name}".strip("/"))
+                continue
+            client.log_artifact(run_id, str(path), folder)
+            if path.suffix == ".csv":
+                with open(path, newline="") as text:
+                    rows = list(csv.DictReader(text))
+                table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+                client.log_table(run_id, table, f"{folder or 'tables'}/{path.stem}.json")
         client.set_terminated(run_id)
     except Exception as error:
         raise ValueError(f"MLflow at {uri} did not take the results ({' '.join(str(error).split())[:300]})") from error
     return f"{uri}, run {run_id}"
+
+
+def download_results(uri: str, experiment: str | None, place: Path) -> list[tuple[str, Path]]:
+    """What `log_results` put below `eval/` of the runs of an experiment: (run name, folder), newest run first. ValueError when there is none."""
+    fail_fast()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment) if experiment else None
+        if found is None:
+            names = ", ".join(e.name for e in client.search_experiments())
+            raise ValueError(f"MLflow at {uri} has no experiment {experiment}: {names}")
+        results = []
+        for run in client.search_runs([found.experiment_id]):
+            for entry in client.list_artifacts(run.info.run_id, "eval"):
+                if entry.is_dir:
+                    target = place / run.info.run_id
+                    target.mkdir(exist_ok=True)
+                    folder = client.download_artifacts(run.info.run_id, entry.path, str(target))
+                    results.append((run.info.run_name, Path(folder)))
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {uri} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not results:
+        raise ValueError(f"experiment {experiment} of {uri} holds no results of eval/benchmark.py")
+    return results
 
 
 @functools.cache

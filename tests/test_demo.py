@@ -42,11 +42,11 @@ def demo(tmp_path_factory):
 
 def test_scores_picture_metrics_and_checkpoint_are_left(demo):
     _, run = demo
-    scores = json.loads((run / "scores.json").read_text())
-    assert list(scores) == ["bicubic", "1", "2", "4", "8"]
-    for row in scores.values():
-        assert 10 < row["psnr_y"] < 40 and 0 < row["ssim_y"] < 1
-    sheet = np.asarray(Image.open(run / "comparison.png"))
+    scores = json.loads((run / "eval/heldout/scores.json").read_text())
+    assert list(scores["methods"]) == ["bicubic", "1 step", "2 steps", "4 steps", "8 steps"]
+    for row in scores["methods"].values():
+        assert 10 < row["psnr"]["mean"] < 40 and 0 < row["ssim"]["mean"] < 1
+    sheet = np.asarray(Image.open(run / "eval/heldout/comparison.png"))
     assert sheet.shape[1] == 6 * 256 + 5 * 4 and sheet.std() > 20
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [r["update"] for r in rows] == [str(i) for i in range(13)]  # 0: the preview before the first
@@ -79,11 +79,20 @@ def test_mlflow_holds_params_commit_environment_losses_scores_and_picture(demo):
     assert found.data.params["commit"] == (run / "commit").read_text().strip() and found.info.status == "FINISHED"
     history = client.get_metric_history(found.info.run_id, "cons")
     assert [m.step for m in history] == list(range(1, 13))
-    curve = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "eval/psnr_y")}
-    scores = json.loads((run / "scores.json").read_text())
-    assert curve == {n: pytest.approx(scores[str(n)]["psnr_y"]) for n in (1, 2, 4, 8)}
-    files = {f.path for f in client.list_artifacts(found.info.run_id)}
-    assert files >= {"comparison.png", "scores.json", "config.yaml", "environment.txt"}
+    curve = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "heldout/psnr")}
+    scores = json.loads((run / "eval/heldout/scores.json").read_text())["methods"]
+    names = {1: "1 step", 2: "2 steps", 4: "4 steps", 8: "8 steps"}
+    assert curve == {n: pytest.approx(scores[name]["psnr"]["mean"]) for n, name in names.items()}
+    assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {"config.yaml", "environment.txt"}
+    files = {f.path.rpartition("/")[2] for f in client.list_artifacts(found.info.run_id, "eval/heldout")}
+    assert files >= {
+        "comparison.png",
+        "extremes.png",
+        "scores.json",
+        "scores_by_picture.csv",
+        "scores_by_picture.json",
+        "speed.json",
+    }
 
 
 def test_the_checkpoint_restores_a_picture_of_any_size(demo):

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import start
 
-from teasr import checkpoint, metrics
+from teasr import checkpoint
 from teasr.data.shards import ShardSet
+from teasr.exact_metrics import psnr
 from teasr.preview import Preview
 from teasr.seed import seed_of
 from teasr.settings import PreviewConfig
@@ -78,8 +79,8 @@ def test_it_shows_what_the_checkpoint_restores(runs, heldout):
     preview = Preview(PreviewConfig(shards=str(heldout), pictures=3, steps=(1, 3)), ShardSet.open(str(heldout)), 0)
     assert len({sample.key for sample in preview.samples}) == 3
     made = [upscaler(s.lq, steps=3, seed=seed_of(0, "preview", s.key)) for s in preview.samples]
-    psnr = np.mean([metrics.psnr_y(x, s.hq) for x, s in zip(made, preview.samples, strict=True)])
-    assert scores(run)[UPDATES]["preview/psnr_y_3"] == pytest.approx(psnr, abs=1e-3)
+    mean = np.mean([psnr(x, s.hq) for x, s in zip(made, preview.samples, strict=True)])
+    assert scores(run)[UPDATES]["preview/psnr_y_3"] == pytest.approx(mean, abs=1e-3)
     sheets = sorted((run / "previews").iterdir())
     assert [p.name for p in sheets] == [f"update-{n:08d}.png" for n in range(0, UPDATES + 1, 2)]
     assert len({p.read_bytes() for p in sheets}) == len(sheets)

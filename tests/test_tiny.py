@@ -8,10 +8,10 @@ import torch
 from teasr import flow
 from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig
 from teasr.degradation import degrade, preset
+from teasr.exact_metrics import psnr as psnr_y
 from teasr.images import to_tensor, upsample
 from teasr.methods.base import Batch, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
-from teasr.metrics import psnr_y
 from teasr.randomness import Draws
 from teasr.upscale import Upscaler
 

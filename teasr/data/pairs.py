@@ -1,0 +1,101 @@
+"""Held-out pairs to score on, from wherever they lie: a shard set, two folders, or originals whose LQ is made by bicubic reduction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from teasr import images
+from teasr.data.shards import Sample, ShardSet, decode, read_shard
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A named set. Iterating gives (key, load), `load()` the decoded pair; `identity` changes when the set does."""
+
+    name: str
+    count: int
+    identity: dict
+    entries: Callable[[], Iterator[tuple[str, Callable[[], Sample]]]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[str, Callable[[], Sample]]]:
+        return self.entries()
+
+
+def from_shards(location: str, name: str | None = None) -> Pairs:
+    """A shard set, in file order. ValueError when it cannot be opened; a broken sample is an error when loaded: less is not what was asked for."""
+    shards = ShardSet.open(location)
+
+    def entries() -> Iterator[tuple[str, Callable[[], Sample]]]:
+        for url in shards.urls:
+            for raw in read_shard(url):
+                yield raw["__key__"], partial(decode, raw)
+
+    sizes = list(zip(shards.counts, shards.sizes, strict=True))
+    return Pairs(name or Path(location).name, len(shards), {"settings": shards.settings, "shards": sizes}, entries)
+
+
+def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = None, count: int | None = None) -> Pairs:
+    """Pictures of `hq` with those of the same name (without ending) in `lq`, or, with lq None, with their own bicubic reduction.
+
+    The reduction is Pillow's, which like MATLAB's widens the kernel; originals lose what is beyond a multiple of `scale`. `count`: how many there must
+    be. ValueError names an unpaired picture, and a wrong count.
+    """
+    originals = _by_stem(hq)
+    if count is not None and len(originals) != count:
+        raise ValueError(f"{hq} holds {len(originals)} pictures, {name or 'the set'} has {count}: get the whole set")
+    small = None
+    if lq is not None:
+        small = _by_stem(lq)
+        alone = sorted(originals.keys() ^ small.keys())
+        if alone:
+            lacking, there = (lq, hq) if alone[0] in originals else (hq, lq)
+            raise ValueError(
+                f"{lacking} has no picture {alone[0]}, {there} has one: both folders must hold the same names"
+            )
+
+    def entries() -> Iterator[tuple[str, Callable[[], Sample]]]:
+        for key, path in originals.items():
+            yield key, partial(_load, key, path, small[key] if small else None, scale)
+
+    files = [*originals.values(), *(small or {}).values()]
+    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    identity = {"files": len(files), "listing": hashlib.sha256(listing.encode()).hexdigest()[:16]}
+    identity |= {"scale": scale, "lq": "given" if lq else "bicubic"}
+    return Pairs(name or hq.name, len(originals), identity, entries)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    names, _ = images.walk_pictures(folder)
+    found: dict[str, Path] = {}
+    for name in names:
+        stem = Path(name).with_suffix("").as_posix()
+        if stem in found:
+            raise ValueError(f"{folder} holds {found[stem].name} and {Path(name).name}: one of each name")
+        found[stem] = folder / name
+    if not found:
+        raise ValueError(f"{folder} holds no pictures")
+    return found
+
+
+def _load(key: str, hq: Path, lq: Path | None, scale: int) -> Sample:
+    original = images.read_rgb(hq)
+    if lq is not None:
+        small = images.read_rgb(lq)
+        if original.shape[:2] != (small.shape[0] * scale, small.shape[1] * scale):
+            raise ValueError(f"{hq} is not {scale} times as large as {lq}")
+        return Sample(key, original, small)
+    height, width = (n // scale for n in original.shape[:2])
+    original = np.ascontiguousarray(original[: height * scale, : width * scale])
+    return Sample(key, original, np.asarray(Image.fromarray(original).resize((width, height), Image.BICUBIC)))

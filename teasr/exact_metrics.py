@@ -1,0 +1,75 @@
+"""PSNR, SSIM and the Frechet distance in exact arithmetic and without waste; all else of a metric (protocol, weights) is in metrics.py.
+
+Pictures are [H, W, 3] uint8 RGB. With `luma` on BT.601 luma of limited range (ycbcr), as the published Real-ISR tables have it; without on RGB.
+They equal pyiqa's `psnr` and `ssim` with test_y_channel=True, color_space='ycbcr', or test_y_channel=False.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of 8-bit RGB, + 16: BT.601 limited range
+PSNR_EPS = 1e-8  # pyiqa adds it to the mean squared error of [0, 1] pictures
+WINDOW = cv2.getGaussianKernel(11, 1.5)
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def luma(x: np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8 RGB -> Y of YCbCr in 16..235, float64 [H, W]."""
+    return x.astype(np.float64) @ LUMA + 16
+
+
+def psnr(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) -> float:
+    """Peak signal-to-noise ratio in dB, `border` px left out at every side. ValueError when the sizes differ."""
+    a, b = _inside(a, b, border)
+    a, b = (luma(a), luma(b)) if on_luma else (a.astype(np.float64), b.astype(np.float64))
+    return float(10 * np.log10(1 / (np.mean(((a - b) / 255) ** 2) + PSNR_EPS)))
+
+
+def ssim(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) -> float:
+    """Structural similarity (Wang et al. 2004), Gaussian window 11 with sigma 1.5, valid region, luma rounded to integers; RGB: the channels' mean.
+
+    ValueError when the sizes differ or are below the window.
+    """
+    a, b = _inside(a, b, border)
+    if min(a.shape[:2]) < 11:
+        raise ValueError(f"SSIM needs pictures of at least 11x11 px, got {a.shape[1]}x{a.shape[0]}")
+    x, y = (luma(a).round(), luma(b).round()) if on_luma else (a.astype(np.float64), b.astype(np.float64))
+
+    def blur(z: np.ndarray) -> np.ndarray:
+        return cv2.sepFilter2D(z, cv2.CV_64F, WINDOW, WINDOW)[5:-5, 5:-5]
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    contrast = np.maximum((2 * cov + C2) / (vx + vy + C2), 0)  # pyiqa clips negative structure
+    return float(np.mean((2 * mx * my + C1) / (mx * mx + my * my + C1) * contrast))
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of two Gaussians fitted to features [n, D] and [m, D]: FID when they are Inception's (Heusel et al. 2017).
+
+    tr sqrt(S1 S2) is the nuclear norm of Xc Yc^T / sqrt((n - 1)(m - 1)), so that no D x D root is taken; of the two the smaller matrix is
+    decomposed. ValueError for less than 2 samples.
+    """
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"the Frechet distance needs two sets of 2 features or more, of one length: got {a.shape} and {b.shape}"
+        )
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    gap = a.mean(0) - b.mean(0)
+    x, y = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b))
+    trace = (x * x).sum() + (y * y).sum()
+    if min(len(a), len(b)) > a.shape[1]:  # more samples than features: roots of the covariances instead
+        x, y = (np.linalg.qr(z, mode="r") for z in (x, y))
+    return float(gap @ gap + trace - 2 * np.linalg.norm(x @ y.T, "nuc"))
+
+
+def _inside(a: np.ndarray, b: np.ndarray, border: int) -> tuple[np.ndarray, np.ndarray]:
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of different size cannot be compared: {a.shape} and {b.shape}")
+    if border == 0:
+        return a, b
+    if min(a.shape[:2]) <= 2 * border:
+        raise ValueError(f"a border of {border} px leaves nothing of {a.shape[1]}x{a.shape[0]} px")
+    return a[border:-border, border:-border], b[border:-border, border:-border]
