@@ -1,0 +1,174 @@
+"""Train and score variants of a recipe with several seeds: the paper's Table 3, or the losses left out one by one. Goes on where it was stopped.
+
+    python eval/ablate.py --config launch/presets/tiny_teasr.yaml --data runs/demo/shards/heldout --seeds 0 1 2 --out runs/ablation
+    python eval/ablate.py --rows losses --config .. --data .. --launcher "deepspeed --num_gpus 8" train.updates=5000
+
+Every row and seed is a run of its own below --out (and in MLflow); ablation.md and ablation.json hold means and standard deviations over seeds, and
+say for every metric and step count whether each row is better than the one before it, by how much, and how that compares with the seeds' spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from teasr import recipe
+from teasr.files import write_atomic
+from teasr.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {
+    "table3": {  # each adds to the one before
+        "fused timesteps": ["backbone.decoupled_timestep=false", "method.time_aware=false"],
+        "+ DTC": ["method.time_aware=false"],
+        "+ DTC + TAR": [],
+    },
+    "losses": {  # each is compared with the whole
+        "all losses": [],
+        "without L_adv and L_rectify": ["method.lambda_adv=0", "method.lambda_rectify=0"],
+        "without L_cons": ["method.lambda_cons=0"],
+        "without L_data": ["method.lambda_mse=0", "method.lambda_lpips=0"],
+    },
+}
+CHAINS = {"table3": True, "losses": False}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, score, tell; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the recipe that is varied")
+    parser.add_argument("--data", required=True, help="as of eval/benchmark.py")
+    parser.add_argument("--rows", choices=tuple(ROWS), default="table3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--metrics", nargs="+", default=["psnr", "ssim"])
+    parser.add_argument("--metric-weights", type=Path)
+    parser.add_argument("--data-root", type=Path, default=Path("data/eval"))
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--launcher", default="deepspeed --num_gpus 1", help="what starts launch/train.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all rows")
+    options = parser.parse_args(arguments)
+    try:
+        for changes in ROWS[options.rows].values():  # mistakes before the first training
+            recipe.load(options.config, [*options.overrides, *changes])
+        found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
+        told = summary(found, options)
+        write_atomic(options.out / "ablation.json", json.dumps(told, indent=1).encode())
+        text = markdown(told)
+        write_atomic(options.out / "ablation.md", text.encode())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{text}\n{options.out / 'ablation.md'}")
+    return 0
+
+
+def one(options: argparse.Namespace, name: str, seed: int) -> dict:
+    """Scores of a row with a seed; trained and scored unless that is done already. ValueError when a command fails."""
+    run = options.out / f"{name.replace(' ', '_').replace('+', 'plus')}-seed{seed}"
+    print(f"\n{name}, seed {seed}: {run}", flush=True)
+    settings = [*options.overrides, *ROWS[options.rows][name], f"run_dir={run}", f"seed={seed}"]
+    launcher = shlex.split(options.launcher)
+    _do([*launcher, str(ROOT / "launch/train.py"), "--config", str(options.config), *settings])
+    scoring = ["--data", options.data, "--data-root", str(options.data_root), "--steps", *map(str, options.steps)]
+    scoring += ["--metrics", *options.metrics, "--out", str(run / "eval/ablation")]
+    if options.metric_weights:
+        scoring += ["--metric-weights", str(options.metric_weights)]
+    _do([sys.executable, str(ROOT / "eval/benchmark.py"), str(run), *scoring])
+    return json.loads((run / "eval/ablation/scores.json").read_text())
+
+
+def _do(command: list[str]) -> None:
+    done = subprocess.run(command)
+    if done.returncode:
+        raise ValueError(f"exit code {done.returncode} of {shlex.join(command)}: see above; the same command goes on")
+
+
+def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
+    """Per row, method and metric: the seeds' values, their mean and standard deviation; and the comparisons."""
+    rows = {}
+    for name, seeds in found.items():
+        rows[name] = {}
+        for method in seeds[0]["methods"]:
+            rows[name][method] = {}
+            for metric in seeds[0]["methods"][method]:
+                values = [scores["methods"][method][metric]["mean"] for scores in seeds]
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                rows[name][method][metric] = {"values": values, "mean": float(np.mean(values)), "deviation": deviation}
+    names, first = list(rows), found[next(iter(found))][0]
+    pairs = list(itertools.pairwise(names)) if CHAINS[options.rows] else [(n, names[0]) for n in names[1:]]
+    return {
+        "config": str(options.config), "overrides": options.overrides, "seeds": options.seeds, "dataset": first["dataset"],
+        "pictures": first["pictures"], "protocol": first["protocol"], "rows": rows,
+        "comparisons": [compare(rows, a, b) for a, b in pairs],
+    }  # fmt: skip
+
+
+def compare(rows: dict, base: str, better: str) -> dict:
+    """Is `better` better than `base`? Gain (positive: better) for every method and metric, seed by seed, with the number of seeds that say so."""
+    gains = {}
+    for method, metrics in rows[better].items():
+        if method == "bicubic":
+            continue
+        for metric, told in metrics.items():
+            sign = 1 if METRICS[metric].higher else -1
+            each = [sign * (a - b) for a, b in zip(told["values"], rows[base][method][metric]["values"], strict=True)]
+            deviation = float(np.std(each, ddof=1)) if len(each) > 1 else None
+            gains.setdefault(method, {})[metric] = {
+                "gain": float(np.mean(each)), "deviation": deviation, "seeds_for": sum(g > 0 for g in each), "seeds": len(each),
+            }  # fmt: skip
+    return {"base": base, "row": better, "gains": gains}
+
+
+def markdown(told: dict) -> str:
+    """Tables, and in words what shows and what does not."""
+    metrics = list(next(iter(next(iter(told["rows"].values())).values())))
+    digits = {m: 3 if m in ("psnr", "niqe", "musiq", "fid") else 4 for m in metrics}
+    lines = [
+        f"{told['dataset']}, {told['pictures']} pictures, protocol {told['protocol']}; {told['config']} {' '.join(told['overrides'])}; "
+        f"seeds {', '.join(map(str, told['seeds']))}; mean ± standard deviation over seeds.", "",
+        "| | steps | " + " | ".join(METRICS[m].label for m in metrics) + " |", "|---|---|" + "---|" * len(metrics),
+    ]  # fmt: skip
+    for i, (name, methods) in enumerate(told["rows"].items()):
+        for method, row in methods.items():
+            if method == "bicubic" and i:
+                continue
+            cells = []
+            for m in metrics:
+                spread = row[m]["deviation"]
+                cells.append(f"{row[m]['mean']:.{digits[m]}f}" + (f" ± {spread:.{digits[m]}f}" if spread else ""))
+            lines.append(f"| {'' if method == 'bicubic' else name} | {method} | {' | '.join(cells)} |")
+    for comparison in told["comparisons"]:
+        lines += ["", f"**{comparison['row']}** against *{comparison['base']}* (positive: better):", ""]
+        for method, row in comparison["gains"].items():
+            parts = []
+            for m, told_gain in row.items():
+                spread = told_gain["deviation"]
+                text = f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}" + (
+                    f" ± {spread:.{digits[m]}f}" if spread else ""
+                )
+                parts.append(f"{text}, {told_gain['seeds_for']} of {told_gain['seeds']} seeds for it")
+            lines.append(f"- {method}: {'; '.join(parts)}")
+        lines += ["", verdict(comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(comparison: dict) -> str:
+    """Whether it shows: in all seeds, in none, or in some."""
+    cells = [(g["seeds_for"], g["seeds"]) for row in comparison["gains"].values() for g in row.values()]
+    wins, losses = sum(a == n for a, n in cells), sum(a == 0 for a, n in cells)
+    return (
+        f"In {wins} of {len(cells)} figures every seed finds {comparison['row']} better, in {losses} every seed finds it worse, "
+        f"in {len(cells) - wins - losses} the seeds disagree."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
