@@ -1,7 +1,8 @@
-"""Export the LoRA of a trained run as one file in diffusers' layout, with a model card.
+"""Export a trained run: its LoRA as one file in diffusers' layout with a model card, or, where more than a LoRA was trained, all that restoring needs.
 
     python launch/export.py runs/qwen_teasr --out exported/teasr
     python launch/export.py runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr --weights weights --dtype bf16
+    python launch/export.py runs/demo --out exported/demo --register teasr-demo       # and a version in MLflow's model registry
 
 fp32 keeps every bit of the training; bf16 halves the file. `teasr upscale --model exported/teasr` restores with it (the base model comes from where
 the recipe has it), `backbone.lora=exported/teasr` starts another run from it.
@@ -24,33 +25,47 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the file and its card")
     parser.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the file")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of a LoRA's file")
+    parser.add_argument("--register", metavar="NAME", help="make it a version of this model in MLflow's registry")
     options = parser.parse_args(arguments)
     try:
-        path = export(options)
+        folder = checkpoint.resolve(options.model)
+        path = export(options, folder)
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+        if options.register:
+            print(register(options, folder))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB, card beside it")
     return 0
 
 
-def export(options: argparse.Namespace) -> Path:
-    """Checkpoint -> file. ValueError when there is no LoRA in it, or it is damaged."""
+def register(options: argparse.Namespace, folder: Path) -> str:
+    """A version of a registered model, made of the exported folder and tied to the run. ValueError when the store does not take it."""
+    from teasr.tracking import register_model
+
+    settings = recipe.load(folder / "config.yaml")
+    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    state = json.loads((folder / "state.json").read_text())
+    tags = {"backbone": settings.backbone_name, "updates": str(state["update"]), "commit": state["commit"]}
+    return register_model(run_dir, settings.tracking, settings.to_dict(), options.out, options.register, tags)
+
+
+def export(options: argparse.Namespace, folder: Path) -> Path:
+    """Checkpoint -> files below --out; returns the one with the weights. ValueError when they are not there or damaged."""
     from safetensors.torch import load_file
 
     from teasr.prompts import DTYPES
 
-    folder = checkpoint.resolve(options.model)
     file = folder / f"{options.weights}.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} holds no {file.name}: choose the other with --weights")
     settings = recipe.load(folder / "config.yaml")
     told = settings.weightless().build_backbone().lora_story()
     if told is None:
-        raise ValueError(
-            f"{folder} is of backbone {settings.backbone_name}, which trains more than a LoRA: use it as it is"
-        )
+        from teasr.upscale import Upscaler
+
+        return Upscaler.from_pretrained(folder, options.weights, "cpu").save_pretrained(options.out) / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
     peft, story = told
     story |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}

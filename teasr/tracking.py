@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
@@ -410,6 +411,45 @@ def log_results(
     except Exception as error:
         raise ValueError(f"MLflow at {uri} did not take the results ({' '.join(str(error).split())[:300]})") from error
     return f"{uri}, run {run_id}"
+
+
+def register_model(
+    run_dir: Path, config: TrackingConfig, params: dict, folder: Path, name: str, tags: dict[str, str]
+) -> str:
+    """Log an exported folder to the MLflow run of a run folder and make it a new version of the registered model `name`; returns "name, version n, uri".
+
+    Raises ValueError naming the store when MLflow does not take it.
+    """
+    fail_fast()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(run_dir, config)
+    try:
+        client = MlflowClient(uri)
+        run_id = open_run(client, run_dir, uri, config, params)
+        place = f"model/{_digest(folder)}"  # versions do not overwrite each other
+        client.log_artifacts(run_id, str(folder), place)
+        client.set_terminated(run_id)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+        version = client.create_model_version(name, source, run_id, tags=tags).version
+    except Exception as error:
+        raise ValueError(f"MLflow at {uri} did not take the model ({' '.join(str(error).split())[:300]})") from error
+    return f"{name}, version {version}, {uri}"
+
+
+def _digest(folder: Path) -> str:
+    """Of names and contents."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()[:12]
 
 
 def download_results(uri: str, experiment: str | None, place: Path) -> list[tuple[str, Path]]:

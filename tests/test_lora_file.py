@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_recipe
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_qwen_image import backbone, config, model  # noqa: F401 - model is a fixture
 from test_training import start
 
-from teasr import lora_file
+from teasr import Upscaler, lora_file
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def run(model, shards, tmp_path_factory):  # noqa: F811
 
 def test_a_trained_lora_loads_back_bit_for_bit(run, model, export, tmp_path, capsys):  # noqa: F811
     assert export([str(run), "--out", str(tmp_path)]) == 0
-    assert "MB, card beside it" in capsys.readouterr().out
+    assert "MB" in capsys.readouterr().out
     trained = load_file(run / "checkpoints/step-00000002/ema.safetensors")
     loaded = {n: p for n, p in backbone(model, lora=str(tmp_path)).net.named_parameters() if p.requires_grad}
     assert trained.keys() == loaded.keys() and all(torch.equal(trained[n], loaded[n]) for n in trained)
@@ -61,7 +62,7 @@ def test_diffusers_reads_it_and_would_apply_it_to_all_tokens(run, model, export,
         assert not torch.allclose(stock(x, text, None, t, [[(1, 4, 6)]], return_dict=False)[0], before, atol=1e-3)
 
 
-def test_what_does_not_fit_is_refused(run, model, export, tmp_path, capsys, shards):  # noqa: F811
+def test_what_does_not_fit_is_refused(run, model, export, tmp_path, capsys):  # noqa: F811
     export([str(run), "--out", str(tmp_path / "lora")])
     for change, message in [
         ({"rope": "frame_offset"}, "has rope = shared, this config frame_offset"),
@@ -81,7 +82,27 @@ def test_what_does_not_fit_is_refused(run, model, export, tmp_path, capsys, shar
         backbone(model, lora=str(tmp_path / "less"))
     assert export([str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "neither a checkpoint nor a run folder" in capsys.readouterr().err
-    start([small_recipe(shards, tmp_path / "tiny", train__updates=1)], tmp_path, 1)
-    assert export([str(tmp_path / "tiny"), "--out", str(tmp_path / "x")]) == 2
-    assert "trains more than a LoRA" in capsys.readouterr().err
     assert not (tmp_path / "x").exists() and json.dumps(story)
+
+
+def test_a_small_model_is_exported_whole_and_registered(untrained, export, tmp_path, capsys, monkeypatch):
+    """Versions in the registry of a sqlite store, each with the files that restoring needs."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for version in (1, 2):
+        assert export([str(untrained), "--out", str(tmp_path / "out"), "--register", "small"]) == 0
+        assert f"small, version {version}, {uri}" in capsys.readouterr().out
+    client = MlflowClient(uri)
+    found = client.get_model_version("small", "2")
+    assert found.tags == {"backbone": "tiny", "updates": "1", "commit": "none"}
+    (place,) = client.list_artifacts(found.run_id, "model")  # the same content twice
+    assert found.source.endswith(place.path)
+    folder = client.download_artifacts(found.run_id, place.path, str(tmp_path))
+    photo = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    for place in (folder, tmp_path / "out"):
+        assert np.array_equal(Upscaler.from_pretrained(place)(photo), Upscaler.from_pretrained(untrained)(photo))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert export([str(untrained), "--out", str(tmp_path / "out"), "--register", "small"]) == 2
+    assert "MLflow at http://127.0.0.1:9 did not take the model" in capsys.readouterr().err
