@@ -54,7 +54,7 @@ def tell(process: subprocess.Popen, number: int) -> None:
         psutil.wait_procs(family, timeout=10)
 
 
-def wait_for(process: subprocess.Popen, condition, seconds: float = 120) -> None:
+def wait_for(process: subprocess.Popen, condition, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -127,7 +127,7 @@ def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path,
     wait_for(process, lambda: updates(run) >= 3)
     for _ in range(2):
         tell(process, signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     if ranks == 1:
         assert process.returncode == 0
     done = updates(run)
