@@ -13,6 +13,7 @@ RUN/eval/DATASET or --out. The same command goes on where it was stopped. A metr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ from teasr.data import pairs as pairs_of
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
 from teasr.evaluation import SHOWN, Evaluation, step_name, steps_of, table
-from teasr.files import write_atomic
+from teasr.files import read_json, write_atomic
 from teasr.metrics import METRICS, PROTOCOLS, Scorer
 from teasr.seed import seed_of
 from teasr.settings import TrackingConfig
@@ -67,10 +68,12 @@ def evaluate(options: argparse.Namespace) -> None:
     """Make what is missing, score it, write and log."""
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
+    if options.model is not None and options.data is not None:
+        options.model = checkpoint.resolve(options.model)  # once: it hashes every file
     scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
     evaluation = _of_predictions(options, scorer) if options.model is None else _of_model(options, scorer)
     record = evaluation.out / "evaluation.json"
-    if evaluation.rank == 0 and _read_json(record).get("settings") == json.loads(json.dumps(evaluation.settings)):
+    if evaluation.rank == 0 and _done(evaluation, record):
         print(f"already evaluated: {options.model or options.predictions} on {evaluation.pairs.name}")
         show(json.loads((evaluation.out / "scores.json").read_text()), evaluation.out)
         return
@@ -82,20 +85,26 @@ def evaluate(options: argparse.Namespace) -> None:
         write_atomic(record, json.dumps({"settings": evaluation.settings, "commit": git_commit()}, indent=1).encode())
 
 
+def _done(evaluation: Evaluation, record: Path) -> bool:
+    settings = json.loads(json.dumps(evaluation.settings))
+    return read_json(record).get("settings") == settings and (evaluation.out / "scores.json").is_file()
+
+
 def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     from teasr.upscale import Upscaler
 
     if options.data is None:
         raise ValueError("--data is missing: a shard set, LQ:HQ, or a name of eval/datasets.yaml")
-    folder = checkpoint.resolve(options.model)
+    folder = options.model
     pairs = find_pairs(options.data, options.data_root)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     made_by = {"checkpoint": folder.name, "manifest": manifest, "weights": options.weights, "seed": options.seed}
     made_by |= {"fidelity": options.fidelity, "color": options.color}
-    upscaler = Upscaler.from_pretrained(folder, options.weights, _device())
+    load = functools.cache(lambda: Upscaler.from_pretrained(folder, options.weights, _device()))  # where one is needed
 
     def method(steps: int):
         def restore(sample: Sample):
+            upscaler = load()
             if sample.scale != upscaler.scale:
                 raise ValueError(
                     f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
@@ -106,7 +115,7 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
 
         return restore
 
-    out = options.out or run_folder(folder) / "eval" / pairs.name
+    out = options.out or checkpoint.run_folder(folder) / "eval" / pairs.name
     methods = {step_name(n): method(n) for n in options.steps}
     return Evaluation(pairs, scorer, out, methods, made_by, **_here())
 
@@ -138,11 +147,6 @@ def find_pairs(data: str, root: Path) -> Pairs:
     return pairs_of.from_shards(data)
 
 
-def run_folder(folder: Path) -> Path:
-    """The run of a checkpoint folder, or the folder itself."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
-
-
 def show(scores: dict, out: Path) -> None:
     """The table, and where everything lies."""
     print(f"\n{scores['dataset']}, {scores['pictures']} pictures, protocol {scores['protocol']}\n{table(scores)}")
@@ -152,13 +156,11 @@ def show(scores: dict, out: Path) -> None:
 def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
     """To the MLflow run of the training, or to one of its own; False when the store did not take it."""
     scores, name = evaluation.scores, evaluation.pairs.name
-    recipe = None
     if options.model is not None:
         from teasr.recipe import load
 
-        folder = checkpoint.resolve(options.model)
-        recipe = load(folder / "config.yaml")
-        tracking, place, params = recipe.tracking, run_folder(folder), recipe.to_dict()
+        recipe = load(options.model / "config.yaml")
+        tracking, place, params = recipe.tracking, checkpoint.run_folder(options.model), recipe.to_dict()
     else:
         tracking, place = TrackingConfig(run_name=options.name), evaluation.out
         params = {"predictions": str(options.predictions), "hq": str(options.hq)}
@@ -195,13 +197,6 @@ def _device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from teasr.evaluation import BICUBIC, SHOWN, shown_name, steps_of
-from teasr.files import write_atomic
+from teasr.files import read_json, write_atomic
 from teasr.metrics import METRICS
 
 PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
@@ -47,7 +47,7 @@ class Result:
             scores["methods"], scores["metrics"], scores["dataset"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{folder} holds no scores.json of eval/benchmark.py") from None
-        speed = _read_json(folder / "speed.json")
+        speed = read_json(folder / "speed.json")
         run = folder.parent.parent.name if folder.parent.name == "eval" else folder.name
         return cls(name or run, folder, scores, speed, speed.get("commit", "unknown"))
 
@@ -336,13 +336,6 @@ for(const box of document.querySelectorAll(".compare")){
 }
 </script></body></html>
 """
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ def register(options: argparse.Namespace, folder: Path) -> str:
     from teasr.tracking import register_model
 
     settings = recipe.load(folder / "config.yaml")
-    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     state = json.loads((folder / "state.json").read_text())
     tags = {"backbone": settings.backbone_name, "updates": str(state["update"]), "commit": state["commit"]}
-    return register_model(run_dir, settings.tracking, settings.to_dict(), options.out, options.register, tags)
+    return register_model(
+        checkpoint.run_folder(folder), settings.tracking, settings.to_dict(), options.out, options.register, tags
+    )
 
 
 def export(options: argparse.Namespace, folder: Path) -> Path:

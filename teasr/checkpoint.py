@@ -124,6 +124,11 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def run_folder(folder: Path) -> Path:
+    """The run of a checkpoint folder; the folder itself where it lies elsewhere."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`; damaged ones are named and passed over."""
     for folder in sorted(root.glob("step-*"), reverse=True):

@@ -60,15 +60,17 @@ class Evaluation:
     def run(self) -> None:
         """This rank's pairs; on rank 0 then the results. ValueError names a pair that cannot be read or does not fit."""
         line = ProgressLine("evaluate", len(self.pairs), "pictures", enabled=self.rank == 0)
+        keys = []
         for i, (key, load) in enumerate(self.pairs):
+            keys.append(key)
             if i % self.world == self.rank:
                 if self._part(key) is None:
                     self._score(key, load())
                 line.show(i + 1)
         line.close()
         if self.rank == 0:
-            self._wait_for_others()
-            self._put_together()
+            self._wait_for_others(keys)
+            self._put_together(keys)
 
     def image_path(self, method: str, key: str) -> Path:
         """Where a method's picture of a pair lies."""
@@ -112,15 +114,14 @@ class Evaluation:
                 write_atomic(path, images.png_bytes(made))
             yield name, made
 
-    def _wait_for_others(self) -> None:
+    def _wait_for_others(self, missing: list[str]) -> None:
         line = ProgressLine("wait", len(self.pairs), "pictures")
-        missing = [key for key, _ in self.pairs]
         while missing := [key for key in missing if not (self.parts / f"{key}.json").is_file()]:
             line.show(len(self.pairs) - len(missing))
             time.sleep(0.2)
 
-    def _put_together(self) -> None:
-        parts = {key: self._part(key) for key, _ in self.pairs}
+    def _put_together(self, keys: list[str]) -> None:
+        parts = {key: self._part(key) for key in keys}
         self._collect_sets()
         names = self._names
         self.scores = {

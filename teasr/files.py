@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import socket
@@ -55,6 +56,14 @@ class Hashed:
     def tell(self) -> int:
         """Bytes written."""
         return self.bytes
+
+
+def read_json(path: Path) -> dict:
+    """A mapping from a JSON file; empty when it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def remove_strays(folder: Path) -> None:

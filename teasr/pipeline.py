@@ -177,9 +177,10 @@ def _pack(made: list[Pictures], output_type: str) -> list[Image.Image] | np.ndar
             x if isinstance(x, Image.Image) else Image.fromarray((_floats(x) * 255).round().astype(np.uint8))
             for x in made
         ]
-    if len({_floats(x).shape for x in made}) > 1:
+    floats = [_floats(x) for x in made]
+    if len({x.shape for x in floats}) > 1:
         raise ValueError("pictures of different sizes cannot be stacked: take output_type='pil'")
-    batch = np.stack([_floats(x) for x in made])
+    batch = np.stack(floats)
     return batch if output_type == "np" else torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
