@@ -53,6 +53,10 @@ class Upscaler:
         autocast: torch.dtype | None = None,
     ):
         """`device`: where the backbone computes, if not where its weights are; `autocast`: of its transformer."""
+        if not backbone.restores:
+            raise ValueError(
+                "this is an unconditional prior: training starts from it (backbone.base), it restores nothing"
+            )
         self.backbone, self.scale, self.recipe, self.autocast = backbone, scale, recipe, autocast
         self.device = device or next(backbone.net.parameters()).device
         self._unit_bytes = float("inf")  # of a tile's area; counted when first needed

@@ -45,7 +45,7 @@ def config(tmp_path, shards, **changes) -> str:
         ("method.lambda_lpips=1", "vgg16-397923af.pth"),
         ("method.mode=cycle", "not a multiple of 4"),
         ("backbone.train=lora", "backbone.base names none"),
-        ("backbone.base=/nowhere.safetensors", "/nowhere.safetensors cannot be loaded"),
+        ("backbone.base=/nowhere", "/nowhere cannot be loaded"),
         ("run_dir=/dev/null/run", "run_dir = /dev/null/run cannot be written (Not a directory)"),
         (
             "preview={every_updates: 7}",

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import torch.nn.functional as F
 
 from teasr import flow
-from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig
+from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig, attend, precondition
 from teasr.degradation import degrade, preset
 from teasr.exact_metrics import psnr as psnr_y
 from teasr.images import to_tensor, upsample
 from teasr.methods.base import Batch, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.pretrained import save
 from teasr.randomness import Draws
+from teasr.recipe import Recipe, parse
 from teasr.upscale import Upscaler
 
 SMALL = {"width": 32, "depth": 3, "heads": 2, "latent_channels": 16, "lora_rank": 4}
@@ -38,6 +41,20 @@ def make(randomise=True, **settings) -> Tiny:
             if "lora_B" in name or "proj_out" in name:
                 parameter.data.normal_(0, 0.3, generator=g)
     return backbone
+
+
+def a_recipe(backbone: dict) -> Recipe:
+    train = {"updates": 1, "batch": 1, "micro_batch": 1, "learning_rate": 1}
+    return parse(
+        {"run_dir": "r", "backbone": backbone, "method": {"name": "teasr"}, "data": {"shards": "s"}, "train": train}
+    )
+
+
+def saved_prior(folder) -> Tiny:
+    """A prior with weights of its own in a folder."""
+    prior = make(conditional=False)
+    save(prior, [name for name, _ in prior.net.named_parameters()], a_recipe({"name": "tiny", **SMALL}), folder)
+    return prior
 
 
 def inputs(n=2, channels=16, size=4):
@@ -148,17 +165,67 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(train):
         assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == wanted, name
 
 
-def test_lora_needs_a_base_and_loads_one(tmp_path):
-    from safetensors.torch import save_file
-
+def test_lora_needs_a_prior_and_starts_from_one(tmp_path):
+    """The prior's weights and codec bit for bit; the residual, which is about LQ, is fitted anew."""
     with pytest.raises(ValueError, match=r"backbone\.base"):
         TinyConfig(train="lora")
     with pytest.raises(ValueError, match="nowhere"):
-        Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "nowhere.safetensors")))
-    plain = {n.replace(".base_layer", ""): p for n, p in make().net.state_dict().items() if "lora_" not in n}
-    save_file(plain, tmp_path / "base.safetensors")
-    loaded = Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "base.safetensors"))).net.state_dict()
-    assert all(torch.equal(loaded[n], p) for n, p in make().net.state_dict().items() if "lora_" not in n)
+        Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "nowhere")))
+    prior = saved_prior(tmp_path / "prior")
+    backbone = Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "prior")))
+    own = {name.replace(".base_layer", ""): p for name, p in backbone.net.named_parameters() if "lora_" not in name}
+    assert own.keys() == dict(prior.net.named_parameters()).keys()
+    assert all(torch.equal(own[name], p) for name, p in prior.net.named_parameters())
+    assert backbone.needs_fit
+    backbone.fit((hq, -hq) for hq, _ in pairs())
+    assert torch.equal(backbone.codec.basis, prior.codec.basis) and not backbone.needs_fit
+    assert (backbone.codec.residual > 1.5 * prior.codec.spread).all()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Tiny(TinyConfig(**(SMALL | {"width": 40}), base=str(tmp_path / "prior")))
+
+
+def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tmp_path):
+    prior = make(conditional=False)
+    z_t, t, z_lq = inputs()
+    with torch.no_grad():
+        assert torch.equal(prior.velocity(z_t, t, z_lq, t), prior.velocity(z_t, t, -z_lq, -t))
+    assert not any("lora" in name for name, _ in prior.net.named_parameters())
+    with pytest.raises(ValueError, match="unconditional prior"):
+        Upscaler(prior)
+    with pytest.raises(ValueError, match="leave backbone.base"):
+        TinyConfig(conditional=False, base="elsewhere")
+    settings = {"name": "tiny", **SMALL}
+    save(make(), [name for name, _ in make().net.named_parameters()], a_recipe(settings), tmp_path / "whole")
+    with pytest.raises(ValueError, match="is no prior"):
+        Tiny(TinyConfig(**SMALL, base=str(tmp_path / "whole")))
+
+
+def test_a_lora_can_start_at_the_prior_instead_of_the_lq_picture(tmp_path):
+    """Without the skip, and before any training, noise alone gives what the prior gives: the condition joins by attention."""
+    prior = saved_prior(tmp_path / "prior")
+    settings = SMALL | {"train": "lora", "base": str(tmp_path / "prior"), "output_skip": False}
+    backbone = Tiny(TinyConfig(**settings))
+    backbone.fit(pairs())
+    z_t, t, z_lq = inputs()
+    one = torch.ones(2)
+    out = torch.zeros_like(z_t)
+    mean = flow.z0_from_velocity(z_t, precondition(out, z_t, one, out, prior.net.spread), one)
+    assert torch.allclose(mean, out, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.equal(backbone.velocity(z_t, t, z_lq, t), backbone.velocity(z_t, t, -z_lq, t))
+
+
+@pytest.mark.parametrize("length", [64, 600])
+def test_attention_in_bf16_on_the_cpu_is_attention(length):
+    """Two products up to 512 tokens, the fused kernel beyond: both as exact as bf16 allows."""
+    q, k, v = torch.randn(3, 2, 4, length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    low = attend(*(x.bfloat16() for x in (q, k, v)))
+    assert low.dtype == torch.bfloat16
+    assert (low - exact).abs().max() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (attend(q, k, v) - exact).abs().max() < 0.03
 
 
 def test_positions_are_shared_between_branches():

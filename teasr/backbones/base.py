@@ -23,6 +23,8 @@ class Backbone(ABC):
     latent_channels: int
     downsample: int  # pixels of the picture for one latent pixel
     pixel_multiple: int  # height and width of a picture must be divisible by it
+    needs_fit = False  # `fit` has to be called before anything else
+    restores = True  # false: an unconditional prior, which only training starts from
     own_dtype = False  # computes in a dtype of its own config: autocast stays out
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # that a trained one can restore in
     tile_px = 1024  # side of the tiles in which large pictures are restored
@@ -51,11 +53,6 @@ class Backbone(ABC):
 
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 - most codecs are pretrained
         """Fit what is fitted to data and not trained; pairs of (x_hq, x_lq) [3, H, W] in [-1, 1]."""
-
-    @property
-    def needs_fit(self) -> bool:
-        """Whether `fit` has to be called before anything else."""
-        return False
 
     def fixed_state(self) -> dict[str, Tensor]:
         """Tensors beside the network that a checkpoint must hold (a fitted codec)."""

@@ -68,12 +68,12 @@ def with_lora(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def branch(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer for both branches, x [B, 2, ...] with the noise branch at index 0 and the condition branch at 1.
+    """The layer for both branches, x [B, 2, ...] with the noise branch at index 0 and the condition branch at 1; [B, 1, ...]: noise alone.
 
     One base product serves both; the LoRA delta is added on the condition branch.
     """
     y = base(layer, x)
-    if isinstance(layer, BaseTunerLayer):
+    if isinstance(layer, BaseTunerLayer) and x.shape[1] > 1:
         y[:, 1] = add_lora(layer, x[:, 1], y[:, 1])
     return y
 

@@ -4,7 +4,7 @@ It mirrors the 20B backbone: noise tokens run through the base weights at t_cur,
 plus LoRA at t_tar of either sign, both attend to each other at shared positions (TEASR sec. 3.4). Its codec is linear
 (PCA of 8x8 patches, fitted to the shards), and its output is preconditioned to start at the LQ picture.
 
-Shape legend: B batch, K branch (0 noise, 1 condition), L tokens of one branch, D width, H heads, E head width.
+Shape legend: B batch, K branch (0 noise, 1 condition; a prior has the noise branch alone), L tokens of one branch, D width, H heads, E head width.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
+from teasr import assets, checkpoint
 from teasr.backbones.base import Backbone
 from teasr.backbones.branch_lora import add_branch_lora, base, branch
 from teasr.backbones.offloading import offload_blocks
@@ -30,6 +31,7 @@ from teasr.seed import seed_of
 
 PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
 ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px
+PLAIN_ATTENTION = 512**2  # queries times keys up to which bf16 on a CPU does not use the fused kernel
 TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large diffusion transformers
 
 
@@ -37,8 +39,9 @@ TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large 
 class TinyConfig:
     """Size and switches of the tiny backbone.
 
-    train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base, which
-    then comes from `base` (a safetensors file, or `random` on purpose).
+    conditional: false leaves the condition branch out: an unconditional prior, trained by L_flow alone, as Qwen-Image is for the paper.
+    base: what to start from: a prior's folder (of a run, a checkpoint or launch/export.py), the name of a shipped one, or `random` on purpose.
+    train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base.
     """
 
     latent_channels: int = 48  # principal components kept of 8x8x3 = 192
@@ -51,7 +54,8 @@ class TinyConfig:
     train: Literal["full", "lora"] = "full"
     base: str | None = None
     decoupled_timestep: bool = True  # false: both times fused into one embedding on both branches (Table 3, row 1)
-    output_skip: bool = True  # start at the LQ picture
+    output_skip: bool = True  # start at the LQ picture; false: at the prior's mean
+    conditional: bool = True
     whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
     gradient_checkpointing: bool = False
 
@@ -65,8 +69,12 @@ class TinyConfig:
             )
         if self.train == "lora" and self.base is None:
             raise ValueError(
-                "backbone.train = lora freezes the base, but backbone.base names none: give a safetensors file, or "
+                "backbone.train = lora freezes the base, but backbone.base names none: give the folder of a prior, or "
                 "backbone.base=random for an experiment without a prior"
+            )
+        if not self.conditional and (self.train == "lora" or self.base not in (None, "random")):
+            raise ValueError(
+                "backbone.conditional = false trains a prior from scratch: leave backbone.base and train = lora out"
             )
 
 
@@ -79,10 +87,14 @@ class PCACodec(nn.Module):
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(channels, 192))  # orthonormal rows
         self.register_buffer("scale", torch.zeros(channels))  # zero until fitted
+        self.register_buffer("spread", torch.ones(channels))  # rms of z_hq
         self.register_buffer("residual", torch.ones(channels))  # rms of z_hq - z_lq, for the output skip
 
-    def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit basis, scales and the HQ-LQ residual in float64 on pairs of pictures [3, H, W] in [-1, 1]."""
+    def fit(self, pairs: Iterable[tuple[Tensor, Tensor]], residual_only: bool = False) -> None:
+        """Fit basis, scales and the HQ-LQ residual in float64 on pairs of pictures [3, H, W] in [-1, 1].
+
+        residual_only: the rest is a prior's, which knows no LQ.
+        """
         hq, lq = [], []
         for x_hq, x_lq in pairs:
             hq.append(_patches(x_hq[None]).flatten(0, 2).double())
@@ -94,6 +106,11 @@ class PCACodec(nn.Module):
             raise ValueError(
                 f"the codec needs at least 384 patches of 8x8 px to be fitted, got {len(hq)}: make more shards"
             )
+        if residual_only:
+            self.residual.copy_(
+                ((hq - lq) @ self.basis.T.double() / self.scale).square().mean(0).sqrt().clamp(min=1e-2)
+            )
+            return
         mean = hq.mean(0)
         variance, vectors = torch.linalg.eigh((hq - mean).T @ (hq - mean) / len(hq))
         basis = vectors.flip(1).T[: self.channels]
@@ -102,7 +119,8 @@ class PCACodec(nn.Module):
         scale = std**self.whiten
         scale = scale * ((std / scale).square().mean().sqrt())  # overall variance 1
         residual = (((hq - lq) @ basis.T) / scale).square().mean(0).sqrt().clamp(min=1e-2)
-        for name, value in (("mean", mean), ("basis", basis), ("scale", scale), ("residual", residual)):
+        fitted = {"mean": mean, "basis": basis, "scale": scale, "spread": std / scale, "residual": residual}
+        for name, value in fitted.items():
             getattr(self, name).copy_(value)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -146,6 +164,16 @@ def rotate(x_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
+    """Softmax attention. PyTorch's fused one, but on a CPU in bf16: there its backward is 6 times slower than two products (docs/log.md)."""
+    small = q_BHLE.shape[-2] * k_BHLE.shape[-2] <= PLAIN_ATTENTION
+    low = q_BHLE.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if q_BHLE.device.type == "cpu" and low and small:
+        scores = q_BHLE @ k_BHLE.transpose(-1, -2) * q_BHLE.shape[-1] ** -0.5
+        return scores.softmax(-1) @ v_BHLE
+    return F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE)
+
+
 class DualBlock(nn.Module):
     """Transformer block over two token streams with their own modulation and one joint attention."""
 
@@ -158,7 +186,7 @@ class DualBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
 
     def forward(self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, 2, L, D] -> the same; the last block returns the noise branch only, [B, L, D]."""
+        """[B, K, L, D] -> the same; the last block returns the noise branch only, [B, L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = branch(self.mod, F.silu(temb_BKD)).unsqueeze(2).chunk(6, dim=-1)
         y = modulate(x_BKLD, shift1, scale1)
         k, v = (self._heads(branch(layer, y).flatten(1, 2)) for layer in (self.to_k, self.to_v))
@@ -167,12 +195,12 @@ class DualBlock(nn.Module):
         positions = cos.shape[0]
         q = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]])
         k = rotate(k, cos[:positions], sin[:positions])
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attend(q, k, v).transpose(1, 2).flatten(2)
         if self.last:  # nothing reads the condition tokens any more: skip what would never get a gradient
             x = x_BKLD[:, 0] + gate1[:, 0] * base(self.to_out, attended)
             y = modulate(x, shift2[:, 0], scale2[:, 0])
             return x + gate2[:, 0] * base(self.fc2, F.gelu(base(self.fc1, y), approximate="tanh"))
-        x = x_BKLD + gate1 * branch(self.to_out, attended.unflatten(1, (2, -1)))
+        x = x_BKLD + gate1 * branch(self.to_out, attended.unflatten(1, (x_BKLD.shape[1], -1)))
         y = modulate(x, shift2, scale2)
         return x + gate2 * branch(self.fc2, F.gelu(branch(self.fc1, y), approximate="tanh"))
 
@@ -198,7 +226,8 @@ class TinyDiT(nn.Module):
             DualBlock(d, config.heads, config.mlp_ratio, last=i == config.depth - 1) for i in range(config.depth)
         )
         self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
-        self.register_buffer("residual", torch.ones(c))  # a copy of the codec's, so that the network is self-contained
+        for name in ("residual", "spread"):  # copies of the codec's, so that the network is self-contained
+            self.register_buffer(name, torch.ones(c))
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -239,47 +268,60 @@ class TinyDiT(nn.Module):
         return self.time_out(F.silu(self.time_in(embedding)))
 
     def tokens(self, z_t: Tensor, z_lq: Tensor) -> Tensor:
-        """Both latents [B, C, h, w] -> tokens [B, 2, L, D]; noise first."""
-        return branch(self.img_in, torch.stack((z_t, z_lq), dim=1).flatten(3).transpose(2, 3))
+        """Both latents [B, C, h, w] -> tokens [B, K, L, D]; noise first, and alone in a prior."""
+        latents = (z_t, z_lq) if self.config.conditional else (z_t,)
+        return branch(self.img_in, torch.stack(latents, dim=1).flatten(3).transpose(2, 3))
 
     def forward(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
-        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch."""
+        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch. A prior reads z_t and t_cur alone."""
         h, w = z_t.shape[-2:]
         temb_cur, temb_tar = self.time_embedding(torch.cat((t_cur, t_tar)), z_t).chunk(2)
         if not self.config.decoupled_timestep:
             temb_cur = temb_tar = temb_cur + temb_tar
         temb_BKD = torch.stack((temb_cur, temb_tar), dim=1)
-        angles = rotary_angles(h, w, self.config.width // self.config.heads, z_t.device).repeat(2, 1)
-        cos, sin = angles.cos().to(z_t.dtype), angles.sin().to(z_t.dtype)
         x = self.tokens(z_t, z_lq)
+        temb_BKD = temb_BKD[:, : x.shape[1]]
+        angles = rotary_angles(h, w, self.config.width // self.config.heads, z_t.device).repeat(x.shape[1], 1)
+        cos, sin = angles.cos().to(z_t.dtype), angles.sin().to(z_t.dtype)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, temb_BKD, cos, sin, use_reentrant=False)
+                x = recompute(block, x, temb_BKD, cos, sin, use_reentrant=False)
             else:
                 x = block(x, temb_BKD, cos, sin)
         shift, scale = self.norm_out(F.silu(temb_cur)).unsqueeze(1).chunk(2, dim=-1)
         out = self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, (h, w))
-        return self._precondition(out, z_t, t_cur, z_lq) if self.config.output_skip else out
-
-    def _precondition(self, out: Tensor, z_t: Tensor, t_cur: Tensor, z_lq: Tensor) -> Tensor:
-        """Best linear velocity given (z_t, z_lq), plus the network's output scaled to its remaining error.
-
-        With d = z0 - z_lq ~ N(0, sigma^2) a channel and y = z_t - (1 - t) z_lq = (1 - t) d + t eps, the posterior mean
-        of v = eps - z0 is y (t - (1 - t) sigma^2) / n - z_lq and its variance sigma^2 / n, n = (1 - t)^2 sigma^2 + t^2.
-        At t = 1 and a zero output the one-step estimate (TEASR eq. 6) is exactly z_lq.
-        """
-        t, sigma2 = per_sample(t_cur.to(z_t.dtype), z_t), per_sample(self.residual.to(z_t.dtype) ** 2, z_t[0])
-        n = (1 - t) ** 2 * sigma2 + t**2
-        y = z_t - (1 - t) * z_lq
-        return y * (t - (1 - t) * sigma2) / n - z_lq + (sigma2 / n).sqrt() * out
+        if self.config.output_skip and self.config.conditional:
+            return precondition(out, z_t, t_cur, z_lq, self.residual)
+        return precondition(out, z_t, t_cur, torch.zeros_like(z_t), self.spread)
 
 
-def load_base(net: TinyDiT, path: Path) -> None:
-    """Weights of a base without LoRA, from a safetensors file. ValueError when missing or of another shape."""
+def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C: Tensor) -> Tensor:
+    """Best linear velocity given z_t and a first guess of z0 with error sigma a channel, plus the network's output scaled to what remains.
+
+    With d = z0 - start ~ N(0, sigma^2) and y = z_t - (1 - t) start = (1 - t) d + t eps, the posterior mean of v = eps - z0 is
+    y (t - (1 - t) sigma^2) / n - start and its variance sigma^2 / n, n = (1 - t)^2 sigma^2 + t^2. At t = 1 and a zero output
+    the one-step estimate (TEASR eq. 6) is exactly `start`: the LQ picture, or the mean of a prior.
+    """
+    t, sigma2 = per_sample(t_cur.to(z_t.dtype), z_t), per_sample(sigma_C.to(z_t.dtype) ** 2, z_t[0])
+    n = (1 - t) ** 2 * sigma2 + t**2
+    y = z_t - (1 - t) * start
+    return y * (t - (1 - t) * sigma2) / n - start + (sigma2 / n).sqrt() * out
+
+
+def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
+    """A prior's weights and codec, from its folder or the name of a shipped one. ValueError when they are missing, damaged or of other sizes."""
     try:
-        net.load_state_dict(load_file(path), strict=False)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"backbone.base = {path} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        folder = checkpoint.resolve(assets.find(place) or Path(place))
+        file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
+        codec.load_state_dict(load_file(folder / "fixed.safetensors"))
+        found = net.load_state_dict(load_file(file), strict=False)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"backbone.base = {place} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    wrong = [*found.unexpected_keys, *(set(found.missing_keys) - {"residual", "spread"})]
+    if wrong:
+        raise ValueError(
+            f"backbone.base = {place} is no prior (backbone.conditional=false): {wrong[0]} is too much or missing"
+        )
 
 
 class Tiny(Backbone):
@@ -294,11 +336,13 @@ class Tiny(Backbone):
             if config.base == "random":  # a frozen zero output would let no gradient through to the LoRA
                 nn.init.xavier_uniform_(net.proj_out.weight)
             elif config.base is not None:
-                load_base(net, Path(config.base))
-            add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
+                load_prior(config.base, net, self.codec)
+            if config.conditional:
+                add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(config.train == "full" or "lora_" in name)
         self.net = net
+        self.needs_fit, self.restores = True, config.conditional
         self.latent_channels = config.latent_channels
         self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
         self.tile_px = 256  # it learns from crops of 64 px
@@ -310,13 +354,14 @@ class Tiny(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return self.codec.decode(z)
 
-    @property
-    def needs_fit(self) -> bool:
-        return not bool(self.codec.scale.any())
-
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.codec.fit(pairs)
+        self.codec.fit(pairs, residual_only=bool(self.codec.scale.any()))
+        self._fitted()
+
+    def _fitted(self) -> None:
         self.net.residual.copy_(self.codec.residual)
+        self.net.spread.copy_(self.codec.spread)
+        self.needs_fit = False
 
     def exports(self, name: str, parameter: nn.Parameter) -> bool:
         """Everything: a tiny base is not worth a second file."""
@@ -347,4 +392,4 @@ class Tiny(Backbone):
 
     def load_fixed_state(self, state: dict[str, Tensor]) -> None:
         self.codec.load_state_dict(state)
-        self.net.residual.copy_(self.codec.residual)
+        self._fitted()

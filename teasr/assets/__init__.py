@@ -1,0 +1,18 @@
+"""Small trained models that come with the package, each a folder as `Upscaler.save_pretrained` writes it; the cards are in README.md here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DEFAULT = "small"  # the model that restores when none is named
+
+
+def find(name: str) -> Path | None:
+    """The folder of a shipped model by its name (`small`, `small-prior`); None where there is none."""
+    return HERE / name if name in names() else None
+
+
+def names() -> list[str]:
+    """Of all shipped models."""
+    return sorted(manifest.parent.name for manifest in HERE.glob("*/MANIFEST.json"))
