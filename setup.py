@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     entry_points={"console_scripts": ["teasr = teasr.cli:main"]},
     packages=find_packages(include=["teasr*"]),
+    package_data={"teasr": ["assets/*.md", "assets/*/*"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate",

@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from teasr import checkpoint, config
+from teasr import assets, checkpoint, config
 from teasr.data import pairs as pairs_of
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
@@ -36,7 +36,7 @@ DATASETS = Path(__file__).resolve().parent / "datasets.yaml"
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate, or say that it was done before; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("model", nargs="?", type=Path, help="folder of a run, a checkpoint or an export; or `small`, which comes along")
     parser.add_argument("--data", help="shard set, LQ:HQ folders, or a name of eval/datasets.yaml")
     parser.add_argument("--data-root", type=Path, default=Path("data/eval"), help="where the sets of datasets.yaml lie")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -69,7 +69,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
     if options.model is not None and options.data is not None:
-        options.model = checkpoint.resolve(options.model)  # once: it hashes every file
+        shipped = assets.find(str(options.model))
+        options.home = Path("runs") / options.model if shipped else None
+        options.model = checkpoint.resolve(shipped or options.model)  # once: it hashes every file
+        options.home = options.home or checkpoint.run_folder(options.model)
     scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
     evaluation = _of_predictions(options, scorer) if options.model is None else _of_model(options, scorer)
     record = evaluation.out / "evaluation.json"
@@ -115,7 +118,7 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
 
         return restore
 
-    out = options.out or checkpoint.run_folder(folder) / "eval" / pairs.name
+    out = options.out or options.home / "eval" / pairs.name
     methods = {step_name(n): method(n) for n in options.steps}
     return Evaluation(pairs, scorer, out, methods, made_by, **_here())
 
@@ -160,7 +163,7 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
         from teasr.recipe import load
 
         recipe = load(options.model / "config.yaml")
-        tracking, place, params = recipe.tracking, checkpoint.run_folder(options.model), recipe.to_dict()
+        tracking, place, params = recipe.tracking, options.home, recipe.to_dict()
     else:
         tracking, place = TrackingConfig(run_name=options.name), evaluation.out
         params = {"predictions": str(options.predictions), "hq": str(options.hq)}

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the file and its card")
     parser.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of a LoRA's file")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the file")
     parser.add_argument("--register", metavar="NAME", help="make it a version of this model in MLflow's registry")
     options = parser.parse_args(arguments)
     try:
@@ -56,7 +56,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     """Checkpoint -> files below --out; returns the one with the weights. ValueError when they are not there or damaged."""
     from safetensors.torch import load_file
 
-    from teasr.prompts import DTYPES
+    from teasr import pretrained
 
     file = folder / f"{options.weights}.safetensors"
     if not file.is_file():
@@ -64,9 +64,10 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     settings = recipe.load(folder / "config.yaml")
     told = settings.weightless().build_backbone().lora_story()
     if told is None:
-        from teasr.upscale import Upscaler
-
-        return Upscaler.from_pretrained(folder, options.weights, "cpu").save_pretrained(options.out) / "ema.safetensors"
+        backbone, _, _ = pretrained.load(folder, options.weights, "cpu")
+        names = [name for name, parameter in backbone.net.named_parameters() if backbone.exports(name, parameter)]
+        pretrained.save(backbone, names, settings, options.out, options.dtype)
+        return options.out / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
     peft, story = told
     story |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
@@ -76,7 +77,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
         "commit": state["commit"],
         "recipe": settings.to_yaml(),
     }
-    weights = {name: x.to(DTYPES[options.dtype]) for name, x in load_file(file).items()}
+    weights = {name: x.to(pretrained.STORED[options.dtype]) for name, x in load_file(file).items()}
     path = lora_file.write(options.out, weights, peft, story)
     kind = recipe.BACKBONES[settings.backbone_name]()[1]
     for name, used in kind.files(settings.backbone).items():

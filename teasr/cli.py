@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  teasr upscale photo.jpg -o photo_x4.png --model runs/demo               one picture in one step
-  teasr upscale holiday/ -o restored/ --model runs/demo --steps 4         a folder, sub-folders kept
-  teasr upscale portrait.png -o out/ --model runs/demo --steps 8 --fidelity 0.5   half of the detail that 8 steps draw
-  teasr upscale 'scans/*.tif' -o out/ --model runs/demo --suffix _x4 --format png
-  teasr upscale holiday/ -o restored/ --model runs/demo --skip-existing   go on after Ctrl-C
+  teasr upscale photo.jpg -o photo_x4.png                                 one picture in one step, by the small model that comes along
+  teasr upscale holiday/ -o restored/ --model runs/mine --steps 4         a folder, sub-folders kept; a model of one's own
+  teasr upscale portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5   half of the detail that 8 steps draw
+  teasr upscale 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png
+  teasr upscale holiday/ -o restored/ --model runs/mine --skip-existing   go on after Ctrl-C
 """
 
 
@@ -42,7 +42,7 @@ def _add_upscale(commands) -> None:
     upscale.add_argument("-o", "--out", type=Path, required=True, help="folder, or a file for a single picture")
     model = upscale.add_argument_group("model")
     model.add_argument(
-        "--model", required=True, help="folder of a run, a checkpoint or an export; or owner/name on the hub"
+        "--model", help="folder of a run, a checkpoint or an export; or owner/name on the hub (the small one that comes along)"
     )
     model.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights (ema)")
     quality = upscale.add_argument_group("quality")
@@ -114,7 +114,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="a local web page to try a model on")
-    demo.add_argument("--model", required=True, help="as of `teasr upscale`")
+    demo.add_argument("--model", help="as of `teasr upscale`")
     demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (127.0.0.1)")
     demo.add_argument("--port", type=int, default=7860, help="(7860)")
     demo.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")

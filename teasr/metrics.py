@@ -25,6 +25,7 @@ from teasr.exact_metrics import frechet_distance, psnr, ssim
 
 WEIGHTS = Path(os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights"))  # where files are looked for
 PYIQA = "pip install 'teasr[metrics]'"
+GRID_PX = 16  # holds the token grids of 8 and 16 px, which a transformer may print on its pictures
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ METRICS = {
             "clipiqa", "CLIPIQA", True, "none", "pyiqa",
             (File("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),),
         ),
+        Metric("checkerboard", "Grid", False, "none", about=f"share of the high-pass energy that repeats every {GRID_PX} px"),
     )
 }  # fmt: skip
 
@@ -192,6 +194,8 @@ class Scorer:
         if metric.name in ("psnr", "ssim"):
             act = {"psnr": psnr, "ssim": ssim}[metric.name]
             return partial(act, on_luma=self.protocol.luma, border=self.protocol.border_px)
+        if metric.name == "checkerboard":
+            return _checkerboard
         paths = {file.name: _find(file, self.folder) for file in metric.files}
         with ExitStack() as stack:
             stack.enter_context(_only_these(paths))
@@ -242,6 +246,12 @@ def _tensor(x: np.ndarray):
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None].float() / 255
+
+
+def _checkerboard(made: np.ndarray, hq: np.ndarray | None) -> float:
+    from teasr.losses import checkerboard_energy
+
+    return checkerboard_energy(_tensor(made), GRID_PX).item()
 
 
 def _lpips(paths: dict[str, Path], device: str) -> Callable:

@@ -9,12 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from teasr import checkpoint, lora_file
+from teasr import assets, checkpoint, lora_file
 from teasr.backbones.base import Backbone
 from teasr.recipe import BACKBONES, Recipe, parse
 from teasr.recipe import load as load_recipe
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of backbones without a dtype of their own
+STORED = {"fp32": torch.float32} | AUTOCAST  # what a saved model's weights may be rounded to
 
 
 def load(
@@ -26,8 +27,8 @@ def load(
 ) -> tuple[Backbone, Recipe, torch.device]:
     """The backbone, ready on its device, its recipe and the device.
 
-    model: folder of a run (its newest checkpoint), of a checkpoint, of `save` or of launch/export.py, or `owner/name` on the hub. weights: `ema`
-    or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`. offload: blocks stay in host memory and visit the GPU one by one.
+    model: folder of a run (its newest checkpoint), of a checkpoint, of `save` or of launch/export.py, `owner/name` on the hub, or the name of a
+    shipped one (`teasr.assets`). weights: `ema` or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`. offload: blocks stay in host memory and visit the GPU one by one.
     Raises ValueError naming what is missing, damaged or impossible here.
     """
     place = _device(device, offload)
@@ -50,10 +51,10 @@ def load(
     return backbone, recipe, place
 
 
-def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path) -> None:
+def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path, dtype: str = "fp32") -> None:
     """Write what `load` reads, whole or not at all: the parameters `names`, codec, config, and files that the config names.
 
-    ValueError when the folder holds something else already, or a file is missing.
+    dtype: fp32, or what the parameters are rounded to; the codec stays. ValueError when the folder holds something else already, or a file is missing.
     """
     if folder.exists() and not (folder / checkpoint.MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files: choose a new folder")
@@ -62,7 +63,7 @@ def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path) -> 
     temporary.mkdir(parents=True)
     parameters = dict(backbone.net.named_parameters())
     tensors = {
-        "ema": {name: parameters[name].detach() for name in names},
+        "ema": {name: parameters[name].detach().to(STORED[dtype]) for name in names},
         "fixed": backbone.fixed_state(),
     }
     for name, state in tensors.items():
@@ -94,8 +95,10 @@ def _find(model: str | Path) -> Path:
     if path.exists():
         return path
     name = str(model)
+    if shipped := assets.find(name):
+        return shipped
     if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
-        raise ValueError(f"model {model}: there is no such folder")
+        raise ValueError(f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

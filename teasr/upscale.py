@@ -1,12 +1,13 @@
 """A picture in, a restored picture out, in any number of steps and at any size.
 
 from teasr import Upscaler
-upscaler = Upscaler.from_pretrained("runs/demo")
+upscaler = Upscaler.from_pretrained()  # the small model that comes along, or a folder
 upscaler(picture, steps=4).save("restored.png")
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from teasr import auto_steps, color, images, pretrained
+from teasr import assets, auto_steps, color, images, pretrained
 from teasr.backbones.base import Backbone
 from teasr.picture import Picture, from_pil, to_pil
 from teasr.recipe import Recipe
@@ -66,29 +67,33 @@ class Upscaler:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         weights: str = "ema",
         device: str | None = None,
         dtype: str | None = None,
         offload: bool = False,
     ) -> Upscaler:
-        """From a run folder (its newest checkpoint), a checkpoint, what `save_pretrained` or launch/export.py wrote, or `owner/name` on the hub.
+        """From a run folder (its newest checkpoint), a checkpoint, what `save_pretrained` or launch/export.py wrote, `owner/name` on the
+        hub, or the name of a shipped model; none: the small one, of which the log says what it is.
 
         weights: `ema` (averaged) or `weights` (last). dtype: one of the descriptor's precisions; default: as trained. offload: for a GPU that is
         too small, blocks stay in host memory. Raises ValueError naming what is missing, damaged or impossible here.
         """
+        if path is None:
+            path = assets.DEFAULT
+            logging.getLogger(__name__).warning(assets.NOTE)
         backbone, recipe, place = pretrained.load(path, weights, device, dtype, offload)
         autocast = None if backbone.own_dtype else pretrained.AUTOCAST.get(dtype)
         return cls(backbone, recipe=recipe, device=place, autocast=autocast)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder.
+    def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> Path:
+        """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder. dtype: weights rounded to it.
 
         ValueError when the folder holds something else already.
         """
         if self.recipe is None:
             raise ValueError("a model without a recipe cannot be saved: make it by from_pretrained")
-        pretrained.save(self.backbone, self._exported, self.recipe, Path(folder))
+        pretrained.save(self.backbone, self._exported, self.recipe, Path(folder), dtype)
         return Path(folder)
 
     @property

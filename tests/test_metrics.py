@@ -104,7 +104,7 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
     assert scorer.status["psnr"] == scorer.status["ssim"] == "ok"
     assert scorer.status["lpips"] == f"skipped: put alexnet-owt-7be5be79.pth in {tmp_path}"
     assert all(status == "ok" or status.startswith("skipped: p") for status in scorer.status.values())
-    assert scorer.picture_names == ["psnr", "ssim"]
+    assert scorer.picture_names == ["psnr", "ssim", "checkerboard"]
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"another")
     status = Scorer(["lpips"], weights=tmp_path).status["lpips"]
     assert "is not the published file (sha256" in status and "not 7be5be79" in status
@@ -114,6 +114,16 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
         Scorer(["psnr_y"])
     with pytest.raises(ValueError, match="protocol other does not exist: osediff, crop4, rgb"):
         Scorer(protocol="other")
+
+
+def test_a_printed_grid_is_seen(pair):
+    """A grid of 8 px and one grey level deviation in a natural picture, against the picture itself; no reference needed."""
+    hq, _, _ = pair
+    grid = hq.astype(int)
+    grid[::8] += 8
+    scorer = Scorer(["checkerboard"])
+    clean, printed = (scorer.picture(x.clip(0, 255).astype(np.uint8), None)["checkerboard"] for x in (hq, grid))
+    assert printed > 2 * clean and scorer.identity["checkerboard"]["better"] == "lower"
 
 
 def test_identity_tells_protocol_direction_and_hashes(tmp_path):

@@ -192,7 +192,7 @@ def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tm
     assert not any("lora" in name for name, _ in prior.net.named_parameters())
     with pytest.raises(ValueError, match="unconditional prior"):
         Upscaler(prior)
-    with pytest.raises(ValueError, match="leave backbone.base"):
+    with pytest.raises(ValueError, match=r"leave backbone\.base"):
         TinyConfig(conditional=False, base="elsewhere")
     settings = {"name": "tiny", **SMALL}
     save(make(), [name for name, _ in make().net.named_parameters()], a_recipe(settings), tmp_path / "whole")
