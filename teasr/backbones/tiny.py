@@ -56,6 +56,7 @@ class TinyConfig:
     decoupled_timestep: bool = True  # false: both times fused into one embedding on both branches (Table 3, row 1)
     output_skip: bool = True  # start at the LQ picture; false: at the prior's mean
     conditional: bool = True
+    pair: float | None = None  # what a noise token gets of its own place in the condition branch beside attention, at the start
     whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
     gradient_checkpointing: bool = False
 
@@ -72,9 +73,9 @@ class TinyConfig:
                 "backbone.train = lora freezes the base, but backbone.base names none: give the folder of a prior, or "
                 "backbone.base=random for an experiment without a prior"
             )
-        if not self.conditional and (self.train == "lora" or self.base not in (None, "random")):
+        if not self.conditional and (self.train == "lora" or self.base not in (None, "random") or self.pair is not None):
             raise ValueError(
-                "backbone.conditional = false trains a prior from scratch: leave backbone.base and train = lora out"
+                "backbone.conditional = false trains a prior from scratch: leave backbone.base, backbone.pair and train = lora out"
             )
 
 
@@ -177,13 +178,14 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
 class DualBlock(nn.Module):
     """Transformer block over two token streams with their own modulation and one joint attention."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, last: bool):
+    def __init__(self, width: int, heads: int, mlp_ratio: int, last: bool, pair: float | None = None):
         super().__init__()
         self.heads, self.last = heads, last
         self.mod = nn.Linear(width, 6 * width)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
+        self.pair = None if pair is None else nn.Parameter(torch.full((heads, 1, 1), pair))
 
     def forward(self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, K, L, D] -> the same; the last block returns the noise branch only, [B, L, D]."""
@@ -195,7 +197,12 @@ class DualBlock(nn.Module):
         positions = cos.shape[0]
         q = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]])
         k = rotate(k, cos[:positions], sin[:positions])
-        attended = attend(q, k, v).transpose(1, 2).flatten(2)
+        attended = attend(q, k, v)
+        if self.pair is not None:  # a prior never looked at a second picture: attention alone takes thousands of updates to find it
+            places = x_BKLD.shape[2]
+            own = self.pair * v[:, :, places:]
+            attended = attended + F.pad(own, (0, 0, 0, attended.shape[2] - places))
+        attended = attended.transpose(1, 2).flatten(2)
         if self.last:  # nothing reads the condition tokens any more: skip what would never get a gradient
             x = x_BKLD[:, 0] + gate1[:, 0] * base(self.to_out, attended)
             y = modulate(x, shift2[:, 0], scale2[:, 0])
@@ -223,7 +230,7 @@ class TinyDiT(nn.Module):
         self.img_in = nn.Linear(c, d)
         self.time_in, self.time_out = nn.Linear(d, d), nn.Linear(d, d)
         self.blocks = nn.ModuleList(
-            DualBlock(d, config.heads, config.mlp_ratio, last=i == config.depth - 1) for i in range(config.depth)
+            DualBlock(d, config.heads, config.mlp_ratio, i == config.depth - 1, config.pair) for i in range(config.depth)
         )
         self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
         for name in ("residual", "spread"):  # copies of the codec's, so that the network is self-contained
@@ -317,7 +324,8 @@ def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
         found = net.load_state_dict(load_file(file), strict=False)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"backbone.base = {place} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    wrong = [*found.unexpected_keys, *(set(found.missing_keys) - {"residual", "spread"})]
+    missing = [key for key in found.missing_keys if key not in ("residual", "spread") and not key.endswith(".pair")]
+    wrong = [*found.unexpected_keys, *missing]
     if wrong:
         raise ValueError(
             f"backbone.base = {place} is no prior (backbone.conditional=false): {wrong[0]} is too much or missing"
@@ -340,7 +348,7 @@ class Tiny(Backbone):
             if config.conditional:
                 add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
         for name, parameter in net.named_parameters():
-            parameter.requires_grad_(config.train == "full" or "lora_" in name)
+            parameter.requires_grad_(config.train == "full" or "lora_" in name or name.endswith(".pair"))
         self.net = net
         self.needs_fit, self.restores = True, config.conditional
         self.latent_channels = config.latent_channels
