@@ -145,22 +145,23 @@ def markdown(told: dict) -> str:
                 continue
             cells = []
             for m in metrics:
-                spread = row[m]["deviation"]
-                cells.append(f"{row[m]['mean']:.{digits[m]}f}" + (f" ± {spread:.{digits[m]}f}" if spread else ""))
+                cells.append(f"{row[m]['mean']:.{digits[m]}f}{_spread(row[m]['deviation'], digits[m])}")
             lines.append(f"| {'' if method == 'bicubic' else name} | {method} | {' | '.join(cells)} |")
     for comparison in told["comparisons"]:
         lines += ["", f"**{comparison['row']}** against *{comparison['base']}* (positive: better):", ""]
         for method, row in comparison["gains"].items():
             parts = []
             for m, told_gain in row.items():
-                spread = told_gain["deviation"]
-                text = f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}" + (
-                    f" ± {spread:.{digits[m]}f}" if spread else ""
-                )
+                text = f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}{_spread(told_gain['deviation'], digits[m])}"
                 parts.append(f"{text}, {told_gain['seeds_for']} of {told_gain['seeds']} seeds for it")
             lines.append(f"- {method}: {'; '.join(parts)}")
         lines += ["", verdict(comparison)]
     return "\n".join(lines) + "\n"
+
+
+def _spread(deviation: float | None, digits: int) -> str:
+    """Nothing where there is one seed, or none that can be seen (bicubic)."""
+    return f" ± {deviation:.{digits}f}" if deviation and round(deviation, digits) else ""
 
 
 def verdict(comparison: dict) -> str:

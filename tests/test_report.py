@@ -81,7 +81,7 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
     page.goto((tmp_path / "report.html").as_uri())
-    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 2
+    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 3
     first = page.locator(".compare").first
     assert first.locator("img.before").evaluate("x => [x.naturalWidth, x.naturalHeight]") == [96, 64]
     first.locator("input").fill("20")
