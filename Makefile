@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/demo
+PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')# free, for ranks to meet at
 WORKERS ?= 2# test files at a time; each may start two ranks
 # Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
 export TOKENIZERS_PARALLELISM := false
@@ -22,7 +23,7 @@ demo: $(READY)
 	@$(BIN)/python data_prep/demo_photos.py $(RUN)/photos
 	@$(BIN)/python data_prep/make_shards.py --config data_prep/presets/demo_train.yaml
 	@$(BIN)/python data_prep/make_shards.py --config data_prep/presets/demo_heldout.yaml
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --num_gpus 1 launch/train.py --config launch/presets/demo.yaml
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --master_port $(PORT) --num_gpus 1 launch/train.py --config launch/presets/demo.yaml
 	@$(BIN)/python eval/benchmark.py $(RUN) --data $(RUN)/shards/heldout --steps 1 2 4 8
 	@$(BIN)/python eval/report.py $(RUN)/eval/heldout --out $(RUN)/report
 	@echo "dashboard $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   (then open the address it prints)"

@@ -27,7 +27,7 @@ def demo(tmp_path_factory):
     script = re.sub(r'PATH="[^"]*" ', "", script).replace("\t@", "").replace("$$", "$")
     script = script.replace("demo_train.yaml", "demo_train.yaml crops_per_photo=40 shard_samples=50")
     script = script.replace("demo.yaml", "demo.yaml train.updates=12 train.save_every_updates=6")
-    script = script.replace("launch/train.py", f"--master_port {free_port()} launch/train.py")
+    script = script.replace("$(PORT)", str(free_port()))
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     rounds = []
