@@ -152,7 +152,9 @@ def markdown(told: dict) -> str:
         for method, row in comparison["gains"].items():
             parts = []
             for m, told_gain in row.items():
-                text = f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}{_spread(told_gain['deviation'], digits[m])}"
+                text = (
+                    f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}{_spread(told_gain['deviation'], digits[m])}"
+                )
                 parts.append(f"{text}, {told_gain['seeds_for']} of {told_gain['seeds']} seeds for it")
             lines.append(f"- {method}: {'; '.join(parts)}")
         lines += ["", verdict(comparison)]

@@ -36,7 +36,9 @@ DATASETS = Path(__file__).resolve().parent / "datasets.yaml"
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate, or say that it was done before; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="folder of a run, a checkpoint or an export; or `small`, which comes along")
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="folder of a run, a checkpoint or an export; or `small`, which comes along"
+    )
     parser.add_argument("--data", help="shard set, LQ:HQ folders, or a name of eval/datasets.yaml")
     parser.add_argument("--data-root", type=Path, default=Path("data/eval"), help="where the sets of datasets.yaml lie")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])

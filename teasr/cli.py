@@ -42,7 +42,8 @@ def _add_upscale(commands) -> None:
     upscale.add_argument("-o", "--out", type=Path, required=True, help="folder, or a file for a single picture")
     model = upscale.add_argument_group("model")
     model.add_argument(
-        "--model", help="folder of a run, a checkpoint or an export; or owner/name on the hub (the small one that comes along)"
+        "--model",
+        help="folder of a run, a checkpoint or an export; or owner/name on the hub (the small one that comes along)",
     )
     model.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights (ema)")
     quality = upscale.add_argument_group("quality")

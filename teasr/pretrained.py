@@ -98,7 +98,9 @@ def _find(model: str | Path) -> Path:
     if shipped := assets.find(name):
         return shipped
     if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
-        raise ValueError(f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}")
+        raise ValueError(
+            f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

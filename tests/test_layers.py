@@ -80,6 +80,7 @@ INSIDE = {  # file or folder of the package -> modules of teasr it may import
     "sampler.py": {"flow", "backbones.base"},
     "methods/": {"flow", "losses", "randomness", "backbones.base", "methods.base"},
     "backbones/": {
+        "checkpoint",
         "flow",
         "lora_file",
         "prompts",

@@ -46,7 +46,7 @@ def test_a_name_on_the_hub(untrained, tmp_path, monkeypatch):
     first.save_pretrained(repository / "snapshots" / commit)
     assert np.array_equal(Upscaler.from_pretrained("someone/small")(PHOTO), first(PHOTO))
     for wrong in ("no/such/folder", "nothing", "../x", "/nowhere/x"):
-        with pytest.raises(ValueError, match=f"model {wrong}: there is no such folder$"):
+        with pytest.raises(ValueError, match=f"model {wrong}: there is no such folder, and what comes with teasr is"):
             Upscaler.from_pretrained(wrong)
 
 

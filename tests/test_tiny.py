@@ -215,6 +215,22 @@ def test_a_lora_can_start_at_the_prior_instead_of_the_lq_picture(tmp_path):
         assert not torch.equal(backbone.velocity(z_t, t, z_lq, t), backbone.velocity(z_t, t, -z_lq, t))
 
 
+def test_the_share_of_its_own_place_is_zero_or_learnt(tmp_path):
+    """Zero is the network without it; the share acts token by token, is trained also with a frozen base, and no prior has it."""
+    z_t, t, z_lq = inputs()
+    with torch.no_grad():
+        without, zero, half = (make(pair=share).velocity(z_t, t, z_lq, 0 * t) for share in (None, 0.0, 0.5))
+    assert torch.allclose(zero, without, atol=1e-6) and not torch.allclose(half, without, atol=1e-3)
+    saved_prior(tmp_path / "prior")
+    backbone = Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "prior"), pair=0.5))
+    backbone.fit(pairs())
+    backbone.velocity(z_t, t, z_lq, 0 * t).square().mean().backward()
+    shares = [p for name, p in backbone.net.named_parameters() if name.endswith(".pair")]
+    assert len(shares) == 3 and all(bool((p.grad != 0).all()) for p in shares)
+    with pytest.raises(ValueError, match=r"backbone\.pair"):
+        TinyConfig(conditional=False, pair=0.5)
+
+
 @pytest.mark.parametrize("length", [64, 600])
 def test_attention_in_bf16_on_the_cpu_is_attention(length):
     """Two products up to 512 tokens, the fused kernel beyond: both as exact as bf16 allows."""

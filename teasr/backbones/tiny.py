@@ -56,7 +56,9 @@ class TinyConfig:
     decoupled_timestep: bool = True  # false: both times fused into one embedding on both branches (Table 3, row 1)
     output_skip: bool = True  # start at the LQ picture; false: at the prior's mean
     conditional: bool = True
-    pair: float | None = None  # what a noise token gets of its own place in the condition branch beside attention, at the start
+    pair: float | None = (
+        None  # what a noise token gets of its own place in the condition branch beside attention, at the start
+    )
     whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
     gradient_checkpointing: bool = False
 
@@ -73,7 +75,9 @@ class TinyConfig:
                 "backbone.train = lora freezes the base, but backbone.base names none: give the folder of a prior, or "
                 "backbone.base=random for an experiment without a prior"
             )
-        if not self.conditional and (self.train == "lora" or self.base not in (None, "random") or self.pair is not None):
+        if not self.conditional and (
+            self.train == "lora" or self.base not in (None, "random") or self.pair is not None
+        ):
             raise ValueError(
                 "backbone.conditional = false trains a prior from scratch: leave backbone.base, backbone.pair and train = lora out"
             )
@@ -198,7 +202,9 @@ class DualBlock(nn.Module):
         q = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]])
         k = rotate(k, cos[:positions], sin[:positions])
         attended = attend(q, k, v)
-        if self.pair is not None:  # a prior never looked at a second picture: attention alone takes thousands of updates to find it
+        if (
+            self.pair is not None
+        ):  # a prior never looked at a second picture: attention alone takes thousands of updates to find it
             places = x_BKLD.shape[2]
             own = self.pair * v[:, :, places:]
             attended = attended + F.pad(own, (0, 0, 0, attended.shape[2] - places))
@@ -230,7 +236,8 @@ class TinyDiT(nn.Module):
         self.img_in = nn.Linear(c, d)
         self.time_in, self.time_out = nn.Linear(d, d), nn.Linear(d, d)
         self.blocks = nn.ModuleList(
-            DualBlock(d, config.heads, config.mlp_ratio, i == config.depth - 1, config.pair) for i in range(config.depth)
+            DualBlock(d, config.heads, config.mlp_ratio, i == config.depth - 1, config.pair)
+            for i in range(config.depth)
         )
         self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
         for name in ("residual", "spread"):  # copies of the codec's, so that the network is self-contained
