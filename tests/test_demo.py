@@ -73,7 +73,7 @@ def test_mlflow_holds_params_commit_environment_losses_scores_and_picture(demo):
     _, run = demo
     client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("teasr-demo").experiment_id])
-    assert found.data.params["method.lambda_adv"] == "1.0" and found.data.params["backbone.width"] == "32"
+    assert found.data.params["method.lambda_adv"] == "1.0" and found.data.params["backbone.base"] == "small-prior"
     assert found.data.params["commit"] == (run / "commit").read_text().strip() and found.info.status == "FINISHED"
     history = client.get_metric_history(found.info.run_id, "cons")
     assert [m.step for m in history] == list(range(1, 13))
