@@ -19,6 +19,7 @@ LONGEST = (
     "test_qwen_image.py",
     "test_nodes.py",
     "test_demo.py",
+    "test_ablate.py",
     "test_tracking.py",
 )
 
