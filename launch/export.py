@@ -65,8 +65,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     told = settings.weightless().build_backbone().lora_story()
     if told is None:
         backbone, _, _ = pretrained.load(folder, options.weights, "cpu")
-        names = [name for name, parameter in backbone.net.named_parameters() if backbone.exports(name, parameter)]
-        pretrained.save(backbone, names, settings, options.out, options.dtype)
+        pretrained.save(backbone, backbone.exported_names(), settings, options.out, options.dtype)
         return options.out / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
     peft, story = told

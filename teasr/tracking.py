@@ -6,6 +6,7 @@ therefore costs the training nothing and loses nothing; what is missing at the e
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -17,8 +18,10 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from teasr.config import flatten
 from teasr.files import write_atomic
@@ -373,6 +376,20 @@ def _create_run(client, run_dir: Path, uri: str, config: TrackingConfig) -> str:
     return client.create_run(experiment_id, run_name=config.run_name or run_dir.name, tags=tags).info.run_id
 
 
+@contextlib.contextmanager
+def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> Iterator[tuple[Any, str, str]]:
+    """(client, uri, run id) of the run of a run folder, to put `what` into; ValueError naming the store when it does not take that."""
+    fail_fast()
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(run_dir, config)
+    try:
+        client = MlflowClient(uri)
+        yield client, uri, open_run(client, run_dir, uri, config, params)
+    except Exception as error:
+        raise ValueError(f"MLflow at {uri} did not take the {what} ({' '.join(str(error).split())[:300]})") from error
+
+
 def log_results(
     run_dir: Path,
     config: TrackingConfig,
@@ -387,13 +404,7 @@ def log_results(
 
     Raises ValueError naming the store when MLflow does not take them.
     """
-    fail_fast()
-    from mlflow import MlflowClient
-
-    uri = tracking_uri(run_dir, config)
-    try:
-        client = MlflowClient(uri)
-        run_id = open_run(client, run_dir, uri, config, params)
+    with _store(run_dir, config, params, "results") as (client, uri, run_id):
         for name, values in metrics.items():
             for step, value in values.items():
                 client.log_metric(run_id, name, value, step=step)
@@ -408,8 +419,6 @@ def log_results(
                 table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
                 client.log_table(run_id, table, f"{folder or 'tables'}/{path.stem}.json")
         client.set_terminated(run_id)
-    except Exception as error:
-        raise ValueError(f"MLflow at {uri} did not take the results ({' '.join(str(error).split())[:300]})") from error
     return f"{uri}, run {run_id}"
 
 
@@ -420,14 +429,9 @@ def register_model(
 
     Raises ValueError naming the store when MLflow does not take it.
     """
-    fail_fast()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    with _store(run_dir, config, params, "model") as (client, uri, run_id):
+        from mlflow.exceptions import MlflowException
 
-    uri = tracking_uri(run_dir, config)
-    try:
-        client = MlflowClient(uri)
-        run_id = open_run(client, run_dir, uri, config, params)
         place = f"model/{_digest(folder)}"  # versions do not overwrite each other
         client.log_artifacts(run_id, str(folder), place)
         client.set_terminated(run_id)
@@ -438,8 +442,6 @@ def register_model(
                 raise
         source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         version = client.create_model_version(name, source, run_id, tags=tags).version
-    except Exception as error:
-        raise ValueError(f"MLflow at {uri} did not take the model ({' '.join(str(error).split())[:300]})") from error
     return f"{name}, version {version}, {uri}"
 
 

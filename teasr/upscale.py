@@ -61,7 +61,7 @@ class Upscaler:
         self.backbone, self.scale, self.recipe, self.autocast = backbone, scale, recipe, autocast
         self.device = device or next(backbone.net.parameters()).device
         self._unit_bytes = float("inf")  # of a tile's area; counted when first needed
-        self._exported = [name for name, p in backbone.net.named_parameters() if backbone.exports(name, p)]
+        self._exported = backbone.exported_names()
         backbone.net.requires_grad_(False).eval()
 
     @classmethod

@@ -67,6 +67,10 @@ class Backbone(ABC):
         """Whether a checkpoint's plain weight file holds this parameter: by default what is trained."""
         return parameter.requires_grad
 
+    def exported_names(self) -> list[str]:
+        """Of all parameters that `exports` names, in order."""
+        return [name for name, parameter in self.net.named_parameters() if self.exports(name, parameter)]
+
     def lora_story(self) -> tuple[dict, dict] | None:
         """For a LoRA file: peft's settings, and what its users must know. None where more than a LoRA is trained."""
         return None
@@ -74,7 +78,7 @@ class Backbone(ABC):
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Take exported weights into a freshly built network. ValueError names what does not fit."""
         own = dict(self.net.named_parameters())
-        wanted = {name for name, parameter in own.items() if self.exports(name, parameter)}
+        wanted = set(self.exported_names())
         wrong = sorted(wanted ^ set(state)) or sorted(n for n in wanted if own[n].shape != state[n].shape)
         if wrong:
             raise ValueError(
