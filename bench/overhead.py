@@ -41,7 +41,7 @@ class Bare:
         torch.set_num_threads(settings.train.cpu_threads or 1)
         self.settings, self.train, self.update = settings, settings.train, 0
         self.backbone, self.method = settings.build_backbone(), settings.build_method()
-        shards = ShardSet.open(settings.data.shards)
+        shards = ShardSet.open(*settings.data.locations)
         self.backbone.fit(first_pairs(shards, FIT_PAIRS))
         self.parameters = [p for p in self.backbone.net.parameters() if p.requires_grad]
         train = self.train

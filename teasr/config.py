@@ -75,7 +75,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return convert(next(a for a in arguments if a is not type(None)), value, where)
+        wanted = [a for a in arguments if a is not type(None)]
+        lists = isinstance(value, list)
+        return convert(next((a for a in wanted if (typing.get_origin(a) is tuple) == lists), wanted[0]), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"config key {where} = {value!r}: allowed are {', '.join(map(str, arguments))}")

@@ -51,7 +51,7 @@ class Trainer:
         self.world = World.from_environment()
         self.run_dir = Path(recipe.run_dir)
         self.accumulation = self.train.accumulation(self.world.size)
-        self.shards = ShardSet.open(recipe.data.shards)
+        self.shards = ShardSet.open(*recipe.data.locations)
         check_streams(self.shards, recipe.data, self.world.size)
         settings = engine_settings(self.train, self.world.size)
         check_nvme(settings, self.world)

@@ -12,6 +12,7 @@ import torch
 from conftest import make_shards
 from PIL import Image
 
+from teasr import config as cfg
 from teasr import images
 from teasr.data.shards import ShardSet, decode, read_shard
 from teasr.data.stream import DataConfig, PairStream, batches, check_shards, check_streams, slots
@@ -83,6 +84,27 @@ def test_slots_with_uneven_shards():
     for v in (0, 1):
         assert list(islice(slots(shards, 0, v, 2, 11), 5)) == whole[v][11:16]
         assert [slot.position for slot in whole[v]] == list(range(30))
+
+
+def test_several_sets_are_read_as_one(photos, shards, tmp_path):
+    light = make_shards(photos, tmp_path / "light", degradation="stablesr", seed=3)
+    both = cfg.convert(DataConfig, {"shards": [str(shards), str(light)]}, "data")
+    joined = ShardSet.open(*both.locations)
+    assert len(joined) == 96 and joined.settings["crop_px"] == ShardSet.open(str(shards)).settings["crop_px"]
+    stream = PairStream(joined, both, 0, 0, 1, 0)
+    epoch = list(islice(slots(joined, 0, 0, 1, 0), 96))
+    assert len({(slot.shard, slot.place) for slot in epoch}) == 96
+    first_half = [slot.shard < len(joined.urls) // 2 for slot in epoch[:48]]
+    assert any(first_half) and not all(first_half), "one set is read after the other"
+    assert next(iter(stream))[0].shape == (3, 64, 64)
+    online = DataConfig(both.shards, degrade="online")
+    with pytest.raises(ValueError, match=r"different settings \(degradation\).*data.degrade=stored"):
+        PairStream(joined, online, 0, 0, 1, 0)
+    varied = make_shards(photos, tmp_path / "varied", variants=2)
+    with pytest.raises(ValueError, match="varied 2: sets that are read together need the same"):
+        ShardSet.open(str(shards), str(varied))
+    with pytest.raises(ValueError, match="empty list"):
+        DataConfig(())
 
 
 def test_augmentation_turns_both_pictures_alike(shards):

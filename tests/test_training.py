@@ -87,7 +87,7 @@ def plain_torch(data: dict) -> tuple[list[dict], dict]:
     backbone, method, train = recipe.build_backbone(), recipe.build_method(), recipe.train
     from teasr.training import FIT_PAIRS, first_pairs
 
-    shards = ShardSet.open(recipe.data.shards)
+    shards = ShardSet.open(*recipe.data.locations)
     backbone.fit(first_pairs(shards, FIT_PAIRS))
     parameters = [p for p in backbone.net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -18,7 +18,7 @@ from teasr.data.layout import FORMAT, INDEX, lq_field
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened index: shard URLs, the samples each holds, and the settings they were made with."""
+    """An opened index, or several: shard URLs, the samples each holds, and the settings they were made with."""
 
     location: str
     urls: tuple[str, ...]
@@ -27,11 +27,14 @@ class ShardSet:
     settings: dict
 
     @classmethod
-    def open(cls, location: str) -> ShardSet:
+    def open(cls, location: str, *more: str) -> ShardSet:
         """Read the index of a folder or URL, any that webdataset opens: `pipe:cat /data/{name}`, `http://..`, `gs://..`, `hf://..`; or `s3://..`.
 
-        ValueError when it is missing, unreadable or empty.
+        Several make one set, each with the weight of its samples; its `settings` are those that all share. ValueError when an index is
+        missing, unreadable or empty, or when their numbers of degraded variants differ.
         """
+        if more:
+            return cls._joined([cls.open(each) for each in (location, *more)])
         cure = "make shards with data_prep/make_shards.py or name the folder that holds them"
         try:
             with wds.gopen(url_of(location, INDEX)) as stream:
@@ -46,6 +49,18 @@ class ShardSet:
         if not sum(count for _, count, _ in rows):
             raise ValueError(f"{location} holds no samples: {cure}")
         return cls(location, *(tuple(column) for column in zip(*rows, strict=True)), settings=index.get("settings", {}))
+
+    @classmethod
+    def _joined(cls, sets: list[ShardSet]) -> ShardSet:
+        for other in sets[1:]:
+            if other.variants != sets[0].variants:
+                raise ValueError(
+                    f"{sets[0].location} has {sets[0].variants} degraded version(s) of each HQ and {other.location} {other.variants}: "
+                    "sets that are read together need the same, make one of them again"
+                )
+        shared = {k: v for k, v in sets[0].settings.items() if all(s.settings.get(k) == v for s in sets)}
+        urls, counts, sizes = (sum((getattr(s, part) for s in sets), ()) for part in ("urls", "counts", "sizes"))
+        return cls(" + ".join(s.location for s in sets), urls, counts, sizes, shared)
 
     def __len__(self) -> int:
         return sum(self.counts)

@@ -30,7 +30,7 @@ BAD_ALLOWED = 8  # broken samples that are no reason to stop, whatever their sha
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    shards: str  # folder or URL that holds index.json; or a URL with {name} in place of the file's name
+    shards: str | tuple[str, ...]  # folder or URL with index.json, or URL with {name} for the file's name; or several
     streams: int = 4  # shards read side by side; a multiple of ranks x workers, at most the number of shards
     workers: int = 0  # loader processes of each rank; 0 reads in the training process
     augment: Literal["none", "flip", "dihedral"] = "flip"
@@ -38,7 +38,14 @@ class DataConfig:
     degradation: str | None = None  # preset of online degradation; default: the one that the shards were made with
     max_bad_share: float = 0.01  # stop when more of the samples are broken
 
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """`shards` as a tuple, for `ShardSet.open`."""
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
+
     def __post_init__(self):
+        if not self.locations:
+            raise ValueError("data.shards is an empty list: name the folder of a shard set")
         if self.streams < 1 or self.workers < 0:
             raise ValueError(f"data.streams = {self.streams} must be >= 1 and data.workers = {self.workers} >= 0")
         if not 0 <= self.max_bad_share <= 1:
@@ -158,6 +165,12 @@ def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degr
     if shards.settings.get("lq"):
         raise ValueError(
             f"{shards.location} holds real pairs, of which HQ must not be degraded: set data.degrade=stored"
+        )
+    needed = {"lq", "degradation", "peer_exact"}
+    if not needed <= set(shards.settings):
+        raise ValueError(
+            f"{shards.location} were made with different settings ({', '.join(sorted(needed - set(shards.settings)))}), so that their "
+            "HQ cannot be degraded alike: set data.degrade=stored, or make them alike"
         )
     return degradation.preset(config.degradation or shards.settings["degradation"], shards.settings["peer_exact"])
 
