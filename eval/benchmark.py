@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
     if options.model is not None and options.data is not None:
-        shipped = assets.find(str(options.model))
+        shipped = assets.find(options.model)
         options.home = Path("runs") / options.model if shipped else None
         options.model = checkpoint.resolve(shipped or options.model)  # once: it hashes every file
         options.home = options.home or checkpoint.run_folder(options.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teasr.files import sync_folder, write_atomic
+from teasr.files import sha256_of, sync_folder, write_atomic
 
 MANIFEST, BEST = "MANIFEST.json", "best"
 
@@ -73,11 +72,8 @@ def commit(temporary: Path, final: Path) -> None:
     """Hash and sync every file, then rename: the rename is what makes the checkpoint exist."""
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, sha256_of(path)]
         with open(path, "rb+") as file:
-            files[path.relative_to(temporary).as_posix()] = [
-                path.stat().st_size,
-                hashlib.file_digest(file, "sha256").hexdigest(),
-            ]
             os.fsync(file.fileno())
     write_atomic(temporary / MANIFEST, json.dumps(files, indent=1).encode())
     shutil.rmtree(final, ignore_errors=True)
@@ -116,9 +112,8 @@ def problem(folder: Path) -> str | None:
         for name, (size, sha256) in files.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return f"{name} has changed"
+            if sha256_of(folder / name) != sha256:
+                return f"{name} has changed"
     except (OSError, ValueError, TypeError) as error:
         return str(error)
     return None

@@ -41,6 +41,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def sha256_of(path: Path) -> str:
+    """Hash of a file's contents. OSError when it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Hashed:
     """A file to write that counts and hashes what goes through it."""
 

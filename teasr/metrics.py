@@ -7,7 +7,6 @@ licence is PolyForm Noncommercial).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from teasr.exact_metrics import frechet_distance, psnr, ssim
+from teasr.files import sha256_of
 
 WEIGHTS = Path(os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights"))  # where files are looked for
 PYIQA = "pip install 'teasr[metrics]'"
@@ -209,10 +209,7 @@ def _find(file: File, folder: Path) -> Path | None:
     return next((place / file.name for place in places if (place / file.name).is_file()), None)
 
 
-@cache
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_sha256 = cache(sha256_of)
 
 
 class _only_these(ExitStack):

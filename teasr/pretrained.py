@@ -91,12 +91,10 @@ def _device(name: str | None, offload: bool) -> torch.device:
 
 
 def _find(model: str | Path) -> Path:
-    path = Path(model).expanduser()
+    path = assets.find(model) or Path(model).expanduser()
     if path.exists():
         return path
     name = str(model)
-    if shipped := assets.find(name):
-        return shipped
     if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
         raise ValueError(
             f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from teasr.config import flatten
-from teasr.files import write_atomic
+from teasr.files import sha256_of, write_atomic
 from teasr.settings import TrackingConfig
 
 METRICS, TIMING = "metrics.csv", "timing.csv"  # functions of the run alone; what differs between equal runs
@@ -449,8 +449,7 @@ def _digest(folder: Path) -> str:
     """Of names and contents."""
     whole = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        whole.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
     return whole.hexdigest()[:12]
 
 

@@ -41,6 +41,13 @@ def test_they_are_whole_small_and_tell_nothing_of_the_machine(name):
     assert not re.search(r"[ '\"](/|~)", (folder / "config.yaml").read_text())
 
 
+def test_a_folder_of_the_users_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert assets.find("small") == assets.HERE / "small" and assets.find("large") is None
+    (tmp_path / "small").mkdir()
+    assert assets.find("small") is None
+
+
 def test_the_package_takes_every_file_along():
     patterns = re.search(r'package_data=\{"teasr": \[(.*?)\]\}', (ROOT / "setup.py").read_text()).group(1)
     globs = re.findall(r'"(.*?)"', patterns)

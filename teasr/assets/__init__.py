@@ -12,9 +12,9 @@ NOTE = (
 )
 
 
-def find(name: str) -> Path | None:
-    """The folder of a shipped model by its name (`small`, `small-prior`); None where there is none."""
-    return HERE / name if name in names() else None
+def find(name: str | Path) -> Path | None:
+    """The folder of a shipped model by its name (`small`, `small-prior`). None where there is none, or where the user has a folder of that name."""
+    return HERE / name if str(name) in names() and not Path(name).exists() else None
 
 
 def names() -> list[str]:

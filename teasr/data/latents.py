@@ -29,7 +29,7 @@ from teasr.data.engines import my_part
 from teasr.data.layout import FORMAT, INDEX, commit, commit_shard, lq_field, read_manifest, set_hash
 from teasr.data.making import add_member
 from teasr.data.shards import ShardSet, decode, read_shard
-from teasr.files import Hashed, atomic_file, remove_strays
+from teasr.files import Hashed, atomic_file, remove_strays, sha256_of
 from teasr.progress import ProgressLine
 
 MEMBER = "latents.safetensors"
@@ -131,9 +131,8 @@ class _Set:
                     tensors = {name: z for _, name, z in fields}
                     add_member(tar, f"{key}.{MEMBER}", prompts.pack(tensors, {"samples": len(raw)}))
                     line.show(done)
-            with open(source, "rb") as shard:
-                if hashlib.file_digest(shard, "sha256").hexdigest() != row["sha256"]:
-                    raise _broken(source, f"{source} is not the one in {INDEX}")
+            if sha256_of(source) != row["sha256"]:
+                raise _broken(source, f"{source} is not the one in {INDEX}")
         made_with = {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")}
         keys = [record["__key__"] for record in raw]
         device = self.encoder.device.type
