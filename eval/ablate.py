@@ -1,17 +1,22 @@
-"""Train and score variants of a recipe with several seeds: the paper's Table 3, or the losses left out one by one. Goes on where it was stopped.
+"""Train and score variants of a recipe with several seeds: the paper's Table 3, the losses left out one by one, or what training starts from.
+
+Goes on where it was stopped.
 
     python eval/ablate.py --config launch/presets/tiny_teasr.yaml --data runs/demo/shards/heldout --seeds 0 1 2 --out runs/ablation
     python eval/ablate.py --rows losses --config .. --data .. --launcher "deepspeed --num_gpus 8" train.updates=5000
 
 Every row and seed is a run of its own below --out (and in MLflow); ablation.md and ablation.json hold means and standard deviations over seeds, and
-say for every metric and step count whether each row is better than the one before it, by how much, and how that compares with the seeds' spread.
+say for every metric and step count whether each row is better than the one before it, by how much, and how that compares with the seeds' spread;
+and how steady each row's trainings were.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -36,8 +41,19 @@ ROWS = {
         "without L_cons": ["method.lambda_cons=0"],
         "without L_data": ["method.lambda_mse=0", "method.lambda_lpips=0"],
     },
+    "starts": {  # of a recipe that trains all weights of the tiny backbone from a prior
+        "all weights, from the prior": [],
+        "LoRA on the frozen prior": ["backbone.train=lora"],
+        "all weights, from scratch": ["backbone.base=null", "backbone.pair=null"],
+    },
 }
-CHAINS = {"table3": True, "losses": False}
+CHAINS = {"table3": True, "losses": False, "starts": False}
+STEADY = {  # column of metrics.csv -> what is told of it
+    "skipped": "updates skipped",
+    "grad_norm": "gradient norm, largest over median",
+    "rectify_to_data": "gradient of L_rectify to L_data",
+    "checkerboard": "checkerboard energy",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +101,18 @@ def one(options: argparse.Namespace, name: str, seed: int) -> dict:
     if options.metric_weights:
         scoring += ["--metric-weights", str(options.metric_weights)]
     _do([sys.executable, str(ROOT / "eval/benchmark.py"), str(run), *scoring])
-    return json.loads((run / "eval/ablation/scores.json").read_text())
+    return json.loads((run / "eval/ablation/scores.json").read_text()) | {"training": steadiness(run / "metrics.csv")}
+
+
+def steadiness(log: Path) -> dict[str, float | None]:
+    """How a training went, from its metrics.csv: all skipped updates, the worst gradient norm after the first tenth, means over the last tenth. None: not logged."""
+    with open(log) as file:
+        rows = list(csv.DictReader(file))
+    tenth = math.ceil(len(rows) / 10)
+    late = {name: [float(r[name]) for r in rows[-tenth:] if r.get(name)] for name in STEADY}
+    told = {name: float(np.mean(values)) if values else None for name, values in late.items()}
+    norms = [norm for r in rows[tenth:] if math.isfinite(norm := float(r["grad_norm"]))] or [math.nan]  # else: skipped
+    return told | {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
 
 
 def _do(command: list[str]) -> None:
@@ -111,6 +138,7 @@ def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
         "config": str(options.config), "overrides": options.overrides, "seeds": options.seeds, "dataset": first["dataset"],
         "pictures": first["pictures"], "protocol": first["protocol"], "rows": rows,
         "comparisons": [compare(rows, a, b) for a, b in pairs],
+        "training": {name: [scores["training"] for scores in seeds] for name, seeds in found.items()},
     }  # fmt: skip
 
 
@@ -158,6 +186,19 @@ def markdown(told: dict) -> str:
                 parts.append(f"{text}, {told_gain['seeds_for']} of {told_gain['seeds']} seeds for it")
             lines.append(f"- {method}: {'; '.join(parts)}")
         lines += ["", verdict(comparison)]
+    lines += [
+        "",
+        "How steady the trainings were: all seeds' skipped updates and worst gradient norm after the first tenth; means of the last tenth.",
+        "",
+    ]
+    lines += ["| | " + " | ".join(STEADY.values()) + " |", "|---|" + "---|" * len(STEADY)]
+    for name, seeds in told["training"].items():
+        values = {key: [s[key] for s in seeds if s[key] is not None] for key in STEADY}
+        merged = {"skipped": sum(values["skipped"]), "grad_norm": max(values["grad_norm"])}
+        merged |= {key: float(np.mean(v)) if v else None for key, v in values.items() if key not in merged}
+        lines.append(
+            f"| {name} | " + " | ".join("-" if merged[k] is None else f"{merged[k]:.3g}" for k in STEADY) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

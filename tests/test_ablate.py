@@ -56,8 +56,16 @@ def test_rows_are_trained_and_scored_once(shards, tmp_path):
     told = json.loads((tmp_path / "out/ablation.json").read_text())
     assert list(told["rows"]) == ["fused timesteps", "+ DTC", "+ DTC + TAR"] and len(told["comparisons"]) == 2
     assert "| + DTC + TAR | 1 step |" in (tmp_path / "out/ablation.md").read_text()
+    assert "| + DTC + TAR | 0 | " in (tmp_path / "out/ablation.md").read_text(), "no update was skipped"
     bad = subprocess.run([*command, "train.updatez=3"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert bad.returncode == 2 and "updatez" in bad.stderr
+
+
+def test_steadiness_is_read_from_the_log(ablate, tmp_path):
+    rows = [f"{i},{'' if i < 15 else 0.5},{int(i == 3)},{9 if i == 0 else 4 if i == 12 else 2}" for i in range(20)]
+    (tmp_path / "metrics.csv").write_text("update,rectify_to_data,skipped,grad_norm\n" + "\n".join(rows))
+    told = ablate.steadiness(tmp_path / "metrics.csv")
+    assert told == {"skipped": 1, "grad_norm": 2, "rectify_to_data": 0.5, "checkerboard": None}
 
 
 def test_comparisons_say_what_the_seeds_say(ablate):
