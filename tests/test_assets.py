@@ -2,6 +2,8 @@
 
 import fnmatch
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +48,14 @@ def test_a_folder_of_the_users_wins_over_a_shipped_name(tmp_path, monkeypatch):
     assert assets.find("small") == assets.HERE / "small" and assets.find("large") is None
     (tmp_path / "small").mkdir()
     assert assets.find("small") is None
+
+
+def test_the_first_picture_does_not_wait_for_what_it_does_not_need():
+    """peft (transformers, bitsandbytes) and PyTorch's compiler take three times as long to import as all the rest."""
+    code = "import sys, numpy as np; from teasr import Upscaler; Upscaler.from_pretrained()(np.zeros((32, 32, 3), np.uint8)); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not {"peft", "transformers", "diffusers", "torch._dynamo", "mlflow", "deepspeed"} & set(done.stdout.split())
 
 
 def test_the_package_takes_every_file_along():

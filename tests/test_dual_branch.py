@@ -5,7 +5,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from teasr.backbones.branch_lora import add_branch_lora
+from teasr.backbones.branch_lora import inject_peft_lora
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 
 SIZE = {
@@ -41,7 +41,7 @@ def dual(stock):
 def adapted(dual):
     """With a LoRA that does something."""
     torch.manual_seed(1)
-    add_branch_lora(dual, lora_targets(dual), 4, 4)
+    inject_peft_lora(dual, lora_targets(dual), 4, 4)
     for name, p in dual.named_parameters():
         p.requires_grad_("lora_" in name)
         if "lora_B" in name:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import prompts, recipe
 from teasr.backbones import quantised
-from teasr.backbones.branch_lora import add_branch_lora
+from teasr.backbones.branch_lora import inject_peft_lora
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image import QwenImage, QwenImageConfig, QwenNet, pack, unpack
 from teasr.distributed import free_port
@@ -90,7 +90,7 @@ def test_full_size_has_the_published_counts():
     with torch.device("meta"):
         transformer = DualBranchTransformer().to(torch.bfloat16)
         assert sum(p.numel() for p in transformer.parameters()) == 20_430_401_088
-        add_branch_lora(transformer, lora_targets(transformer), 128, 128)
+        inject_peft_lora(transformer, lora_targets(transformer), 128, 128)
         lora = sum(p.numel() for n, p in transformer.named_parameters() if "lora_" in n)
         assert lora == 584_720_384
         settings = QwenImageConfig(model="none", prompt="none", gradient_checkpointing=False)

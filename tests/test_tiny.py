@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from teasr import flow
-from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig, attend, precondition
+from teasr.backbones.branch_lora import add_branch_lora, inject_peft_lora
+from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig, TinyDiT, attend, precondition
 from teasr.degradation import degrade, preset
 from teasr.exact_metrics import psnr as psnr_y
 from teasr.images import to_tensor, upsample
@@ -318,3 +319,20 @@ def test_overfitting_one_batch_at_one_step_exceeds_bicubic_by_3_db():
     ours = [psnr_y(upscaler(x, steps=1), y) for x, y in zip(lq, hq, strict=True)]
     bicubic = [psnr_y(x, y) for x, y in zip(up, hq, strict=True)]
     assert np.mean(ours) >= np.mean(bicubic) + 3, (np.mean(ours), np.mean(bicubic))
+
+
+def test_lora_starts_and_acts_as_pefts():
+    """Same names, same bits at the start, same draws taken from the generator, same output with weights that do something."""
+    outputs, starts = [], []
+    for add in (add_branch_lora, inject_peft_lora):
+        torch.manual_seed(0)
+        net = TinyDiT(TinyConfig(width=32, depth=2, heads=2))
+        add(net, net.lora_targets(), 4, 8)
+        starts.append({name: x.clone() for name, x in net.state_dict().items()} | {"next draw": torch.randn(3)})
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name or "proj_out" in name:
+                torch.nn.init.normal_(parameter, 0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+        z, t = torch.randn(2, 48, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.9])
+        outputs.append(net(z, t, z, -t).detach())
+    assert list(starts[0]) == list(starts[1]) and all(torch.equal(starts[0][name], x) for name, x in starts[1].items())
+    assert torch.equal(*outputs) and outputs[0].std() > 0.1

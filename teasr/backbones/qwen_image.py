@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from teasr import lora_file
 from teasr.backbones.base import Backbone
-from teasr.backbones.branch_lora import add_branch_lora, lora_settings, replace_linears
+from teasr.backbones.branch_lora import inject_peft_lora, lora_settings, replace_linears
 from teasr.backbones.dual_branch import DualBranchTransformer, lora_targets
 from teasr.backbones.modulation import ModulationTable
 from teasr.backbones.offloading import offload_blocks
@@ -131,7 +131,7 @@ class QwenImage(Backbone):
             transformer.enable_gradient_checkpointing()
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, "qwen lora"))
-            add_branch_lora(transformer, lora_targets(transformer), config.lora_rank, config.lora_alpha)
+            inject_peft_lora(transformer, lora_targets(transformer), config.lora_rank, config.lora_alpha)
         for name, parameter in transformer.named_parameters():
             trained = "lora_" in name
             parameter.requires_grad_(trained)
