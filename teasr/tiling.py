@@ -26,12 +26,15 @@ class Axis:
 
     @classmethod
     def of(cls, length: int, size: int, overlap: int, margin: int = 0) -> Axis:
-        """As few spans as share at least `overlap` with their neighbours. ValueError when the overlap leaves no room."""
+        """As few spans of at most `size` as share at least `overlap` with their neighbours, and no longer than that takes: what more they shared would
+        be computed twice. ValueError when the overlap leaves no room.
+        """
         if length <= size:
             return cls(length, length, (0,))
         if not 2 * margin < overlap < size:
             raise ValueError(f"tiles of {size} units cannot overlap by {overlap}, of which {2 * margin} are margin")
         n = math.ceil((length - overlap) / (size - overlap))
+        size = math.ceil((length + (n - 1) * overlap) / n)
         return cls(length, size, tuple(round(i * (length - size) / (n - 1)) for i in range(n)), margin)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a handful of small tensors

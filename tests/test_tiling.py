@@ -55,3 +55,16 @@ def test_the_weight_of_one_place_changes_slowly():
 def test_too_small_tiles_are_refused():
     with pytest.raises(ValueError, match="cannot overlap by 16"):
         Axis.of(100, 16, 16)
+
+
+def test_spans_are_no_longer_than_their_overlap_asks_for():
+    """A shorter span of the same number would overlap too little; a longer one computes places twice."""
+    for length in range(20, 200, 7):
+        for size, overlap in ((16, 3), (32, 4), (64, 8)):
+            axis = Axis.of(length, size, overlap, 1)
+            gaps = [b - a for a, b in itertools.pairwise(axis.starts)]
+            assert axis.size <= size and axis.starts[-1] + axis.size == length
+            if gaps:
+                assert axis.size - max(gaps) >= overlap
+                assert len(gaps) * (axis.size - 1 - overlap) + axis.size - 1 < length
+    assert Axis.of(64, 32, 4).size == 24  # 512 px by tiles of 256: 3 x 192, not 3 x 256
