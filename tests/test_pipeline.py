@@ -70,6 +70,7 @@ def test_callbacks_see_and_change_latents(pipe):
 
 
 def test_switches(pipe, untrained, tmp_path, capsys):
+    pipe.disable_vae_tiling()
     whole = np.asarray(pipe(PIL, 2, seeded()).images[0]).astype(float)
     pipe.enable_vae_tiling(96)
     tiled = np.asarray(pipe(PIL, 2, seeded()).images[0])

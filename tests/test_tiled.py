@@ -133,4 +133,4 @@ def test_colours_are_corrected_and_the_source_is_left_alone(upscaler, lq, monkey
 
 def test_what_programs_can_read(upscaler):
     d = upscaler.descriptor
-    assert (d.scale, d.pixel_multiple, d.min_tile_px, d.tile_px) == (4, 8, 64, 256)
+    assert (d.scale, d.pixel_multiple, d.min_tile_px, d.tile_px) == (4, 8, 64, 192)
