@@ -71,10 +71,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
     if options.model is not None and options.data is not None:
-        shipped = assets.find(options.model)
-        options.home = Path("runs") / options.model if shipped else None
-        options.model = checkpoint.resolve(shipped or options.model)  # once: it hashes every file
-        options.home = options.home or checkpoint.run_folder(options.model)
+        options.model = checkpoint.resolve(assets.find(options.model) or options.model)  # once: it hashes every file
+        shipped = options.model.resolve().parent == assets.HERE
+        options.home = Path("runs") / options.model.name if shipped else checkpoint.run_folder(options.model)
     scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
     evaluation = _of_predictions(options, scorer) if options.model is None else _of_model(options, scorer)
     record = evaluation.out / "evaluation.json"

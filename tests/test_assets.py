@@ -105,3 +105,22 @@ def test_weights_are_stored_in_half_precision_and_compute_in_full():
     own = dict(backbone.net.named_parameters())
     assert {str(x.dtype) for x in stored.values()} == {"torch.float16"}
     assert all(own[name].dtype.is_floating_point and own[name].element_size() == 4 for name in stored)
+
+
+@pytest.mark.parametrize("model", ["small", str(assets.HERE / "small")])
+def test_scores_of_a_shipped_model_do_not_land_beside_it(shards, tmp_path, model):
+    command = [
+        sys.executable,
+        str(ROOT / "eval/benchmark.py"),
+        model,
+        "--data",
+        str(shards),
+        "--steps",
+        "1",
+        "--metrics",
+        "psnr",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs/small/eval" / shards.name / "scores.json").is_file()
+    assert {p.name for p in assets.HERE.rglob("*") if p.suffix in (".json", ".db")} == {"MANIFEST.json"}
