@@ -47,12 +47,12 @@ ROWS = {
         "all weights, from scratch": ["backbone.base=null", "backbone.pair=null"],
     },
 }
-CHAINS = {"table3": True, "losses": False, "starts": False}
-STEADY = {  # column of metrics.csv -> what is told of it
-    "skipped": "updates skipped",
-    "grad_norm": "gradient norm, largest over median",
-    "rectify_to_data": "gradient of L_rectify to L_data",
-    "checkerboard": "checkerboard energy",
+CHAINS = {"table3"}  # whose rows are compared with the one before, not with the first
+STEADY = {  # column of metrics.csv -> what is told of it, and how seeds are put together
+    "skipped": ("updates skipped", sum),
+    "grad_norm": ("gradient norm, largest over median", max),
+    "rectify_to_data": ("gradient of L_rectify to L_data", np.mean),
+    "checkerboard": ("checkerboard energy", np.mean),
 }
 
 
@@ -109,10 +109,12 @@ def steadiness(log: Path) -> dict[str, float | None]:
     with open(log) as file:
         rows = list(csv.DictReader(file))
     tenth = math.ceil(len(rows) / 10)
-    late = {name: [float(r[name]) for r in rows[-tenth:] if r.get(name)] for name in STEADY}
-    told = {name: float(np.mean(values)) if values else None for name, values in late.items()}
     norms = [norm for r in rows[tenth:] if math.isfinite(norm := float(r["grad_norm"]))] or [math.nan]  # else: skipped
-    return told | {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
+    told = {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
+    for name in STEADY.keys() - told:
+        late = [float(r[name]) for r in rows[-tenth:] if r.get(name)]
+        told[name] = float(np.mean(late)) if late else None
+    return told
 
 
 def _do(command: list[str]) -> None:
@@ -133,7 +135,7 @@ def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 rows[name][method][metric] = {"values": values, "mean": float(np.mean(values)), "deviation": deviation}
     names, first = list(rows), found[next(iter(found))][0]
-    pairs = list(itertools.pairwise(names)) if CHAINS[options.rows] else [(n, names[0]) for n in names[1:]]
+    pairs = list(itertools.pairwise(names)) if options.rows in CHAINS else [(n, names[0]) for n in names[1:]]
     return {
         "config": str(options.config), "overrides": options.overrides, "seeds": options.seeds, "dataset": first["dataset"],
         "pictures": first["pictures"], "protocol": first["protocol"], "rows": rows,
@@ -190,15 +192,15 @@ def markdown(told: dict) -> str:
         "",
         "How steady the trainings were: all seeds' skipped updates and worst gradient norm after the first tenth; means of the last tenth.",
         "",
+        "| | " + " | ".join(label for label, _ in STEADY.values()) + " |",
+        "|---|" + "---|" * len(STEADY),
     ]
-    lines += ["| | " + " | ".join(STEADY.values()) + " |", "|---|" + "---|" * len(STEADY)]
     for name, seeds in told["training"].items():
-        values = {key: [s[key] for s in seeds if s[key] is not None] for key in STEADY}
-        merged = {"skipped": sum(values["skipped"]), "grad_norm": max(values["grad_norm"])}
-        merged |= {key: float(np.mean(v)) if v else None for key, v in values.items() if key not in merged}
-        lines.append(
-            f"| {name} | " + " | ".join("-" if merged[k] is None else f"{merged[k]:.3g}" for k in STEADY) + " |"
-        )
+        cells = []
+        for key, (_, together) in STEADY.items():
+            values = [seed[key] for seed in seeds if seed[key] is not None]
+            cells.append(f"{together(values):.3g}" if values else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -80,7 +80,7 @@ class Upscaler:
         too small, blocks stay in host memory. Raises ValueError naming what is missing, damaged or impossible here.
         """
         if path is None:
-            path = assets.HERE / assets.DEFAULT
+            path = assets.DEFAULT
             logging.getLogger(__name__).warning(assets.NOTE)
         backbone, recipe, place = pretrained.load(path, weights, device, dtype, offload)
         autocast = None if backbone.own_dtype else pretrained.AUTOCAST.get(dtype)

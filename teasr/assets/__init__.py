@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DEFAULT = "small"  # the model that restores when none is named
+DEFAULT = HERE / "small"  # the model that restores when none is named
 NOTE = (
     "no model is named: this is the small one that comes with teasr (1.4 M parameters, docs/small.md). What the method is made for is a "
     "large one: train launch/presets/qwen_teasr.yaml and name its folder"
