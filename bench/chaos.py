@@ -23,8 +23,8 @@ from pathlib import Path
 
 import psutil
 
-from teasr import checkpoint
-from teasr.distributed import free_port
+from teasr.util import checkpoint_folder
+from teasr.util.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = ("before the first update", "between saves", "inside a save")
@@ -82,7 +82,7 @@ def saving(run: Path, since: float) -> bool:
 
 def left(run: Path) -> dict[str, bytes]:
     """What a run ends with."""
-    files = [*checkpoint.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
+    files = [*checkpoint_folder.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
     return {path.name: path.read_bytes() for path in files + sorted((run / "previews").glob("*.png"))}
 
 
@@ -132,8 +132,8 @@ def main() -> int:
         inside = saving(run, job.begun)
         kind = MOMENTS[2 if inside else written(run) != before]
         where[kind] += 1
-        found = checkpoint.latest(run / "checkpoints")
-        good = saved == 0 or (found is not None and found.name == checkpoint.name_of(saved))
+        found = checkpoint_folder.latest(run / "checkpoints")
+        good = saved == 0 or (found is not None and found.name == checkpoint_folder.name_of(saved))
         survived += good
         state = "whole" if good else "LOST"
         print(f"kill {i + 1}: {kind}, at update {reached}, newest checkpoint {saved}: {state}", flush=True)

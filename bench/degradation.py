@@ -20,9 +20,10 @@ import numpy as np
 import peer_degradation as peers
 import torch
 
-from teasr import degradation, images
-from teasr.data.sources import find
+from teasr import degradation
+from teasr.data.prep.sources import find
 from teasr.degradation import lean
+from teasr.imaging import images
 
 CROP_PX = 512
 PHOTO_PX = (1008, 756)  # 0.76 megapixels

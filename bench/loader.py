@@ -16,9 +16,10 @@ from itertools import islice
 
 import torch
 
-from teasr import images
+from teasr.data.config import DataConfig
 from teasr.data.shards import ShardSet
-from teasr.data.stream import DataConfig, PairStream
+from teasr.data.stream import PairStream
+from teasr.imaging import images
 
 
 def raw(shards: ShardSet, samples: int) -> float:

@@ -19,7 +19,7 @@ import pyiqa
 import torch
 from pyiqa.archs.fid_arch import frechet_distance as their_frechet
 
-from teasr.exact_metrics import frechet_distance, psnr, ssim
+from teasr.imaging.exact_metrics import frechet_distance, psnr, ssim
 
 ROUNDS = 5
 

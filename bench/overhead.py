@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from teasr import recipe
+from teasr import run_config as recipe
 from teasr.data.shards import ShardSet
 from teasr.data.stream import PairStream, batches
 from teasr.methods.base import Progress
-from teasr.randomness import Draws
-from teasr.training import FIT_PAIRS, Trainer, first_pairs
+from teasr.training.trainer import FIT_PAIRS, Trainer, first_pairs
+from teasr.util.randomness import Draws
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from teasr import flow, losses
 from teasr.backbones.base import Backbone
-from teasr.methods.base import Batch, Progress, Term
+from teasr.data.batch import Batch
+from teasr.diffusion import flow, losses
+from teasr.methods.base import Progress, Term
 from teasr.methods.teasr import Teasr, TeasrConfig, Times
-from teasr.randomness import Draws
+from teasr.util.randomness import Draws
 
 
 def joint_loss(config: TeasrConfig, backbone: Backbone, b: Batch, d: Draws, lpips=None) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 
 from teasr import Upscaler
 from teasr.data import pairs as pairs_of
-from teasr.exact_metrics import luma, psnr
-from teasr.seed import seed_of
+from teasr.imaging.exact_metrics import luma, psnr
+from teasr.util.seed import seed_of
 
 
 def sharpness(x: np.ndarray) -> float:

@@ -25,15 +25,17 @@ from pathlib import Path
 import torch
 from peer_update import Joint, ThreeModelVsd
 
-from teasr import footprint, recipe
-from teasr.distributed import World
-from teasr.engine import engine_settings, start_engine, start_ranks
-from teasr.footprint import GIB
-from teasr.meter import Meter
-from teasr.methods.base import Batch, Progress
+from teasr import run_config as recipe
+from teasr.data.batch import Batch
+from teasr.methods.base import Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
-from teasr.randomness import Draws
-from teasr.tracking import git_commit
+from teasr.tracking.environment import git_commit
+from teasr.training import footprint
+from teasr.training.engine import engine_settings, start_engine, start_ranks
+from teasr.training.footprint import GIB
+from teasr.util.distributed import World
+from teasr.util.meter import Meter
+from teasr.util.randomness import Draws
 
 LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
 

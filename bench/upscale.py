@@ -19,9 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from teasr import Upscaler, images
-from teasr.meter import Meter
-from teasr.sampler import restore
+from teasr import Upscaler
+from teasr.imaging import images
+from teasr.methods.sampler import restore
+from teasr.util.meter import Meter
 
 
 def picture(side: int) -> np.ndarray:

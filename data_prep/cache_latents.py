@@ -26,9 +26,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before they are impo
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
-from teasr import config as cfg
-from teasr.data import engines
+from teasr.config import strict_yaml as cfg
 from teasr.data.latents import LatentsConfig, cache_latents
+from teasr.data.prep import engines
 
 
 def main(arguments: list[str] | None = None) -> int:

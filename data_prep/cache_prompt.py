@@ -22,8 +22,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before they are impo
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
-from teasr import config as cfg
-from teasr.prompts import PromptConfig, cache_prompt
+from teasr.backbones.prompts import PromptConfig, cache_prompt
+from teasr.config import strict_yaml as cfg
 
 
 def main(arguments: list[str] | None = None) -> int:

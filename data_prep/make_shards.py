@@ -18,10 +18,10 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process a core; before numpy is imported
 
-from teasr import config as cfg
-from teasr.data import engines
-from teasr.data.job import make_set
-from teasr.data.plan import PrepConfig
+from teasr.config import strict_yaml as cfg
+from teasr.data.prep import engines
+from teasr.data.prep.job import make_set
+from teasr.data.prep.plan import PrepConfig
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process a core; before numpy is imported
 
-from teasr import images
-from teasr.data import engines
-from teasr.data.verifying import contact_sheet, verify_set
-from teasr.files import write_atomic
+from teasr.data.prep import engines
+from teasr.data.prep.verifying import contact_sheet, verify_set
+from teasr.imaging import images
+from teasr.util.files import write_atomic
 
 NAMED = 50
 

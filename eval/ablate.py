@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from teasr import recipe
-from teasr.files import write_atomic
-from teasr.metrics import METRICS
+from teasr import run_config as recipe
+from teasr.evaluation.metrics import METRICS
+from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {

@@ -19,16 +19,19 @@ import os
 import sys
 from pathlib import Path
 
-from teasr import assets, checkpoint, config
+from teasr import assets
+from teasr.config import strict_yaml as config
+from teasr.config.settings import TrackingConfig
 from teasr.data import pairs as pairs_of
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
-from teasr.evaluation import SHOWN, Evaluation, step_name, steps_of, table
-from teasr.files import read_json, write_atomic
-from teasr.metrics import METRICS, PROTOCOLS, Scorer
-from teasr.seed import seed_of
-from teasr.settings import TrackingConfig
-from teasr.tracking import git_commit, log_results
+from teasr.evaluation.benchmark import SHOWN, Evaluation, step_name, steps_of, table
+from teasr.evaluation.metrics import METRICS, PROTOCOLS, Scorer
+from teasr.tracking.environment import git_commit
+from teasr.tracking.mlflow_results import log_results
+from teasr.util import checkpoint_folder
+from teasr.util.files import read_json, write_atomic
+from teasr.util.seed import seed_of
 
 DATASETS = Path(__file__).resolve().parent / "datasets.yaml"
 
@@ -71,9 +74,11 @@ def evaluate(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
     if options.model is not None and options.data is not None:
-        options.model = checkpoint.resolve(assets.find(options.model) or options.model)  # once: it hashes every file
+        options.model = checkpoint_folder.resolve(
+            assets.find(options.model) or options.model
+        )  # once: it hashes every file
         shipped = options.model.resolve().parent == assets.HERE
-        options.home = Path("runs") / options.model.name if shipped else checkpoint.run_folder(options.model)
+        options.home = Path("runs") / options.model.name if shipped else checkpoint_folder.run_folder(options.model)
     scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
     evaluation = _of_predictions(options, scorer) if options.model is None else _of_model(options, scorer)
     record = evaluation.out / "evaluation.json"
@@ -95,13 +100,13 @@ def _done(evaluation: Evaluation, record: Path) -> bool:
 
 
 def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
-    from teasr.upscale import Upscaler
+    from teasr.restore.upscaler import Upscaler
 
     if options.data is None:
         raise ValueError("--data is missing: a shard set, LQ:HQ, or a name of eval/datasets.yaml")
     folder = options.model
     pairs = find_pairs(options.data, options.data_root)
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
     made_by = {"checkpoint": folder.name, "manifest": manifest, "weights": options.weights, "seed": options.seed}
     made_by |= {"fidelity": options.fidelity, "color": options.color}
     load = functools.cache(lambda: Upscaler.from_pretrained(folder, options.weights, _device()))  # where one is needed
@@ -161,7 +166,7 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
     """To the MLflow run of the training, or to one of its own; False when the store did not take it."""
     scores, name = evaluation.scores, evaluation.pairs.name
     if options.model is not None:
-        from teasr.recipe import load
+        from teasr.run_config import load
 
         recipe = load(options.model / "config.yaml")
         tracking, place, params = recipe.tracking, options.home, recipe.to_dict()

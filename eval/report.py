@@ -20,9 +20,9 @@ from pathlib import Path
 
 import yaml
 
-from teasr.evaluation import BICUBIC, SHOWN, shown_name, steps_of
-from teasr.files import read_json, write_atomic
-from teasr.metrics import METRICS
+from teasr.evaluation.benchmark import BICUBIC, SHOWN, shown_name, steps_of
+from teasr.evaluation.metrics import METRICS
+from teasr.util.files import read_json, write_atomic
 
 PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
 COLORS = ("#3066be", "#d1603d", "#2a9d6f", "#8e4ec6", "#b58900", "#c2185b")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:
     """Results that eval/benchmark.py has logged, newest run first. ValueError when the store or the experiment is not there."""
-    from teasr.tracking import download_results
+    from teasr.tracking.mlflow_results import download_results
 
     return [Result.read(folder, name) for name, folder in download_results(uri, experiment, place)]
 

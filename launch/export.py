@@ -16,7 +16,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from teasr import checkpoint, lora_file, recipe
+from teasr import run_config as recipe
+from teasr.backbones import lora_file
+from teasr.util import checkpoint_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--register", metavar="NAME", help="make it a version of this model in MLflow's registry")
     options = parser.parse_args(arguments)
     try:
-        folder = checkpoint.resolve(options.model)
+        folder = checkpoint_folder.resolve(options.model)
         path = export(options, folder)
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
         if options.register:
@@ -42,13 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def register(options: argparse.Namespace, folder: Path) -> str:
     """A version of a registered model, made of the exported folder and tied to the run. ValueError when the store does not take it."""
-    from teasr.tracking import register_model
+    from teasr.tracking.mlflow_results import register_model
 
     settings = recipe.load(folder / "config.yaml")
     state = json.loads((folder / "state.json").read_text())
     tags = {"backbone": settings.backbone_name, "updates": str(state["update"]), "commit": state["commit"]}
     return register_model(
-        checkpoint.run_folder(folder), settings.tracking, settings.to_dict(), options.out, options.register, tags
+        checkpoint_folder.run_folder(folder), settings.tracking, settings.to_dict(), options.out, options.register, tags
     )
 
 
@@ -56,7 +58,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     """Checkpoint -> files below --out; returns the one with the weights. ValueError when they are not there or damaged."""
     from safetensors.torch import load_file
 
-    from teasr import pretrained
+    from teasr.restore import pretrained
 
     file = folder / f"{options.weights}.safetensors"
     if not file.is_file():

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch import distributed
 
-from teasr import recipe
-from teasr.distributed import leave
+from teasr import run_config as recipe
+from teasr.util.distributed import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(settings.to_yaml(), end="")
             return 0
         if options.dry_run:
-            from teasr import footprint
-            from teasr.engine import engine_settings
+            from teasr.training import footprint
+            from teasr.training.engine import engine_settings
 
             ranks = options.ranks or 1
             partitioning = engine_settings(settings.train, ranks)
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.random_init:
             settings = settings.weightless()
-        from teasr.training import Trainer
+        from teasr.training.trainer import Trainer
 
         Trainer(settings, options.accept_changes).fit()
     except (ValueError, FloatingPointError, OSError) as error:

@@ -77,9 +77,9 @@ def _add_upscale(commands) -> None:
 
 
 def _upscale(options: argparse.Namespace) -> int:
-    from teasr import batch
-    from teasr.sampler import check_fidelity
-    from teasr.upscale import Upscaler
+    from teasr.methods.sampler import check_fidelity
+    from teasr.restore import batch
+    from teasr.restore.upscaler import Upscaler
 
     if options.tile != "auto" and not options.tile.isdigit():
         raise ValueError(f"--tile {options.tile}: auto, or a number of pixels such as 512")
@@ -126,10 +126,10 @@ def _add_demo(commands) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from teasr import page
+        from teasr.restore import web_page as page
     except ModuleNotFoundError as error:
         raise ValueError(f"the page needs {error.name}: pip install 'teasr[demo]'") from None
-    from teasr.upscale import Upscaler
+    from teasr.restore.upscaler import Upscaler
 
     upscaler = Upscaler.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
@@ -148,9 +148,10 @@ def _add_sync(commands) -> None:
 def _sync(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from teasr import config
-    from teasr.settings import TrackingConfig
-    from teasr.tracking import METRICS, sync
+    from teasr.config import strict_yaml as config
+    from teasr.config.settings import TrackingConfig
+    from teasr.tracking.mlflow_run import sync
+    from teasr.tracking.run_files import METRICS
 
     if not (options.run / METRICS).is_file():
         raise ValueError(f"{options.run} is no run folder: it holds no {METRICS}")

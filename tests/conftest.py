@@ -51,8 +51,8 @@ def shards(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory) -> Path:
     """A run folder with a checkpoint of a tiny network that was never trained, and does something nevertheless."""
-    from teasr import checkpoint
-    from teasr.recipe import parse
+    from teasr.run_config import parse
+    from teasr.training import checkpoint
 
     root = tmp_path_factory.mktemp("untrained")
     recipe = parse(small_recipe(root, root / "run"))
@@ -74,8 +74,8 @@ def untrained(tmp_path_factory) -> Path:
 
 def make_shards(photos: Path, out: Path, **settings) -> Path:
     """Make a small shard set and return its folder."""
-    from teasr.data.job import make_set
-    from teasr.data.plan import PrepConfig
+    from teasr.data.prep.job import make_set
+    from teasr.data.prep.plan import PrepConfig
 
     defaults = {"crop_px": 64, "crops_per_photo": 16, "shard_samples": 12}
     make_set(PrepConfig(photos=str(photos), out=str(out), **(defaults | settings)))

@@ -14,9 +14,9 @@ import resource
 import traceback
 from pathlib import Path
 
-from teasr import training
-from teasr.distributed import leave
-from teasr.recipe import parse
+from teasr.run_config import parse
+from teasr.training import trainer as training
+from teasr.util.distributed import leave
 
 WHOLE = training.batches
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from teasr.distributed import World
-from teasr.ema import Ema
-from teasr.engine import _cutter, engine_settings, start_ranks
-from teasr.meter import Meter
-from teasr.recipe import parse
+from teasr.run_config import parse
+from teasr.training.ema import Ema
+from teasr.training.engine import _cutter, engine_settings, start_ranks
+from teasr.util.distributed import World
+from teasr.util.meter import Meter
 
 if __name__ == "__main__":
     import deepspeed

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from teasr.distributed import World, leave
-from teasr.engine import engine_settings, start_engine, start_ranks
-from teasr.recipe import parse
+from teasr.run_config import parse
+from teasr.training.engine import engine_settings, start_engine, start_ranks
+from teasr.util.distributed import World, leave
 
 
 def private_bytes() -> int:

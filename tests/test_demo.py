@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from teasr.distributed import free_port
+from teasr.util.distributed import free_port
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_mlflow_holds_params_commit_environment_losses_scores_and_picture(demo):
 
 
 def test_the_checkpoint_restores_a_picture_of_any_size(demo):
-    from teasr.upscale import Upscaler
+    from teasr.restore.upscaler import Upscaler
 
     _, run = demo
     upscaler = Upscaler.from_pretrained(run)

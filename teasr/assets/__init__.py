@@ -1,4 +1,7 @@
-"""Small trained models that come with the package, each a folder as `Upscaler.save_pretrained` writes it; the cards are in README.md here."""
+"""Small trained models that come with the package, each a folder as `Upscaler.save_pretrained` writes it.
+
+README.md has their cards. Imports nothing else of teasr.
+"""
 
 from __future__ import annotations
 

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from teasr import assets, checkpoint
+from teasr import assets
 from teasr.backbones.base import Backbone
-from teasr.backbones.branch_lora import add_branch_lora, base, branch
+from teasr.backbones.lora import add_branch_lora, base, branch
 from teasr.backbones.offloading import offload_blocks
-from teasr.flow import per_sample
-from teasr.seed import seed_of
+from teasr.diffusion.flow import per_sample
+from teasr.util import checkpoint_folder
+from teasr.util.seed import seed_of
 
 PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
 ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px
@@ -325,7 +326,7 @@ def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C
 def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
     """A prior's weights and codec, from its folder or the name of a shipped one. ValueError when they are missing, damaged or of other sizes."""
     try:
-        folder = checkpoint.resolve(assets.find(place) or Path(place))
+        folder = checkpoint_folder.resolve(assets.find(place) or Path(place))
         file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
         codec.load_state_dict(load_file(folder / "fixed.safetensors"))
         found = net.load_state_dict(load_file(file), strict=False)

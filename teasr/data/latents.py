@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teasr import images, prompts
-from teasr.data.engines import my_part
+from teasr.backbones import prompts
 from teasr.data.layout import FORMAT, INDEX, commit, commit_shard, lq_field, read_manifest, set_hash
-from teasr.data.making import add_member
+from teasr.data.prep.engines import my_part
+from teasr.data.prep.making import add_member
 from teasr.data.shards import ShardSet, decode, read_shard
-from teasr.files import Hashed, atomic_file, remove_strays, sha256_of
-from teasr.progress import ProgressLine
+from teasr.imaging import images
+from teasr.util.files import Hashed, atomic_file, remove_strays, sha256_of
+from teasr.util.progress import ProgressLine
 
 MEMBER = "latents.safetensors"
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from teasr.files import Hashed, write_atomic
+from teasr.util.files import Hashed, write_atomic
 
 FORMAT = 2
 INDEX = "index.json"

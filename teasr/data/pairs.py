@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from teasr import images
 from teasr.data.shards import Sample, ShardSet, decode, read_shard
+from teasr.imaging import images
 
 
 @dataclass(frozen=True)

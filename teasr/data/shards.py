@@ -12,8 +12,8 @@ import numpy as np
 import webdataset as wds
 from webdataset import tariterators
 
-from teasr import images
 from teasr.data.layout import FORMAT, INDEX, lq_field
+from teasr.imaging import images
 
 
 @dataclass(frozen=True)

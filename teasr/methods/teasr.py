@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from teasr import flow, losses
 from teasr.backbones.base import Backbone
-from teasr.methods.base import Batch, Method, Progress, Term
-from teasr.randomness import Draws
+from teasr.data.batch import Batch
+from teasr.diffusion import flow, losses
+from teasr.methods.base import Method, Progress, Term
+from teasr.util.randomness import Draws
 
 WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips")
 

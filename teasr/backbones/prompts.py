@@ -1,0 +1,188 @@
+"""The prompt of a data set as one file: the text embedding of Qwen-Image, computed once and stored with its story.
+
+Training and inference use one prompt (the empty one), so that the text encoder of 7 B parameters is needed for a minute here and
+never again. `pack` and `unpack` are the checked safetensors that the latents (data/latents.py) are kept in too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from teasr.util.files import write_atomic
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STORY = "teasr"  # the one key of the safetensors metadata: several keys would come in a different order every time
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompt is embedded by which model."""
+
+    model: str  # local folder of a diffusers Qwen-Image model, or its name on the hub
+    out: str  # the file
+    prompt: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # the text encoder computes in it, and the embedding is stored in it
+
+
+def cache_prompt(config: PromptConfig) -> None:
+    """Write the prompt's file unless it is there with the same story, and say so. ValueError names what is wrong."""
+    out = Path(config.out).expanduser()
+    if out.is_dir():
+        raise ValueError(f"out = {config.out} is a folder: name a file, such as out={config.out}/prompt.safetensors")
+    wanted = {"prompt": config.prompt, "model": config.model, "dtype": config.dtype, "libraries": libraries()}
+    if out.exists():
+        try:
+            _, _, found = load_prompt(out)
+        except ValueError as error:
+            print(f"{error}; that is done now")
+        else:
+            if found == wanted:
+                print(f"{out}: prompt {config.prompt!r} of {config.model} is there already, nothing to do")
+                return
+            other = ", ".join(f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if found.get(k) != v)
+            print(f"{out} is made again: {other}")
+    embeds, mask = embed(config.model, config.prompt, pick_device(config.device), DTYPES[config.dtype])
+    tensors = {"prompt_embeds": embeds} | ({} if mask is None else {"prompt_mask": mask})
+    write_atomic(out, pack(tensors, wanted))
+    print(f"{out}: prompt {config.prompt!r} of {config.model}, {embeds.shape[0]} tokens of {embeds.shape[1]} numbers")
+
+
+def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
+    """Embedding [L, D], mask [L] (1: a token; None: all are) and the story of a prompt file. ValueError when it is damaged."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"prompt {path} cannot be read ({error.strerror}): make it with data_prep/cache_prompt.py"
+        ) from None
+    try:
+        tensors, story = unpack(data, f"prompt {path}")
+    except ValueError as error:
+        raise ValueError(f"{error}: make it again with data_prep/cache_prompt.py") from None
+    if "prompt_embeds" not in tensors:
+        raise ValueError(f"prompt {path} holds no prompt_embeds: make it with data_prep/cache_prompt.py")
+    return tensors["prompt_embeds"], tensors.get("prompt_mask"), story
+
+
+def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What `QwenImagePipeline.encode_prompt` gives for one prompt, on the CPU: [L, D] and a mask [L] or None.
+
+    Only tokenizer and text encoder are loaded. ValueError when one is missing or incomplete.
+    """
+    from diffusers import QwenImagePipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    name = model_name(model, "model")
+    try:
+        # first, since it fails in half a minute when the hub is out of reach, and a tokenizer in several
+        Qwen2_5_VLConfig.from_pretrained(name, subfolder="text_encoder")
+        tokenizer = Qwen2Tokenizer.from_pretrained(name, subfolder="tokenizer")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise cannot_load("model", model, error) from error
+    encoder = load_part(Qwen2_5_VLForConditionalGeneration, "model", model, "text_encoder", dtype, "text encoder")
+    pipeline = QwenImagePipeline(None, None, encoder.to(device).eval(), tokenizer, None)
+    template = pipeline.prompt_template_encode
+    # transformers makes a tokenizer without any words when its files are missing, and says nothing
+    if tokenizer.decode(tokenizer(template).input_ids) != template:
+        raise cannot_load("model", model, "its folder tokenizer is missing or broken: it cannot spell the template")
+    with torch.inference_mode():
+        embeds, mask = pipeline.encode_prompt(prompt, device=device)
+    return embeds[0].cpu().clone(), None if mask is None else mask[0].cpu().clone()
+
+
+def libraries() -> dict[str, str]:
+    """Versions that decide an embedding, without the build for one kind of machine (+cpu, +cu128)."""
+    return {name: version(name).split("+")[0] for name in ("diffusers", "torch", "transformers")}
+
+
+def pick_device(device: str) -> torch.device:
+    """auto, cpu or cuda -> a device; among several GPUs the one of LOCAL_RANK. ValueError when it is not there."""
+    found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cpu" or (device == "auto" and not found):
+        return torch.device("cpu")
+    if wanted >= found:
+        raise ValueError(
+            f"device = {device}, LOCAL_RANK = {wanted}, but {found} GPU(s) can be used: set device=cpu, or look at "
+            "nvidia-smi, CUDA_VISIBLE_DEVICES and whether torch was built for this driver"
+        )
+    return torch.device("cuda", wanted)
+
+
+def model_name(model: str, key: str) -> str:
+    """A local folder as it is, or a name on the hub. ValueError when it can be neither."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise ValueError(
+            f"{key} = {model} is no folder, nor owner/name of a model on the hub: give the folder of a diffusers model"
+        )
+    return str(folder) if folder.is_dir() else model
+
+
+def load_part(cls: type, key: str, model: str, subfolder: str | None, dtype: torch.dtype, what: str):
+    """`cls.from_pretrained` of one part of a diffusers model, complete. ValueError, naming `key` and `what`, when it is not."""
+    try:
+        part, info = cls.from_pretrained(
+            model_name(model, key), subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise cannot_load(key, model, error) from error
+    if info["missing_keys"]:  # both libraries would fill them with random numbers
+        raise cannot_load(key, model, f"its {what} lack{'' if what == 'weights' else 's'} {min(info['missing_keys'])}")
+    return part
+
+
+def vae_folder(model: str, key: str) -> str | None:
+    """Where the VAE of a model lies: "vae", or None in the folder of a VAE alone."""
+    folder = Path(model_name(model, key))
+    return "vae" if (folder / "vae").is_dir() or not folder.is_dir() else None
+
+
+def cannot_load(key: str, model: str, error: object) -> ValueError:
+    """The error of a model that is missing, incomplete or out of reach, in one line with the cure."""
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"{key} = {model} cannot be loaded ({reason}): give the local folder of a complete diffusers model "
+        f"({key}=/path/to/model), or connect to the hub"
+    )
+
+
+def pack(tensors: dict[str, Tensor], story: dict) -> bytes:
+    """Tensors and a JSON story -> safetensors that depend on these alone, with a check sum of both."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
+    text = json.dumps(story | {"crc32": _crc32(tensors, story)}, sort_keys=True)
+    return safetensors.save(tensors, {STORY: text})
+
+
+def unpack(data: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
+    """What `pack` took. ValueError, beginning with `name`, unless it is as it was written."""
+    try:
+        tensors = safetensors.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        story = json.loads(header["__metadata__"][STORY])
+        wanted = story.pop("crc32")
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is damaged ({error!r})") from None
+    if _crc32(tensors, story) != wanted:
+        raise ValueError(f"{name} is damaged (its check sum differs)")
+    return dict(sorted(tensors.items())), story
+
+
+def _crc32(tensors: dict[str, Tensor], story: dict) -> int:
+    crc = zlib.crc32(json.dumps(story, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), crc)
+        crc = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc

@@ -1,0 +1,327 @@
+"""Qwen-Image (20 B) as a dual-branch restorer: diffusers' own transformer and VAE, LoRA on the condition branch alone.
+
+Weights come from the hub or a local folder of a diffusers model (`transformer/`, `vae/`); the prompt's embedding from the file that
+data_prep/cache_prompt.py wrote, so that the text encoder is never loaded here. Two branches, decoupled timesteps: TEASR sec. 3.4.
+
+Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x2 latent pixels, P = 4 C, T text tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLQwenImage
+from torch import Tensor, nn
+
+from teasr.backbones import lora_file
+from teasr.backbones.base import Backbone
+from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linears
+from teasr.backbones.offloading import offload_blocks
+from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
+from teasr.backbones.quantised import KINDS
+from teasr.backbones.qwen_image.modulation import ModulationTable
+from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
+from teasr.backbones.qwen_image.vae import QwenCodec
+from teasr.util.seed import seed_of
+
+PROMPT = "prompt.safetensors"  # beside the weights of a saved model
+
+
+@dataclass(frozen=True)
+class QwenImageConfig:
+    """Which weights, and how the branches are joined."""
+
+    model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
+    prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py; or "random"
+    lora: str | None = None  # a LoRA by launch/export.py to start from; null: one that does nothing yet
+    lora_rank: int = 128
+    lora_alpha: int = 128
+    # independent: condition tokens see condition tokens alone
+    cond_attention: Literal["joint", "independent"] = "joint"
+    # positions of condition tokens: those of the noise, or a frame on
+    rope: Literal["shared", "frame_offset"] = "shared"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of frozen weights and of the computation; the LoRA is kept in fp32
+    quantise: Literal["fp8", "nf4"] | None = None  # frozen weights of the blocks; they compute in dtype
+    # steps of a table, in host memory, in place of a third of the weights; null: the layers themselves
+    modulation_table: int | None = 1000
+    gradient_checkpointing: bool = True
+    compile: bool = False  # torch.compile of the blocks (not under ZeRO-3, whose hooks break the graphs)
+    attention_backend: str | None = None  # one of diffusers'; default: PyTorch's own choice
+    # for model: random alone: other sizes than the published ones
+    transformer: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise ValueError(f"backbone.lora_rank = {self.lora_rank}: must be >= 1")
+        if self.modulation_table is not None and self.modulation_table < 1:
+            raise ValueError(
+                f"backbone.modulation_table = {self.modulation_table}: steps of the table, such as 1000, or null"
+            )
+        if (self.transformer or self.vae) and self.model != "random":
+            raise ValueError("backbone.transformer and backbone.vae change sizes of model: random alone; remove them")
+        if self.lora is not None and self.model == "random":
+            raise ValueError(f"backbone.lora = {self.lora} was trained on a model: it needs backbone.model, not random")
+        if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'")
+
+
+class QwenNet(nn.Module):
+    """The network that is trained: latents and two times -> velocity. Holds the transformer and the prompt."""
+
+    def __init__(self, transformer: DualBranchTransformer, prompt_TD: Tensor, config: QwenImageConfig):
+        super().__init__()
+        self.transformer, self.config = transformer, config
+        self.register_buffer("prompt", prompt_TD, persistent=False)
+
+    def forward(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
+        """z [B, C, h, w], times [B] fp32 -> v [B, C, h, w]."""
+        h, w = z_t.shape[-2] // 2, z_t.shape[-1] // 2
+        dtype = self.prompt.dtype
+        v = self.transformer(
+            pack(z_t).to(dtype),
+            t_cur,
+            self.prompt.expand(z_t.shape[0], -1, -1),
+            (h, w),
+            cond=pack(z_lq).to(dtype),
+            t_tar=t_tar,
+            rope=self.config.rope,
+            cond_attention=self.config.cond_attention,
+        )
+        return unpack(v, h, w)
+
+
+def pack(z: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, L, P], channel-major inside a token, as diffusers' pipeline has it."""
+    b, c, h, w = z.shape
+    z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """[B, L, P] of h x w tokens -> [B, C, 2 h, 2 w]."""
+    b, _, p = tokens.shape
+    z = tokens.reshape(b, h, w, p // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return z.reshape(b, p // 4, 2 * h, 2 * w)
+
+
+class QwenImage(Backbone):
+    """The backbone: `QwenNet` and the VAE's codec."""
+
+    own_dtype = True
+    dtypes = ("bf16", "fp32", "fp8", "nf4")
+
+    def __init__(self, config: QwenImageConfig, seed: int = 0):
+        """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
+        self.config, self.seed, self.prepared = config, seed, False
+        self.given: dict[str, Tensor] = {}
+        dtype = DTYPES[config.dtype]
+        transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
+        embeds = _prompt(config, transformer.config.joint_attention_dim)
+        if config.attention_backend:
+            transformer.set_attention_backend(config.attention_backend)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(seed, "qwen lora"))
+            inject_peft_lora(transformer, lora_targets(transformer), config.lora_rank, config.lora_alpha)
+        for name, parameter in transformer.named_parameters():
+            trained = "lora_" in name
+            parameter.requires_grad_(trained)
+            if trained:
+                parameter.data = parameter.data.float()
+        self.net = QwenNet(transformer, embeds[None].to(dtype), config)
+        if config.lora is not None:
+            self._load_lora(Path(config.lora).expanduser())
+        self.codec.checkpointing = config.gradient_checkpointing
+        self.latent_channels = transformer.config.in_channels // 4
+        self.downsample, self.pixel_multiple, self.patch_px = 8, 16, 16
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.check_size(*x.shape[-2:])
+        return self.codec.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z)
+
+    def snap(self, t: Tensor) -> Tensor:
+        """To the times of the modulation table, so that label and noise level agree."""
+        steps = self.config.modulation_table
+        return t if steps is None else (t.double() * steps).round().div(steps).to(t.dtype)
+
+    @classmethod
+    def weightless(cls, config: QwenImageConfig) -> QwenImageConfig:
+        """Sizes from the configs of a local model; a name on the hub stands for the published sizes."""
+        sizes = {"transformer": config.transformer, "vae": config.vae}
+        if config.model != "random" and (folder := Path(config.model).expanduser()).is_dir():
+            for part in sizes:
+                try:
+                    found = json.loads((folder / part / "config.json").read_text())
+                except (OSError, ValueError) as error:
+                    raise cannot_load("backbone.model", config.model, error) from None
+                sizes[part] = {k: v for k, v in found.items() if not k.startswith("_")}
+        return replace(config, model="random", prompt="random", lora=None, **sizes)
+
+    def offload(self, device: torch.device) -> None:
+        self.to(torch.device("cpu"))
+        offload_blocks(self.net.transformer, device)
+        self.net.prompt = self.net.prompt.to(device)
+        self.codec.to(device)
+
+    @classmethod
+    def for_use(cls, config: QwenImageConfig, dtype: str | None, folder: Path) -> QwenImageConfig:
+        """`fp8` and `nf4` are of the frozen weights of the blocks, which then compute in bf16."""
+        prompt, lora = folder / PROMPT, folder / lora_file.NAME
+        config = replace(
+            config,
+            prompt=str(prompt) if prompt.is_file() else config.prompt,
+            lora=str(folder) if lora.is_file() else None,
+        )
+        if dtype in ("fp8", "nf4"):
+            return replace(config, dtype="bf16", quantise=dtype)
+        return config if dtype is None else replace(config, dtype=dtype, quantise=None)
+
+    @classmethod
+    def files(cls, config: QwenImageConfig) -> dict[str, Path]:
+        return {} if config.prompt == "random" else {PROMPT: Path(config.prompt).expanduser()}
+
+    def lora_story(self) -> tuple[dict, dict]:
+        config = self.config
+        peft = lora_settings(lora_targets(self.net.transformer), config.lora_rank, config.lora_alpha)
+        told = ("lora_rank", "lora_alpha", "rope", "cond_attention")
+        layers, width = len(self.net.transformer.transformer_blocks), self.net.transformer.inner_dim
+        story = {"base_model": config.model, "prompt": config.prompt, "base_layers": layers, "base_width": width}
+        return peft, story | {key: getattr(config, key) for key in told}
+
+    def _load_lora(self, path: Path) -> None:
+        """Weights of a LoRA file, which must have been trained with these settings. ValueError when not."""
+        weights, theirs = lora_file.read(path)
+        ours = self.lora_story()[1]
+        told = [k for k in ours if k not in ("base_model", "prompt") and theirs.get(k) != ours[k]]
+        if told:
+            raise ValueError(
+                f"backbone.lora = {path} has {told[0]} = {theirs.get(told[0])}, this config {ours[told[0]]}: they must agree"
+            )
+        try:
+            self.load_weights(weights)
+        except ValueError as error:
+            raise ValueError(f"backbone.lora = {path}: {error}") from None
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        super().load_weights(state)
+        if self.config.model == "random" and not self.prepared:
+            self.given = state  # there was no memory yet to take it
+
+    def memory_groups(self) -> dict[str, Iterable[Tensor]]:
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+            if "lora_" not in name:
+                groups.setdefault(_group(name), []).append(tensor)
+        groups["VAE"] = [*self.codec.parameters(), *self.codec.buffers()]
+        if table := self.net.transformer.modulation:
+            groups["host: modulation table"] = [table.image, table.text]
+        return groups
+
+    def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
+        """The first call also puts the network in its final form, block by block: modulation tabulated, weights quantised."""
+        if self.prepared:
+            self.net.to(device)
+            self.codec.to(device)
+        else:
+            self._prepare(device, each)
+        each(self.net)
+
+    def _prepare(self, device: torch.device, each: Callable[[nn.Module], Any]) -> None:
+        config, transformer = self.config, self.net.transformer
+        self._place("vae", self.codec, device)
+        for name, child in transformer.named_children():
+            if child is not transformer.transformer_blocks:
+                self._place(name, child, device, f"transformer.{name}.")
+        self.net.prompt = self.net.prompt.to(device)
+        table = None
+        if config.modulation_table:
+            blocks, width = len(transformer.transformer_blocks), transformer.inner_dim
+            table = ModulationTable(config.modulation_table, blocks, width, self.net.prompt.dtype, device)
+            with torch.no_grad():
+                temb = transformer.time_embedding(table.times.to(device))
+        for i, block in enumerate(transformer.transformer_blocks):
+            self._place(f"block {i}", block, device, f"transformer.transformer_blocks.{i}.")
+            if table:
+                table.take(i, block, temb)
+            if config.quantise:
+                replace_linears(block, KINDS[config.quantise])
+            each(block)
+        transformer.modulation, self.prepared, self.given = table, True, {}
+        if config.compile:
+            transformer.compile_repeated_blocks()
+
+    def _place(self, part_name: str, part: nn.Module, device: torch.device, prefix: str = "") -> None:
+        """Move a part; random weights come into being there. `prefix`: of its parameters' names in the network."""
+        if self.config.model != "random" or device.type == "meta":
+            part.to(device)
+            return
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, "random weights", part_name))
+        for module in part.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    value = torch.empty_like(p, device=device)
+                    if p.ndim > 1 and p.numel() > max(p.shape):
+                        value.normal_(0, p[0].numel() ** -0.5, generator=generator)
+                    else:  # of a norm, or a bias
+                        value.fill_(0.0 if name == "bias" else 1.0)
+                    module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
+        for name, p in part.named_parameters():
+            if (given := self.given.get(prefix + name)) is not None:
+                p.data.copy_(given)
+        part.to(device)
+
+
+def _pretrained(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
+    dtype = DTYPES[config.dtype]
+    transformer = load_part(DualBranchTransformer, "backbone.model", config.model, "transformer", dtype, "weights")
+    return transformer.requires_grad_(False), QwenCodec.from_pretrained(config.model, dtype)
+
+
+def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
+    """Both without any memory yet: `QwenImage.to` gives them some, part by part."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.dtype])
+    try:
+        with init_empty_weights():
+            transformer = DualBranchTransformer(**config.transformer).requires_grad_(False)
+            return transformer, QwenCodec(AutoencoderKLQwenImage(**config.vae))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"backbone.transformer or backbone.vae names sizes that cannot be built ({error})") from error
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _prompt(config: QwenImageConfig, width: int) -> Tensor:
+    """The prompt's embedding [T, width]."""
+    if config.prompt == "random":
+        return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # as many tokens as the empty prompt
+    embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
+    if mask is not None:
+        raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
+    if embeds.shape[1] != width:
+        raise ValueError(
+            f"backbone.prompt = {config.prompt} has {embeds.shape[1]} numbers a token, {config.model} takes "
+            f"{width}: make it with this model by data_prep/cache_prompt.py"
+        )
+    return embeds
+
+
+def _group(name: str) -> str:
+    """What a frozen tensor of the transformer is for."""
+    if "_mod." in name:
+        return "modulation"
+    if any(part in name for part in ("txt_", ".add_", "to_add_out", "norm_added", "prompt")):
+        return "text path"
+    return "image path"

@@ -1,0 +1,214 @@
+"""Qwen-Image's transformer with two image branches and decoupled timesteps (TEASR sec. 3.4), on diffusers' own classes.
+
+Same modules and state-dict keys as the stock model, no parameters of its own. Noise tokens run through the frozen weights at t_cur, condition
+tokens through weights + LoRA at t_tar of either sign, text through frozen weights at t_cur; all attend to one another. Which tokens get LoRA is
+decided at the call site (branch_lora.py): no masks, hooks or global state, so that activation checkpointing recomputes what was computed.
+
+Shape legend: B batch, L noise tokens (as many condition tokens), T text tokens, D width, P channels of a token, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformer2DModel,
+    QwenImageTransformerBlock,
+    apply_rotary_emb_qwen,
+)
+from torch import Tensor, nn
+
+from teasr.backbones.lora import add_lora, base, upgrade_lora, with_lora
+from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
+
+Rope = tuple[Tensor, Tensor, Tensor]  # of noise [L, E / 2], text [T, E / 2] and condition tokens [L, E / 2], complex
+
+
+class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
+    """Joint attention over [text, noise, condition] through diffusers' dispatcher."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        x_BLD: Tensor,
+        text_BTD: Tensor,
+        cond_BLD: Tensor | None,
+        rope: Rope,
+        independent: bool,
+        last: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attention outputs of noise, text and condition tokens; the last block's text and condition outputs are None."""
+        heads = functools.partial(_heads, attn)
+        q_x, k_x, v_x = (heads(base(layer, x_BLD)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q_t, k_t, v_t = (heads(layer(text_BTD)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        q_x, k_x = (apply_rotary_emb_qwen(y, rope[0], use_real=False) for y in (attn.norm_q(q_x), attn.norm_k(k_x)))
+        q_t, k_t = (
+            apply_rotary_emb_qwen(y, rope[1], use_real=False) for y in (attn.norm_added_q(q_t), attn.norm_added_k(k_t))
+        )
+        q, k, v = [q_t, q_x], [k_t, k_x], [v_t, v_x]
+        q_c = None
+        if cond_BLD is not None:
+            k_c, v_c = (heads(with_lora(layer, cond_BLD)) for layer in (attn.to_k, attn.to_v))
+            k_c = apply_rotary_emb_qwen(attn.norm_k(k_c), rope[2], use_real=False)
+            k, v = [*k, k_c], [*v, v_c]
+            if not last:
+                q_c = apply_rotary_emb_qwen(attn.norm_q(heads(with_lora(attn.to_q, cond_BLD))), rope[2], use_real=False)
+        if q_c is not None and not independent:
+            q = [*q, q_c]
+        out = self._attend(torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1))
+        t, n = text_BTD.shape[1], x_BLD.shape[1]
+        out_x = base(attn.to_out[0], out[:, t : t + n].contiguous())
+        if last:
+            return out_x, None, None
+        out_t = attn.to_add_out(out[:, :t].contiguous())
+        if q_c is None:
+            return out_x, out_t, None
+        out_c = self._attend(q_c, k_c, v_c) if independent else out[:, t + n :].contiguous()
+        return out_x, out_t, with_lora(attn.to_out[0], out_c)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, *, H, E] each -> [B, queries, D]."""
+        out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+        return out.flatten(2, 3).to(q.dtype)
+
+
+def _heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
+    return x_BLD.unflatten(-1, (-1, attn.inner_dim // attn.heads))
+
+
+class DualBranchBlock(QwenImageTransformerBlock):
+    """One block over noise, text and condition tokens."""
+
+    last = False  # of the last block only the noise tokens are read: what else it would compute is left out
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        text_BTD: Tensor,
+        temb_cur_BD: Tensor,
+        rope: Rope,
+        cond_BLD: Tensor | None = None,
+        temb_tar_BD: Tensor | None = None,
+        independent: bool = False,
+        rows: Rows | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Noise, text and condition tokens after the block; `rows`: its modulation where that comes from a table."""
+        if rows is None:
+            y_cur = F.silu(temb_cur_BD)
+            mod_c = None if cond_BLD is None else base(self.img_mod[1], F.silu(temb_tar_BD))
+            rows = base(self.img_mod[1], y_cur), self.txt_mod[1](y_cur), mod_c
+        mod_x1, mod_x2 = rows[0].chunk(2, dim=-1)
+        mod_t1, mod_t2 = rows[1].chunk(2, dim=-1)
+        y_x, gate_x = self._modulate(self.img_norm1(x_BLD), mod_x1)
+        y_t, gate_t = self._modulate(self.txt_norm1(text_BTD), mod_t1)
+        y_c = None
+        if cond_BLD is not None:
+            mod_c1, mod_c2 = add_lora(self.img_mod[1], F.silu(temb_tar_BD), rows[2]).chunk(2, dim=-1)
+            y_c, gate_c = self._modulate(self.img_norm1(cond_BLD), mod_c1)
+        out_x, out_t, out_c = self.attn.processor(self.attn, y_x, y_t, y_c, rope, independent, self.last)
+        x_BLD = x_BLD + gate_x * out_x
+        y_x, gate_x = self._modulate(self.img_norm2(x_BLD), mod_x2)
+        x_BLD = x_BLD + gate_x * self._mlp(base, y_x)
+        if self.last:
+            return x_BLD, text_BTD, cond_BLD
+        text_BTD = text_BTD + gate_t * out_t
+        y_t, gate_t = self._modulate(self.txt_norm2(text_BTD), mod_t2)
+        text_BTD = text_BTD + gate_t * self.txt_mlp(y_t)
+        if cond_BLD is not None:
+            cond_BLD = cond_BLD + gate_c * out_c
+            y_c, gate_c = self._modulate(self.img_norm2(cond_BLD), mod_c2)
+            cond_BLD = cond_BLD + gate_c * self._mlp(with_lora, y_c)
+        return x_BLD, text_BTD, cond_BLD
+
+    def _mlp(self, apply, y_BLD: Tensor) -> Tensor:
+        """The image MLP with each Linear through `apply`."""
+        first, _, second = self.img_mlp.net
+        return apply(second, F.gelu(apply(first.proj, y_BLD), approximate="tanh"))
+
+
+class DualBranchTransformer(QwenImageTransformer2DModel):
+    """The model; weights of the stock one load as they are."""
+
+    _repeated_blocks: ClassVar = ["DualBranchBlock"]
+    _no_split_modules: ClassVar = ["DualBranchBlock"]
+    modulation: ModulationTable | None = None  # in place of the blocks' own layers
+
+    @functools.wraps(QwenImageTransformer2DModel.__init__)  # else from_pretrained drops the config
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._upgrade()
+
+    @classmethod
+    def from_stock(cls, model: QwenImageTransformer2DModel) -> DualBranchTransformer:
+        """Turn a loaded stock model, quantised or not, into this class in place."""
+        model.__class__ = cls
+        model._upgrade()
+        return model
+
+    def _upgrade(self) -> None:
+        for block in self.transformer_blocks:
+            block.__class__ = DualBranchBlock
+            processor = DualBranchAttention()
+            processor._attention_backend = block.attn.processor._attention_backend
+            block.attn.processor = processor
+        self.transformer_blocks[-1].last = True
+
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """As diffusers' own; the adapter acts on condition tokens alone, like every one here."""
+        super().load_lora_adapter(*args, **kwargs)
+        upgrade_lora(self)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """Refused: RuntimeError."""
+        raise RuntimeError("this LoRA acts on condition tokens alone: fused, it would change the noise tokens too")
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """Times [B] fp32 of either sign -> [B, D]; the sinusoid in fp32 (diffusers rounds t to the network's dtype before it)."""
+        embed = self.time_text_embed
+        return embed.timestep_embedder(embed.time_proj(t.float()).to(self.proj_out.weight.dtype))
+
+    def forward(
+        self,
+        tokens_BLP: Tensor,
+        t_cur: Tensor,
+        text_BTD: Tensor,
+        grid: tuple[int, int],
+        cond: Tensor | None = None,
+        t_tar: Tensor | None = None,
+        rope: str = "shared",
+        cond_attention: str = "joint",
+    ) -> Tensor:
+        """Velocity tokens [B, L, P]. `text_BTD` is the prompt's embedding as the text encoder gave it; `grid` (rows, columns), L = rows x columns.
+
+        cond: condition tokens [B, L, P], at t_tar; without them it is the stock model. rope: `shared` positions or `frame_offset`.
+        cond_attention: `joint`, or `independent` (condition tokens see only each other, all others see them).
+        """
+        x, text = base(self.img_in, tokens_BLP), self.txt_in(self.txt_norm(text_BTD))
+        temb_cur = self.time_embedding(t_cur)
+        c = None if cond is None else with_lora(self.img_in, cond)
+        temb_tar = None if cond is None else self.time_embedding(t_tar)
+        frames = [(1, *grid)] * (2 if rope == "frame_offset" else 1)
+        image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
+        n = x.shape[1]
+        ropes = (image_rope[:n], text_rope, image_rope[-n:])
+        tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
+        for block, rows in zip(self.transformer_blocks, tabulated, strict=True):
+            arguments = (x, text, temb_cur, ropes, c, temb_tar, cond_attention == "independent", rows)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, text, c = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x, text, c = block(*arguments)
+        return self.proj_out(self.norm_out(x, temb_cur))
+
+
+def lora_targets(model: QwenImageTransformer2DModel) -> str:
+    """Regular expression of every Linear that condition tokens pass, less those of the last block whose result nothing reads."""
+    last = len(model.transformer_blocks) - 1
+    all_of_it = r"attn\.(to_q|to_k|to_v|to_out\.0)|img_mlp\.net\.(0\.proj|2)|img_mod\.1"
+    inner = rf"transformer_blocks\.(?!{last}\.)\d+\.({all_of_it})"
+    return rf"img_in|{inner}|transformer_blocks\.{last}\.(attn\.(to_k|to_v)|img_mod\.1)"

@@ -1,0 +1,98 @@
+"""Qwen-Image's VAE for single pictures: exact in two dimensions, differentiable, not clamped, checkpointed.
+
+For one frame a causal 3-D convolution sees its picture through the last temporal tap alone, so the others are dropped: a third of the
+parameters and of the work, the same result. The stock `decode` clamps to [-1, 1], which has no gradient where it acts; this one does not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageResidualBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from teasr.backbones.prompts import load_part, vae_folder
+
+
+class LastTap(nn.Module):
+    """What a causal Conv3d does to one frame, [B, C, 1, H, W] -> [B, C', 1, H', W']: a 2-D convolution by its last tap."""
+
+    def __init__(self, conv: QwenImageCausalConv3d):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight.data[:, :, -1].clone()), conv.bias
+        self.stride, self.padding = conv.stride[1:], (conv._padding[2], conv._padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding)[:, :, None]
+
+
+class ResidualBlock(QwenImageResidualBlock):
+    """The stock block, recomputed in the backward pass when `checkpointing` is set."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
+def to_2d(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Convert in place to the two-dimensional form: exact for single frames, useless for video."""
+    for module in list(vae.modules()):
+        if hasattr(module, "time_conv"):
+            del module.time_conv  # for the frames after the first
+        if isinstance(module, QwenImageResidualBlock):
+            module.__class__ = ResidualBlock
+        for name, child in list(module.named_children()):
+            if isinstance(child, QwenImageCausalConv3d):
+                setattr(module, name, LastTap(child))
+    return vae
+
+
+class QwenCodec(nn.Module):
+    """Pictures to normalised latents and back, frozen."""
+
+    downsample = 8
+
+    def __init__(self, vae: AutoencoderKLQwenImage):
+        """Takes the VAE over: it is converted in place."""
+        super().__init__()
+        self.vae = to_2d(vae).eval().requires_grad_(False)
+        for name in ("latents_mean", "latents_std"):
+            self.register_buffer(
+                name, torch.tensor(vae.config[name], dtype=torch.float32)[:, None, None], persistent=False
+            )
+
+    @classmethod
+    def from_pretrained(cls, model: str, dtype: torch.dtype) -> QwenCodec:
+        """From a hub name or local folder of a VAE, or of a model with one in vae/. ValueError when missing or incomplete."""
+        subfolder = vae_folder(model, "backbone.model")
+        return cls(load_part(AutoencoderKLQwenImage, "backbone.model", model, subfolder, dtype, "VAE"))
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether residual blocks are recomputed in the backward pass instead of kept."""
+        return any(m.checkpointing for m in self.vae.modules() if isinstance(m, ResidualBlock))
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        for module in self.vae.modules():
+            if isinstance(module, ResidualBlock):
+                module.checkpointing = on
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> (mode of the posterior - mean) / deviation, [B, C, H / 8, W / 8] fp32."""
+        moments = self.vae.quant_conv(self.vae.encoder(x[:, :, None].to(self._dtype)))
+        return (moments.chunk(2, dim=1)[0][:, :, 0].float() - self.latents_mean) / self.latents_std
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, 8 h, 8 w] fp32, differentiable and not clamped."""
+        z = (z * self.latents_std + self.latents_mean)[:, :, None].to(self._dtype)
+        return self.vae.decoder(self.vae.post_quant_conv(z))[:, :, 0].float()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype

@@ -1,0 +1,38 @@
+"""How a run reads its shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    shards: str | tuple[str, ...]  # folder or URL with index.json, or URL with {name} for the file's name; or several
+    streams: int = 4  # shards read side by side; a multiple of ranks x workers, at most the number of shards
+    workers: int = 0  # loader processes of each rank; 0 reads in the training process
+    augment: Literal["none", "flip", "dihedral"] = "flip"
+    degrade: Literal["stored", "online"] = "stored"  # online: LQ is made anew from HQ each time
+    degradation: str | None = None  # preset of online degradation; default: the one that the shards were made with
+    max_bad_share: float = 0.01  # stop when more of the samples are broken
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """`shards` as a tuple, for `ShardSet.open`."""
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
+
+    def __post_init__(self):
+        if not self.locations:
+            raise ValueError("data.shards is an empty list: name the folder of a shard set")
+        if self.streams < 1 or self.workers < 0:
+            raise ValueError(f"data.streams = {self.streams} must be >= 1 and data.workers = {self.workers} >= 0")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share = {self.max_bad_share}: a share inside [0, 1]")
+        if self.degradation is not None:
+            from teasr import degradation
+
+            degradation.preset(self.degradation)
+            if self.degrade != "online":
+                raise ValueError(f"data.degradation = {self.degradation} has no effect: set data.degrade=online too")

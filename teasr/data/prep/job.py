@@ -1,0 +1,82 @@
+"""The whole preparation of a shard set: look at the photographs, write what is missing, commit the index.
+
+Any number of processes and machines may run it at once on the same folder, and any of them may be killed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from teasr.data.layout import INDEX, read_manifest
+from teasr.data.prep import engines, sources
+from teasr.data.prep.making import finish, libraries, process_shard
+from teasr.data.prep.plan import Plan, PrepConfig, make_plan, reasons
+from teasr.util.files import remove_strays
+from teasr.util.progress import ProgressLine
+
+
+def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: int = 0, world: int = 1) -> None:
+    """Make the shard set of `config`, or part `rank` of `world` of it, and say what became of every photograph.
+
+    OSError when the disk or a worker fails, ValueError when the photographs cannot be used; what is finished is kept.
+    """
+    home = {name: str(Path(path).expanduser()) for name in ("photos", "out", "lq") if (path := getattr(config, name))}
+    config = replace(config, **home)
+    out = Path(config.out)
+    plan = _look(config, engine, workers, rank, world)
+    remove_strays(out)
+    done = {spec.shard: m for spec in plan.shards if (m := read_manifest(spec.path, spec.identity))}
+    missing = [spec for spec in engines.my_part(plan.shards, rank, world) if spec.shard not in done]
+    _warn_of_other_libraries(done)
+    kept = sum(m["nsamples"] for m in done.values())
+    if len(done) < len(plan.shards):
+        (out / INDEX).unlink(missing_ok=True)  # a reader must not take old and new shards for one set
+    if missing:
+        total = kept + sum(len(spec.crops) for spec in missing)
+        line = ProgressLine("prepare", total, "samples", kept)
+        made = engines.run(process_shard, missing, engine, workers, line.add)
+        line.close()
+        done |= {spec.shard: manifest for spec, manifest in zip(missing, made, strict=True)}
+    done |= {s.shard: m for s in plan.shards if s.shard not in done and (m := read_manifest(s.path, s.identity))}
+    if len(done) < len(plan.shards):
+        print(f"part {rank} of {world} is done; {len(plan.shards) - len(done)} shards of other parts are missing still")
+        return
+    index = finish(plan, [done[spec.shard] for spec in plan.shards])
+    _summarise(plan, index)
+
+
+def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) -> Plan:
+    """Look at every photograph and lay out the crops. Parts of one job start at different places and share the results."""
+    lq = Path(config.lq) if config.lq else None
+    chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.preset.scale)
+    start = rank * len(chunks) // world
+    order = chunks[start:] + chunks[:start]
+    line = ProgressLine("look", sum(chunk.photos for chunk in chunks), "photos")
+    looked = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
+    line.close()
+    return make_plan(config, [row for rows in looked for row in rows] + problems)
+
+
+def _warn_of_other_libraries(done: dict[int, dict]) -> None:
+    """Finished shards are kept whatever made them; their bytes may differ from those that would be made now."""
+    other = next((m for m in done.values() if m["libraries"] != libraries()), None)
+    if other:
+        changed = [
+            f"{k} {other['libraries'].get(k)} -> {v}" for k, v in libraries().items() if other["libraries"].get(k) != v
+        ]
+        print(
+            f"warning: {other['shard']} was made with other versions ({', '.join(changed)}); delete it to make all alike"
+        )
+
+
+def _summarise(plan: Plan, index: dict) -> None:
+    """Images, shards, bytes, hash, and what was skipped by reason."""
+    size = sum(m["bytes"] for m in index["shards"])
+    variants = f" x {plan.config.variants} variants" if plan.config.variants > 1 else ""
+    print(
+        f"{plan.config.out}: {plan.samples} samples{variants} of {plan.config.crop_px} px from {len(plan.photos)} photos in "
+        f"{len(plan.shards)} shards, {size / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}"
+    )
+    for reason, n in reasons(plan).items():
+        print(f"skipped {n}: {reason} (named in {plan.config.out}/index.json)")

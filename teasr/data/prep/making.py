@@ -1,0 +1,151 @@
+"""One shard: a pure function from its spec to a tar and a manifest; and the index that commits the set.
+
+The bytes of a shard depend on the photographs, the settings and the image libraries alone. A shard is written to a
+temporary file, synced and renamed, and its manifest last: whatever is interrupted is made again, whatever has a manifest is kept,
+and two workers on one shard write the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from teasr import degradation
+from teasr.config import strict_yaml as cfg
+from teasr.data.layout import FORMAT, commit, commit_shard, lq_field, read_manifest, sample_key, set_hash
+from teasr.data.prep import lossless
+from teasr.data.prep.card import card
+from teasr.data.prep.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
+from teasr.imaging import images
+from teasr.util.files import Hashed, atomic_file, write_atomic
+from teasr.util.seed import seed_of
+
+HQ_SUFFIX = {"png": "png", "webp-lossless": "webp", "jpeg98": "jpg"}
+
+
+def process_shard(spec: ShardSpec, on_sample: Callable[[int], None] = lambda samples: None) -> dict:
+    """Write one shard and its manifest, or keep a finished one; returns the manifest.
+
+    `on_sample(n)` is told of every n samples done. OSError when the disk fails, ValueError when a photograph has
+    changed since it was looked at; neither leaves anything half-written.
+    """
+    manifest = read_manifest(spec.path, spec.identity)
+    if manifest is None:
+        with atomic_file(spec.path) as file:
+            hashed = Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for key, crop in zip(_keys(spec), spec.crops, strict=True):
+                    for name, data in make_sample(spec.config, crop).items():
+                        add_member(tar, f"{key}.{name}", data)
+                    on_sample(1)
+        manifest = commit_shard(spec.path, _keys(spec), hashed, spec.identity, libraries=libraries())
+    else:
+        on_sample(len(spec.crops))
+    return manifest
+
+
+def _keys(spec: ShardSpec) -> list[str]:
+    first = spec.shard * spec.config.shard_samples
+    return [sample_key(first + i) for i in range(len(spec.crops))]
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a member that depends on name and data alone: no time, no owner."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def libraries() -> dict[str, str]:
+    """Versions that decide the bytes of pictures and draws."""
+    names = ("numpy", "opencv-python-headless", "pillow", "scipy")
+    return {name: version(name) for name in names}
+
+
+def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
+    """Members of one sample: HQ, its LQ variants, and how they came about."""
+    photo, n = crop.photo, config.crop_px
+    path = Path(config.photos) / photo.name
+    picture = _read_photo(path, photo.sha256, crop.scale)
+    plain = np.ascontiguousarray(picture[crop.top : crop.top + n, crop.left : crop.left + n])
+    hq = degradation.sharpen(plain, config.preset) if config.lq is None else plain
+    members, kept = {}, config.keeps_jpeg and photo.mcu_px > 0 and crop.scale == 1
+    if kept:
+        members["hq.jpg"] = lossless.crop(path, crop.left, crop.top, n)
+    else:
+        members[f"hq.{HQ_SUFFIX[config.hq_format]}"] = _encode(hq, config.hq_format)
+    record = {
+        "format": FORMAT,
+        "source": photo.name,
+        "sha256": photo.sha256,
+        "size": [photo.width, photo.height],
+        "scale": crop.scale,
+        "crop": [crop.left, crop.top, n, n],
+        "jpeg_kept": kept,
+    }
+    if config.lq is not None:
+        s = config.preset.scale
+        lq = _read_photo(Path(config.lq) / photo.lq, photo.lq_sha256, 1.0)
+        members["lq.png"] = images.png_bytes(
+            lq[crop.top // s : (crop.top + n) // s, crop.left // s : (crop.left + n) // s]
+        )
+        record |= {"lq_source": photo.lq, "lq_sha256": photo.lq_sha256}
+    else:
+        record["degradation"] = []
+        for variant in range(config.variants):
+            seed = seed_of(config.seed, photo.sha256, crop.index, variant)
+            lq, drawn = degradation.degrade(hq, config.preset, np.random.default_rng(seed))
+            members[lq_field(variant)] = images.png_bytes(lq)
+            record["degradation"].append({"seed": seed} | drawn)
+    record["crc32"] = {name: zlib.crc32(data) for name, data in members.items()}
+    return members | {"json": json.dumps(record, sort_keys=True).encode()}
+
+
+def _encode(hq: np.ndarray, hq_format: str) -> bytes:
+    if hq_format == "png":
+        return images.png_bytes(hq)
+    return images.webp_bytes(hq) if hq_format == "webp-lossless" else images.jpeg_bytes(hq, 98)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_photo(path: Path, sha256: str, scale: float) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} could be read at first and cannot now ({error.strerror}); run the command again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} has changed since it was looked at; run the command again")
+    picture = images.read_rgb(data, str(path))
+    if scale == 1:
+        return picture
+    size = scaled(picture.shape[1], picture.shape[0], scale)
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def finish(plan: Plan, manifests: list[dict]) -> dict:
+    """Write data card and index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
+    out = Path(plan.config.out)
+    index = {
+        "format": FORMAT,
+        "settings": {k: v for k, v in cfg.to_dict(plan.config).items() if k not in ("photos", "out", "licences")},
+        "sources": [{"name": p.name, "sha256": p.sha256} for p in plan.photos],
+        "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped],
+        "libraries": [dict(rows) for rows in sorted({tuple(sorted(m["libraries"].items())) for m in manifests})],
+        "set_sha256": set_hash(manifests),
+        "shards": manifests,
+    }
+    write_atomic(out / "README.md", card(index["settings"], plan.config.licences, index).encode())
+    commit(out, index)
+    return index

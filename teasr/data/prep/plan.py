@@ -1,0 +1,193 @@
+"""What is made of which photographs: settings, the crops of every photo, and their distribution over shards.
+
+A plan is a pure function of the settings and of what was seen when the photographs were looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from teasr import degradation
+from teasr.data.layout import FORMAT, shard_name
+from teasr.data.prep import lossless
+from teasr.data.prep.sources import Photo
+from teasr.util.seed import seed_of
+
+# Crops of one photo may lie side by side (it is decoded once) as long as a shard has so many chunks.
+CHUNKS_A_SHARD = 256
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """What is cut out of which photographs and how it is degraded."""
+
+    photos: str  # folder, searched recursively; HQ of a paired set
+    out: str  # folder of the shard set
+    lq: str | None = None  # folder of real LQ pictures, named as those in `photos`; nothing is degraded then
+    degradation: str = "osediff"
+    peer_exact: bool = False  # operators with the peculiarities of public code
+    crop_px: int = 512
+    layout: Literal["random", "grid"] = "random"  # grid: every whole crop side by side, for held-out sets
+    crops_per_photo: int = 1  # of the random layout
+    scales: tuple[float, ...] = (1.0,)  # the photo is taken at these sizes in turn; small ones show more structure
+    variants: int = 1  # degraded versions of every crop, stored beside one HQ
+    hq_format: Literal["png", "webp-lossless", "jpeg98"] = "png"
+    keep_jpeg: bool = True  # under jpeg98, cut JPEG photographs without a second loss (places move to their block grid)
+    # Below: blurred (deviation of the Laplacian in grey levels; Gaussian blur of 2 px: 2 to 7).
+    min_sharpness: float = 4.0
+    min_contrast: float = 4.0  # below: flat (deviation of the luma in grey levels)
+    shard_samples: int = 2048
+    seed: int = 0
+    licences: dict[str, str] = field(default_factory=dict)  # for the data card: sub-folder (or ".") -> licence
+
+    def __post_init__(self):
+        scale = self.preset.scale
+        if self.crop_px < scale or self.crop_px % scale:
+            raise ValueError(f"crop_px = {self.crop_px}: must be a positive multiple of the scale {scale}")
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales = {self.scales}: sizes inside (0, 1], such as [1.0, 0.5]")
+        for name in ("crops_per_photo", "shard_samples", "variants"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be >= 1")
+        if self.lq is not None and (self.scales != (1.0,) or self.variants != 1):
+            raise ValueError("a paired set (lq = ..) has one LQ a photo as it is: leave scales and variants out")
+        if self.keeps_jpeg:
+            lossless.check()
+
+    @property
+    def preset(self) -> degradation.Degradation:
+        """The degradation's settings."""
+        return degradation.preset(self.degradation, peer_exact=self.peer_exact)
+
+    @property
+    def keeps_jpeg(self) -> bool:
+        """Whether JPEG photographs are cut without decoding; not where the pixels change anyway."""
+        return self.hq_format == "jpeg98" and self.keep_jpeg and self.crop_px % 16 == 0 and not self.preset.usm
+
+    def identity(self) -> dict:
+        """The settings that decide the bytes of a shard, beside its crops."""
+        names = ("degradation", "peer_exact", "crop_px", "variants", "hq_format", "keep_jpeg", "seed")
+        return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of a photograph, which is first brought to `scale`; `index` counts the crops of the photo."""
+
+    photo: Photo
+    index: int
+    scale: float
+    left: int
+    top: int
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """All that is needed to write one shard, on whichever machine sees the folders."""
+
+    config: PrepConfig
+    shard: int
+    crops: tuple[Crop, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the shard goes."""
+        return Path(self.config.out) / shard_name(self.shard)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything that decides the bytes of the shard, libraries aside."""
+        rows = [(c.photo.sha256, c.photo.lq_sha256, c.index, c.scale, c.left, c.top) for c in self.crops]
+        text = json.dumps([FORMAT, self.config.identity(), self.shard, self.config.shard_samples, rows], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A shard set before it is made: its shards, the photographs in use, and (name, reason) of the others."""
+
+    config: PrepConfig
+    photos: tuple[Photo, ...]
+    shards: tuple[ShardSpec, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the set."""
+        return sum(len(spec.crops) for spec in self.shards)
+
+
+def make_plan(config: PrepConfig, looked_at: Iterable[Photo | tuple[str, str]]) -> Plan:
+    """Choose photographs and lay out their crops. ValueError when none can be used."""
+    photos, skipped, seen = [], [], {}
+    for row in sorted(looked_at, key=lambda row: row.name if isinstance(row, Photo) else row[0]):
+        reason = row[1] if isinstance(row, tuple) else _unfit(row, config, seen)
+        if reason:
+            skipped.append((row[0] if isinstance(row, tuple) else row.name, reason))
+        else:
+            seen[row.pixels] = row.name
+            photos.append(row)
+    if not photos:
+        name, reason = skipped[0]
+        raise ValueError(f"none of the {len(skipped)} pictures in {config.photos} can be used ({name}: {reason})")
+    crops, n = _arrange([_crops(photo, config) for photo in photos], config), config.shard_samples
+    shards = [ShardSpec(config, i // n, tuple(crops[i : i + n])) for i in range(0, len(crops), n)]
+    return Plan(config, tuple(photos), tuple(shards), tuple(skipped))
+
+
+def _unfit(photo: Photo, config: PrepConfig, seen: dict[str, str]) -> str:
+    """Why a photograph is not used, the kind of trouble first; empty when it is."""
+    if min(photo.width, photo.height) < config.crop_px:
+        return f"too small: {photo.width}x{photo.height} px, the crop is {config.crop_px} px"
+    if photo.contrast < config.min_contrast:
+        return f"flat: contrast {photo.contrast}, min_contrast is {config.min_contrast}"
+    if photo.sharpness < config.min_sharpness:
+        return f"blurred: sharpness {photo.sharpness}, min_sharpness is {config.min_sharpness}"
+    if photo.pixels in seen:
+        return f"duplicate: the same picture as {seen[photo.pixels]}"
+    return ""
+
+
+def _crops(photo: Photo, config: PrepConfig) -> list[Crop]:
+    """Every crop of one photo; a scale at which it is smaller than the crop is left out."""
+    n, rng = config.crop_px, np.random.default_rng(seed_of(config.seed, photo.sha256, "places"))
+    sizes = [(scale, *scaled(photo.width, photo.height, scale)) for scale in config.scales]
+    sizes = [size for size in sizes if min(size[1:]) >= n] or [(1.0, photo.width, photo.height)]
+    if config.layout == "grid":
+        places = [(f, x, y) for f, w, h in sizes for y in range(0, h - n + 1, n) for x in range(0, w - n + 1, n)]
+    else:
+        chosen = [sizes[j % len(sizes)] for j in range(config.crops_per_photo)]
+        places = [(f, int(rng.integers(w - n + 1)), int(rng.integers(h - n + 1))) for f, w, h in chosen]
+    step = config.preset.scale if config.lq is not None else photo.mcu_px if config.keeps_jpeg else 0
+    if step:
+        places = [(f, x // step * step, y // step * step) if f == 1 else (f, x, y) for f, x, y in places]
+    return [Crop(photo, j, *place) for j, place in enumerate(places)]
+
+
+def _arrange(of_photo: list[list[Crop]], config: PrepConfig) -> list[Crop]:
+    """Crops in their final order. Random: in chunks of one photo, small enough that every shard mixes many photos."""
+    if config.layout == "grid":
+        return [crop for crops in of_photo for crop in crops]
+    n = max(1, config.shard_samples // CHUNKS_A_SHARD)
+    chunks = [crops[i : i + n] for crops in of_photo for i in range(0, len(crops), n)]
+    order = np.random.default_rng(seed_of(config.seed, "order")).permutation(len(chunks))
+    return [crop for i in order for crop in chunks[i]]
+
+
+def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
+    """Size of a photo at a scale."""
+    return round(width * scale), round(height * scale)
+
+
+def reasons(plan: Plan) -> dict[str, int]:
+    """How many pictures were skipped, by the kind of trouble."""
+    return dict(Counter(reason.split(":")[0] for _, reason in plan.skipped).most_common())

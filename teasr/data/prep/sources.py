@@ -1,0 +1,216 @@
+"""The photographs of a shard set: found, looked at once, and kept or skipped for a stated reason.
+
+Looking at a photograph decodes it whole, so that a broken one is found before anything is made of it. It is done in chunks, each
+a file of results below `<out>/.plan`: interrupted, it goes on; shared between machines, each does the chunks that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from teasr.data.layout import FORMAT
+from teasr.imaging import images
+from teasr.util.files import write_atomic
+
+CHUNK = 64  # photographs a chunk
+TILE_PX = 64
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A usable photograph: name below the folder, hash of the file, size upright; and what decides about it later."""
+
+    name: str
+    sha256: str
+    pixels: str  # hash of the decoded picture: equal for the same picture in another file
+    width: int
+    height: int
+    sharpness: float  # deviation of the Laplacian, in grey levels, in the sharpest tenth of its tiles
+    contrast: float  # deviation of the luma, in grey levels
+    mcu_px: int  # grid on which a JPEG can be cut without loss; 0 when it cannot
+    lq: str = ""  # of a paired set: the LQ picture below its own folder
+    lq_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Photographs to look at, as (name, bytes, modification time in ns), and the file that gets the result.
+
+    In a paired set each is followed by its LQ picture, which must be `scale` times smaller.
+    """
+
+    folder: str
+    files: tuple[tuple[str, int, int], ...]
+    result: str
+    lq_folder: str = ""
+    scale: int = 4
+
+    @property
+    def photos(self) -> int:
+        """Number of photographs."""
+        return len(self.files) // (2 if self.lq_folder else 1)
+
+    @property
+    def identity(self) -> str:
+        """Changes when one of the files does."""
+        return hashlib.sha256(json.dumps([FORMAT, self.files, bool(self.lq_folder), self.scale]).encode()).hexdigest()
+
+
+def find(
+    folder: Path, out: Path, lq_folder: Path | None = None, scale: int = 4
+) -> tuple[list[Chunk], list[tuple[str, str]]]:
+    """All pictures below a folder, cut into chunks to look at; and (name, reason) for what cannot be looked at.
+
+    ValueError when there is no picture at all.
+    """
+    names, problems = _walk(folder)
+    if out.resolve().is_relative_to(folder.resolve()):  # the set itself holds no photographs
+        inside = out.resolve().relative_to(folder.resolve()).as_posix() + "/"
+        names = [name for name in names if not name.startswith(inside)]
+    pairs = dict.fromkeys(names, "")
+    if lq_folder is not None:
+        found, more = _walk(lq_folder)
+        of_stem = {str(Path(name).with_suffix("")): name for name in found}
+        pairs = {name: of_stem.pop(str(Path(name).with_suffix("")), "") for name in names}
+        problems += [
+            (f"{lq_folder.name}/{name}", "unpaired: there is no HQ picture of this name") for name in of_stem.values()
+        ]
+        problems += more + [
+            (name, f"unpaired: {lq_folder} holds no picture of this name") for name in names if not pairs[name]
+        ]
+        pairs = {name: lq for name, lq in pairs.items() if lq}
+    rows: list[tuple[tuple[str, int, int], ...]] = []
+    for name, lq in pairs.items():
+        both = [(name, *_stamp(folder / name))]
+        rows.append((*both, (lq, *_stamp(lq_folder / lq))) if lq and lq_folder else tuple(both))
+    chunks = [
+        Chunk(
+            str(folder), tuple(file for row in rows[i : i + CHUNK] for file in row),
+            str(out / ".plan" / f"photos-{i // CHUNK:06d}.json"), str(lq_folder or ""), scale,
+        )
+        for i in range(0, len(rows), CHUNK)
+    ]  # fmt: skip
+    return chunks, problems
+
+
+def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give one that holds pictures")
+    names, problems = images.walk_pictures(folder)
+    if not names:
+        more = f" ({problems[0][0]}: {problems[0][1]})" if problems else ""
+        raise ValueError(
+            f"{folder} holds no pictures ({', '.join(images.SUFFIXES)}); put some there or name another folder{more}"
+        )
+    return names, problems
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0)  # a dangling link: named when it is looked at
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def inspect_chunk(chunk: Chunk, on_photo: Callable[[int], None] = lambda photos: None) -> list[Photo | tuple[str, str]]:
+    """Look at every photograph of a chunk, or read what was seen before: photos, and (name, reason) for the unusable.
+
+    `on_photo(n)` is told of every n photographs looked at.
+    """
+    known = _read_result(chunk)
+    if known is not None:
+        on_photo(len(known))
+        return known
+    rows: list[Photo | tuple[str, str]] = []
+    names = [name for name, _, _ in chunk.files]
+    paired = bool(chunk.lq_folder)
+    for name, lq in zip(names[::2], names[1::2], strict=True) if paired else ((name, "") for name in names):
+        try:
+            photo = inspect_photo(Path(chunk.folder) / name, name)
+            rows.append(_with_lq(photo, Path(chunk.lq_folder) / lq, lq, chunk.scale) if paired else photo)
+        except ValueError as error:
+            rows.append((name, str(error)))
+        on_photo(1)
+    result = {"identity": chunk.identity, "rows": [asdict(r) if isinstance(r, Photo) else list(r) for r in rows]}
+    write_atomic(Path(chunk.result), json.dumps(result).encode())
+    return rows
+
+
+def _read_result(chunk: Chunk) -> list[Photo | tuple[str, str]] | None:
+    try:
+        result = json.loads(Path(chunk.result).read_text())
+        if result["identity"] == chunk.identity:
+            return [Photo(**row) if isinstance(row, dict) else tuple(row) for row in result["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or of another version: looked at again
+    return None
+
+
+def inspect_photo(path: Path, name: str) -> Photo:
+    """Decode and measure one photograph. ValueError, beginning with the kind of trouble, when it cannot be used."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"file cannot be read: {error.strerror}") from error
+    try:
+        x = images.read_rgb(data, name)
+        if images.has_transparency(data):
+            raise ValueError("transparent: some pixels show nothing")
+    except ValueError as error:
+        if str(error).startswith("transparent"):
+            raise
+        raise ValueError(f"broken: {str(error).removeprefix(f'{name} ')}") from error
+    sharpness, contrast = measure(x)
+    return Photo(
+        name=name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        pixels=hashlib.sha256(x.tobytes() + repr(x.shape).encode()).hexdigest(),
+        width=x.shape[1],
+        height=x.shape[0],
+        sharpness=round(sharpness, 2),
+        contrast=round(contrast, 2),
+        mcu_px=lossless_grid(data),
+    )
+
+
+def _with_lq(photo: Photo, path: Path, name: str, scale: int) -> Photo:
+    lq = inspect_photo(path, name)
+    if (lq.width * scale, lq.height * scale) != (photo.width, photo.height):
+        raise ValueError(
+            f"sizes do not match: HQ {photo.width}x{photo.height} px must be {scale} times LQ {lq.width}x{lq.height} px"
+        )
+    return replace(photo, lq=name, lq_sha256=lq.sha256)
+
+
+def measure(x: np.ndarray) -> tuple[float, float]:
+    """(sharpness, contrast) of a picture [H, W, 3], as `Photo` has them."""
+    luma = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
+    detail = cv2.Laplacian(luma, cv2.CV_16S, ksize=1).astype(np.float32)
+    tile = min(TILE_PX, *luma.shape)
+    rows, columns = luma.shape[0] // tile, luma.shape[1] // tile
+    tiles = detail[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile)
+    return float(np.quantile(tiles.std((1, 3)), 0.9)), float(luma.std())
+
+
+def lossless_grid(data: bytes) -> int:
+    """Side of the blocks, in px, at whose borders a JPEG file can be cut without decoding: 8 or 16; 0 for all else.
+
+    0 also where the pixels would have to change: turned by EXIF, another colour profile, grey or CMYK.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.format != "JPEG" or picture.mode != "RGB" or picture.info.get("icc_profile"):
+            return 0
+        if picture.getexif().get(images.ORIENTATION, 1) != 1 or "adobe_transform" in picture.info:
+            return 0
+        factors = {layer[1:3] for layer in picture.layer}
+    return {(1, 1): 8, (2, 2): 16, (2, 1): 16, (1, 2): 16}.get(max(factors), 0) if (1, 1) in factors else 0

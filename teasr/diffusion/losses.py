@@ -1,0 +1,81 @@
+"""Loss functions on tensors: mean squared error, LPIPS, the squared rectification loss, and a checkerboard detector."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teasr.diffusion.flow import per_sample
+
+LPIPS_BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over everything, in fp32 at least: L_flow, L_cons (TEASR eq. 4), L_adv (eq. 8), pixels (eq. 12)."""
+    if prediction.dtype != torch.float64:
+        prediction, target = prediction.float(), target.float()
+    return F.mse_loss(prediction, target)
+
+
+def rectification(v: Tensor, difference: Tensor, w: Tensor) -> Tensor:
+    """L_rectify = 1/2 mean || v - sg(v - w D) ||^2 (TEASR eqs. 9-11), *squared*, with w [B] and D from `score_difference`.
+
+    Deviation: eq. 11 prints an un-squared norm; its gradient D / ||D|| would not depend on w(s) at all.
+    """
+    target = (v - per_sample(w, v) * difference).detach()
+    return 0.5 * F.mse_loss(v, target)
+
+
+def rectification_gradient(difference: Tensor, w: Tensor) -> Tensor:
+    """Gradient of `rectification` with respect to v, w D / numel, without building a graph."""
+    return per_sample(w, difference) * difference / difference.numel()
+
+
+def lpips_weight_file(net: str) -> Path:
+    """Where torchvision's backbone for LPIPS has to lie on this machine (TORCH_HOME is honoured)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+
+
+def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
+    """LPIPS v0.1 (Zhang et al. 2018), frozen; call it with images [B, 3, H, W] in [-1, 1], it returns [B, 1, 1, 1].
+
+    The calibrated heads come with the `lpips` package; the backbone is torchvision's and is never downloaded from
+    here. Raises ValueError naming file and place when it is missing. `weights=False` gives a random backbone (tests).
+    """
+    path = lpips_weight_file(net)
+    if weights and not path.is_file():
+        raise ValueError(
+            f"LPIPS ({net}) needs the file {path.name}, and {path} does not exist. Put torchvision's {path.name} there "
+            f"(or set TORCH_HOME), or train without LPIPS on purpose: method.lambda_lpips=0"
+        )
+    import lpips
+
+    with warnings.catch_warnings():  # it calls torchvision in a deprecated way
+        warnings.simplefilter("ignore")
+        model = lpips.LPIPS(net=net, version="0.1", pnet_rand=not weights, verbose=False)
+    return model.requires_grad_(False).eval()
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of each sample, [B, ...] -> [B]."""
+    return x.detach().float().flatten(1).square().mean(1).sqrt()
+
+
+def checkerboard_energy(x: Tensor, period_px: int) -> Tensor:
+    """Share of the high-pass energy of images [B, 3, H, W] that repeats every `period_px` pixels, mean over B.
+
+    One-step diffusion transformers tend to print their patch grid on the picture. Folding the high-passed luma on the
+    grid keeps exactly its harmonics of 1 / period (Parseval), so no FFT is needed. 1 = nothing else, and a picture
+    without a grid gives about 1 / (number of cells).
+    """
+    luma = x.float().mean(1, keepdim=True)
+    high = luma - F.avg_pool2d(luma, 3, 1, 1, count_include_pad=False)
+    rows, cols = (n // period_px * period_px for n in high.shape[-2:])
+    high = high[..., :rows, :cols]
+    cells = high.reshape(-1, rows // period_px, period_px, cols // period_px, period_px)
+    folded = cells.mean(dim=(1, 3)).square().mean(dim=(1, 2))
+    return (folded / cells.square().mean(dim=(1, 2, 3, 4)).clamp(min=1e-12)).mean().detach()

@@ -1,0 +1,279 @@
+"""A model, or pictures that anything made, on a set of pairs: pictures, scores with confidence intervals, sheets; resumed where it was stopped.
+
+Every pair leaves its pictures and a part file with its scores. Ranks take pairs in turn; rank 0 waits for all parts and puts the results together, so that
+any number of ranks and interruptions gives the same `scores.json`. Folders carry a hash of all that decides their content: nothing stale is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from teasr.data.pairs import Pairs
+from teasr.data.shards import Sample
+from teasr.evaluation.metrics import METRICS, Scorer
+from teasr.imaging import images
+from teasr.util.files import write_atomic
+from teasr.util.progress import ProgressLine
+
+COMPARED = 6  # pictures in comparison.png, at most
+EXTREMES = 5  # best and worst pictures in extremes.png
+SHOWN_PX = 384  # of a picture in a sheet: larger ones show their centre
+RESAMPLES = 1000  # of the bootstrap
+BICUBIC, SHOWN = "bicubic", "shown"
+Restore = Callable[[Sample], np.ndarray]
+
+
+@dataclass
+class Evaluation:
+    """methods: name -> how it makes a picture; `made_by`: what decides their pictures (checkpoint, seed, ..), for resuming."""
+
+    pairs: Pairs
+    scorer: Scorer
+    out: Path
+    methods: dict[str, Restore]
+    made_by: dict
+    keep_images: bool = True
+    beside_bicubic: bool = True
+    commit: str = "unknown"
+    rank: int = 0
+    world: int = 1
+    scores: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        made = {"made_by": self.made_by, "pairs": self.pairs.identity}
+        self.images = self.out / f"images-{_hash(made)}"
+        scored = made | {"methods": list(self.methods), "metrics": self.scorer.identity}
+        self.parts = self.out / f"parts-{_hash(scored)}"
+        self.settings = scored
+
+    def run(self) -> None:
+        """This rank's pairs; on rank 0 then the results. ValueError names a pair that cannot be read or does not fit."""
+        line = ProgressLine("evaluate", len(self.pairs), "pictures", enabled=self.rank == 0)
+        keys = []
+        for i, (key, load) in enumerate(self.pairs):
+            keys.append(key)
+            if i % self.world == self.rank:
+                if self._part(key) is None:
+                    self._score(key, load())
+                line.show(i + 1)
+        line.close()
+        if self.rank == 0:
+            self._wait_for_others(keys)
+            self._put_together(keys)
+
+    def image_path(self, method: str, key: str) -> Path:
+        """Where a method's picture of a pair lies."""
+        return self.images / method.replace(" ", "_") / f"{key}.png"
+
+    @property
+    def _names(self) -> list[str]:
+        return [BICUBIC, *self.methods] if self.beside_bicubic else list(self.methods)
+
+    def _part(self, key: str) -> dict | None:
+        try:
+            return json.loads((self.parts / f"{key}.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _score(self, key: str, sample: Sample) -> None:
+        part = {"scores": {}, "seconds": {}}
+        for name, x in self._pictures(key, sample, part["seconds"]):
+            try:
+                part["scores"][name] = self.scorer.picture(x, sample.hq)
+            except ValueError as error:
+                raise ValueError(f"{key}, {name}: {error}") from None
+        path = self.parts / f"{key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(part).encode())
+
+    def _pictures(self, key: str, sample: Sample, seconds: dict[str, float]) -> Iterable[tuple[str, np.ndarray]]:
+        """Bicubic (unless the pairs have no LQ), and every method's; those that lie there already are read."""
+        if self.beside_bicubic:
+            yield BICUBIC, sample.lq_up
+        for name, restore in self.methods.items():
+            path = self.image_path(name, key)
+            if self.keep_images and path.is_file():
+                yield name, images.read_rgb(path)
+                continue
+            began = time.perf_counter()
+            made = restore(sample)
+            seconds[name] = time.perf_counter() - began
+            if self.keep_images:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, images.png_bytes(made))
+            yield name, made
+
+    def _wait_for_others(self, missing: list[str]) -> None:
+        line = ProgressLine("wait", len(self.pairs), "pictures")
+        while missing := [key for key in missing if not (self.parts / f"{key}.json").is_file()]:
+            line.show(len(self.pairs) - len(missing))
+            time.sleep(0.2)
+
+    def _put_together(self, keys: list[str]) -> None:
+        parts = {key: self._part(key) for key in keys}
+        self._collect_sets()
+        names = self._names
+        self.scores = {
+            "dataset": self.pairs.name, "pictures": len(self.pairs), "protocol": self.scorer.protocol.name,
+            "metrics": self.scorer.identity,
+            "methods": {name: self._means(list(parts.values()), name) | self._set_scores(name) for name in names},
+        }  # fmt: skip
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["picture", "method", *self.scorer.picture_names], lineterminator="\n")
+        writer.writeheader()
+        for key, part in parts.items():
+            writer.writerows({"picture": key, "method": name} | part["scores"][name] for name in names)
+        write_atomic(self.out / "scores_by_picture.csv", text.getvalue().encode())
+        self._write_speed(parts)
+        self._draw_sheets(parts)
+        write_atomic(self.out / "scores.json", json.dumps(self.scores, indent=1).encode())
+        for old in (*self.out.glob("images-*"), *self.out.glob("parts-*")):
+            if old not in (self.images, self.parts):
+                shutil.rmtree(old)
+
+    def _means(self, parts: list[dict], method: str) -> dict[str, dict[str, float]]:
+        """Mean of every metric and its 95 % interval by resampling pictures; and the same of what is gained over bicubic picture by picture."""
+        draws = np.random.default_rng(0).integers(0, len(parts), (RESAMPLES, len(parts)))
+
+        def interval(values: np.ndarray, prefix: str = "") -> dict[str, float]:
+            low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
+            return {f"{prefix}mean": float(values.mean()), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+        found = {}
+        for metric in self.scorer.picture_names:
+            values = np.array([part["scores"][method][metric] for part in parts])
+            found[metric] = interval(values)
+            if self.beside_bicubic and method != BICUBIC:
+                base = np.array([part["scores"][BICUBIC][metric] for part in parts])
+                found[metric] |= interval(values - base, "gain_")
+        return found
+
+    def _collect_sets(self) -> None:
+        if self.scorer.status.get("fid") != "ok":
+            return
+        for key, load in self.pairs:
+            sample = load()
+            self.scorer.add_to_set("hq", sample.hq)
+            for name, x in self._pictures(key, sample, {}):
+                self.scorer.add_to_set(name, x)
+
+    def _set_scores(self, name: str) -> dict[str, dict[str, float]]:
+        return {metric: {"mean": value} for metric, value in self.scorer.sets(name, "hq").items()}
+
+    def _write_speed(self, parts: dict[str, dict]) -> None:
+        """Seconds a picture: the median over those made this time or before, the first left out where there are more."""
+        import torch
+
+        speed = {}
+        for name in self.methods:
+            seconds = [part["seconds"][name] for part in parts.values() if name in part["seconds"]]
+            if seconds:
+                speed[name] = {"seconds_median": float(np.median(seconds[1:] or seconds)), "pictures": len(seconds)}
+        gpu = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        found = {
+            "commit": self.commit,
+            "device": device,
+            "peak_bytes_of_rank_0": peak,
+            "ranks": self.world,
+            "methods": speed,
+        }
+        write_atomic(self.out / "speed.json", json.dumps(found, indent=1).encode())
+
+    def _write_shown(self, rows: dict[str, list[np.ndarray]], titles: list[str]) -> None:
+        """shown/0/bicubic.png ..: centres of the compared pictures one by one, for pages."""
+        shutil.rmtree(self.out / SHOWN, ignore_errors=True)
+        for i, row in enumerate(rows.values()):
+            for title, x in zip(titles, row, strict=True):
+                path = self.out / SHOWN / str(i) / shown_name(title)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, images.png_bytes(x))
+
+    def _draw_sheets(self, parts: dict[str, dict]) -> None:
+        """comparison.png: pictures spread over the set. extremes.png: the best and worst by PSNR gained over bicubic, or by the first metric."""
+        keys = list(parts)
+        spread = {keys[round(i * (len(keys) - 1) / max(1, COMPARED - 1))] for i in range(COMPARED)}
+        first, metric = next(iter(self.methods)), self.scorer.picture_names[0]
+        sign = 1 if METRICS[metric].higher else -1
+        base = {k: p["scores"][BICUBIC][metric] if self.beside_bicubic else 0.0 for k, p in parts.items()}
+        gain = {k: sign * (p["scores"][first][metric] - base[k]) for k, p in parts.items()}
+        ranked = sorted(keys, key=gain.get, reverse=True)
+        chosen = list(dict.fromkeys([*ranked[:EXTREMES], *ranked[-EXTREMES:]]))
+        rows = {}
+        for key, load in self.pairs:
+            if key in spread or key in chosen:
+                sample = load()
+                made = [x for _, x in self._pictures(key, sample, {})]
+                rows[key] = [_centre(x) for x in (*made, sample.hq)]
+        titles = [*self._names, "HQ"]
+        self._write_shown({key: rows[key] for key in keys if key in spread}, titles)
+        for name, wanted in (("comparison", [k for k in keys if k in spread]), ("extremes", chosen)):
+            sheet = images.comparison(_same_size([rows[key] for key in wanted]), titles)
+            write_atomic(self.out / f"{name}.png", images.png_bytes(sheet))
+
+
+def shown_name(title: str) -> str:
+    """File name of a method's picture in `shown/`."""
+    return f"{title.replace(' ', '_')}.png"
+
+
+def step_name(steps: int) -> str:
+    """How a step count is called in tables."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
+def steps_of(name: str) -> int | None:
+    """The step count of a method's name, None for other methods."""
+    head, _, tail = name.partition(" ")
+    return int(head) if head.isdigit() and tail in ("step", "steps") else None
+
+
+def table(scores: dict) -> str:
+    """The results as text, skipped metrics below."""
+    names = [m for m in scores["metrics"] if any(m in row for row in scores["methods"].values())]
+    lines = [f"{'':>14s}" + "".join(f"  {METRICS[m].label:>9s}" for m in names)]
+    for name, row in scores["methods"].items():
+        cells = (f"  {row[m]['mean']:9.{2 if METRICS[m].label in ('PSNR', 'FID', 'MUSIQ') else 4}f}" for m in names)
+        lines.append(f"{name:>14s}" + "".join(cells))
+    for name, row in scores["methods"].items():
+        if "gain_low" in row.get(names[0], {}):
+            told = row[names[0]]
+            unit = METRICS[names[0]].label
+            lines.append(
+                f"{name} - bicubic: {told['gain_mean']:+.3f} {unit}, 95 % {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
+            )
+            break
+    for name, told in scores["metrics"].items():
+        if told["status"] != "ok":
+            lines.append(f"{METRICS[name].label} {told['status']}")
+    return "\n".join(lines)
+
+
+def _hash(what: dict) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _centre(x: np.ndarray) -> np.ndarray:
+    top, left = (max(0, (n - SHOWN_PX) // 2) for n in x.shape[:2])
+    return x[top : top + SHOWN_PX, left : left + SHOWN_PX]
+
+
+def _same_size(rows: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Padded with white to the largest."""
+    height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
+    return [
+        [np.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in row]
+        for row in rows
+    ]

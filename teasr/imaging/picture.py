@@ -1,0 +1,207 @@
+"""Picture files with all that belongs to them: depth, alpha, grey, orientation, colour profile and EXIF survive a restoration."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from teasr.imaging import images
+from teasr.util.files import write_atomic
+
+FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
+NAMES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "TIFF": "tif", "BMP": "png"}  # of Pillow's formats
+QUALITY = 95  # of JPEG and WebP
+# Description, make, model, resolution, software, date, artist, copyright, and the folders of camera and GPS data: what is true of the
+# restored picture too. Orientation is not (it is upright), nor are the tags that say how a TIFF was stored.
+KEPT_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """RGB [H, W, 3] in uint8 or uint16, upright; `alpha` [H, W] of the same type. `grey`: to be written with one channel."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None = None
+    grey: bool = False
+    profile: bytes | None = None  # ICC: the values are restored as they are, and the profile goes with them
+    exif: bytes | None = None
+    format: str = "png"  # a key of FORMATS: how it was stored
+
+    def restored(self, rgb: np.ndarray) -> Picture:
+        """The same picture with RGB of another size; alpha is brought to it by bicubic interpolation."""
+        alpha = self.alpha
+        if alpha is not None:
+            alpha = cv2.resize(alpha, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_CUBIC)
+        return replace(self, rgb=rgb, alpha=alpha)
+
+
+def stored_suffix(path: Path) -> str:
+    """The suffix of a file like this one: its own, .png for what is read but not written."""
+    return path.suffix if path.suffix.lower() in (*FORMATS.values(), ".jpeg", ".tiff") else ".png"
+
+
+def read(path: Path) -> Picture:
+    """Read a PNG, JPEG, WebP, TIFF or BMP. ValueError names a file that is missing, broken, animated, or too large to be meant."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        return _read_deep(data) or _read_eight(data)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture in a known format (PNG, JPEG, WebP, TIFF, BMP)") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+
+
+def _read_eight(data: bytes) -> Picture:
+    with Image.open(io.BytesIO(data)) as opened:
+        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+        if frames > 1:
+            raise ValueError(f"it is animated or has pages: {frames} frames")
+        if opened.format not in NAMES:
+            raise ValueError(f"{opened.format} is not read here: PNG, JPEG, WebP, TIFF and BMP are")
+        return replace(from_pil(opened), format=NAMES[opened.format])
+
+
+def _read_deep(data: bytes) -> Picture | None:
+    """A PNG or TIFF of 16 bit a channel; None for others."""
+    png, tif = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10", data[:4] in (b"II*\0", b"MM\0*")
+    if not png and not tif:
+        return None
+    info: dict = {}
+    try:
+        with Image.open(io.BytesIO(data)) as opened:  # sizes are checked, pixels not touched
+            info, frames = dict(opened.info), getattr(opened, "n_frames", 1)
+            info["exif_object"] = opened.getexif()
+            if frames > 1:
+                raise ValueError(f"it is animated or has pages: {frames} frames")
+            if opened.size[0] * opened.size[1] > images.MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.size[0]}x{opened.size[1]} px are too many to be meant")
+    except UnidentifiedImageError:
+        if not tif:
+            raise
+    x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if x is None:
+        if tif and info:
+            return None  # a kind that Pillow reads
+        raise ValueError("truncated or damaged data")
+    if x.dtype != np.uint16:
+        return None
+    x = x[..., None] if x.ndim == 2 else x
+    exif = info.get("exif_object") or Image.Exif()
+    x = _upright(x, exif.get(images.ORIENTATION, 1))
+    grey, alpha = x.shape[2] == 1, x[..., 3].copy() if x.shape[2] == 4 else None
+    rgb = np.repeat(x, 3, 2) if grey else np.ascontiguousarray(x[..., 2::-1])
+    return Picture(rgb, alpha, grey, info.get("icc_profile"), _kept(exif), "png" if png else "tif")
+
+
+def _kept(exif: Image.Exif) -> bytes | None:
+    for tag in [tag for tag in exif if tag not in KEPT_TAGS]:
+        del exif[tag]
+    return exif.tobytes() if len(exif) else None
+
+
+def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
+    """As EXIF has it: 2 to 8 are flips and quarter turns."""
+    if orientation in (5, 6, 7, 8):
+        x = x.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        x = x[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        x = x[::-1]
+    return np.ascontiguousarray(x)
+
+
+def from_pil(opened: Image.Image) -> Picture:
+    """A picture that is in memory already, upright by its EXIF. ValueError for modes that are not restored."""
+    exif, profile = opened.getexif(), opened.info.get("icc_profile")
+    made = ImageOps.exif_transpose(opened)
+    if made.mode in ("I;16", "I;16L", "I;16B"):
+        deep = np.asarray(made).astype(np.uint16)
+        return Picture(np.repeat(deep[..., None], 3, 2), None, True, profile, _kept(exif))
+    if made.mode == "F" or made.mode.startswith("I"):
+        raise ValueError(f"its pixels are of a kind that is not restored ({made.mode})")
+    if made.mode == "CMYK":
+        made, profile = images.to_srgb(made), None
+    transparent = "transparency" in made.info or made.mode in ("LA", "PA", "RGBA", "La", "RGBa")
+    grey = made.mode in ("1", "L", "LA", "La")
+    rgba = np.asarray(made.convert("RGBA")) if transparent else None
+    rgb = np.ascontiguousarray(rgba[..., :3]) if transparent else np.asarray(made.convert("RGB"))
+    alpha = np.ascontiguousarray(rgba[..., 3]) if transparent else None
+    return Picture(rgb, alpha, grey, profile, _kept(exif))
+
+
+def to_pil(picture: Picture) -> Image.Image:
+    """As Pillow has it: L, LA, RGB, RGBA or I;16. ValueError for 16 bit in colour, which Pillow does not know."""
+    x = _channels(picture)
+    if x.dtype == np.uint16 and x.shape[2] > 1:
+        raise ValueError("Pillow knows no 16 bit in colour: give numpy arrays")
+    made = Image.fromarray(x[..., 0] if x.shape[2] == 1 else x)
+    if picture.profile:
+        made.info["icc_profile"] = picture.profile
+    return made
+
+
+def write(path: Path, picture: Picture) -> None:
+    """Write by the suffix of `path`, whole or not at all. ValueError when the format cannot hold the picture, OSError as `write_atomic`."""
+    kind = next((name for name, suffix in FORMATS.items() if path.suffix.lower() == suffix), None)
+    kind = {".jpeg": "jpg", ".tiff": "tif"}.get(path.suffix.lower(), kind)
+    if kind is None:
+        raise ValueError(f"{path}: pictures are written as {', '.join(FORMATS.values())}")
+    if kind == "jpg" and picture.alpha is not None:
+        raise ValueError(f"{path}: JPEG holds no transparency: choose png or webp")
+    if picture.rgb.dtype == np.uint16 and kind in ("jpg", "webp"):
+        raise ValueError(f"{path}: {kind} holds 8 bits a channel, the picture has 16: choose png or tif")
+    write_atomic(path, _deep(picture, kind) if picture.rgb.dtype == np.uint16 else _eight(picture, kind))
+
+
+def _channels(picture: Picture) -> np.ndarray:
+    """[H, W, C] with as many channels as are to be written: grey, grey and alpha, RGB, RGBA."""
+    x = picture.rgb
+    if picture.grey:
+        x = np.rint(x.mean(2, keepdims=True)).astype(x.dtype)
+    return x if picture.alpha is None else np.concatenate((x, picture.alpha[..., None]), 2)
+
+
+def _eight(picture: Picture, kind: str) -> memoryview:
+    name, extra = {
+        "png": ("PNG", {}),
+        "jpg": ("JPEG", {"quality": QUALITY, "subsampling": 0}),
+        "webp": ("WEBP", {"quality": QUALITY}),
+        "tif": ("TIFF", {"compression": "tiff_lzw"}),
+    }[kind]
+    about = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
+    out = io.BytesIO()
+    to_pil(picture).save(out, name, **extra, **about)
+    return out.getbuffer()
+
+
+def _deep(picture: Picture, kind: str) -> bytes:
+    """16 bit by OpenCV, which knows no grey with alpha (written as RGBA) and no metadata (added here to a PNG)."""
+    x = _channels(picture if picture.alpha is None else replace(picture, grey=False))
+    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[x.shape[2]]
+    good, data = cv2.imencode(FORMATS[kind], np.ascontiguousarray(x[..., order]))
+    if not good:
+        raise OSError(f"OpenCV cannot write {kind}")
+    data = data.tobytes()
+    if kind == "png":
+        chunks = []
+        if picture.profile:
+            chunks.append((b"iCCP", b"ICC\0\0" + zlib.compress(picture.profile)))
+        if picture.exif:
+            chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
+        head = 33  # signature and IHDR
+        made = b"".join(
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in chunks
+        )
+        data = data[:head] + made + data[head:]
+    return data

@@ -1,0 +1,121 @@
+"""Restoring many picture files: which they are, where the results go, one line for each, and no half-written file ever."""
+
+from __future__ import annotations
+
+import glob
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from teasr.imaging import images, picture
+from teasr.util.progress import duration
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to restore, and its result."""
+
+    source: Path
+    target: Path
+
+
+def jobs(inputs: Iterable[str], out: Path, suffix: str = "", kind: str | None = None) -> list[Job]:
+    """Files, folders (with what lies below, sub-folders kept) and globs -> jobs.
+
+    kind: png, jpg, webp or tif; default: as stored. A single file may be given a file name as `out`. ValueError when nothing is found or two
+    would be written to one place.
+    """
+    sources = [pair for text in inputs for pair in _expand(text)]
+    if len(sources) == 1 and sources[0][0].is_file() and out.suffix.lower() in images.SUFFIXES and not out.is_dir():
+        return [Job(sources[0][0], out)]
+    made: dict[Path, Job] = {}
+    for source, name in sources:
+        ending = picture.FORMATS[kind] if kind else picture.stored_suffix(source)
+        job = Job(source, out / name.with_name(f"{name.stem}{suffix}{ending}"))
+        if job.target in made:
+            raise ValueError(
+                f"{source} and {made[job.target].source} would both be written to {job.target}: restore them into two folders"
+            )
+        if job.target.resolve() == source.resolve():
+            raise ValueError(f"{source} would be overwritten by its own result: choose another folder, or --suffix")
+        made[job.target] = job
+    return list(made.values())
+
+
+def _expand(text: str) -> list[tuple[Path, Path]]:
+    """(file, its name below OUT) of one input."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        names, _ = images.walk_pictures(path)
+        found = [(path / name, Path(name)) for name in names]
+    elif path.is_file():
+        found = [(path, Path(path.name))]
+    else:
+        found = [
+            (Path(p), Path(Path(p).name)) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()
+        ]
+    if not found:
+        raise ValueError(f"{text} is no picture, no folder with pictures and no pattern that matches any")
+    return found
+
+
+Tell = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+
+def run(
+    todo: list[Job],
+    restore: Callable[[picture.Picture, Tell, Say], picture.Picture],
+    skip_existing: bool = False,
+) -> int:
+    """Restore all; returns how many failed. One line for each file; a broken one is named and the rest goes on.
+
+    restore(picture, tell, say): `tell(done, all)` as it goes on (drawn on a terminal), `say` what the file's line shall mention.
+    """
+    failed, began, spent = 0, time.monotonic(), 0
+    for i, job in enumerate(todo):
+        head = f"{i + 1}/{len(todo)} {job.source}"
+        if skip_existing and job.target.is_file():
+            print(f"{head}: there already", flush=True)
+            continue
+        started, notes = time.monotonic(), []
+        line = Inside(head)
+        try:
+            before = picture.read(job.source)
+            after = restore(before, line.show, notes.append)
+            picture.write(job.target, after)
+        except (ValueError, OSError, MemoryError) as error:
+            failed += 1
+            line.clear()
+            print(f"{head}: failed: {error}", flush=True)
+            continue
+        spent += 1
+        line.clear()
+        left = (time.monotonic() - began) / spent * (len(todo) - i - 1)
+        sizes = " -> ".join(f"{p.rgb.shape[1]}x{p.rgb.shape[0]}" for p in (before, after))
+        parts = [sizes, f"{time.monotonic() - started:.1f} s", *notes, f"{duration(left)} left"]
+        print(f"{head}: {', '.join(parts)}", flush=True)
+    return failed
+
+
+class Inside:
+    """How far one picture is, and its time left; drawn on a terminal alone."""
+
+    def __init__(self, head: str):
+        self.head, self.began, self.drawn = head, time.monotonic(), 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, done: int, of: int) -> None:
+        """`done` of all parts are through."""
+        now = time.monotonic()
+        if self.terminal and now - self.drawn > 0.2:
+            self.drawn = now
+            left = (now - self.began) / done * (of - done)
+            print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)}", end="", flush=True)
+
+    def clear(self) -> None:
+        """Make room for the file's line."""
+        if self.drawn:
+            print("\r\033[K", end="", flush=True)

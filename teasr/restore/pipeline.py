@@ -1,0 +1,192 @@
+"""The same restorer in the manners of a diffusers pipeline, for programs that are written for one.
+
+from teasr.restore.pipeline import TeasrPipeline
+pipe = TeasrPipeline.from_pretrained("runs/demo", torch_dtype=torch.bfloat16)
+picture = pipe(image, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from teasr.diffusion import flow
+from teasr.restore.upscaler import Upscaler
+from teasr.util.progress import ProgressLine
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Pictures = Image.Image | np.ndarray | Tensor
+
+
+@dataclass
+class PipelineOutput:
+    """What a call returns."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class TeasrPipeline:
+    """Restores pictures. Tiling is on, since it costs nothing where a picture fits; the offloading switch loads the model again."""
+
+    def __init__(self, upscaler: Upscaler, origin: dict | None = None):
+        """`origin`: the arguments of `Upscaler.from_pretrained`, for switches that need them again."""
+        self.upscaler, self._origin = upscaler, origin
+        self._tile_px: int | None = None
+        self._progress = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | str | None = None, **rest
+    ) -> TeasrPipeline:
+        """As `Upscaler.from_pretrained`, whose other arguments (weights, device, offload) may be given too.
+
+        torch_dtype: float32, bfloat16 or float16 of torch, or a name such as `nf4`. ValueError for what the model cannot do.
+        """
+        if isinstance(torch_dtype, torch.dtype) and torch_dtype not in DTYPES:
+            raise ValueError(f"torch_dtype = {torch_dtype}: {', '.join(map(str, DTYPES))}, or a name such as 'nf4'")
+        origin = {"path": pretrained_model_name_or_path, "dtype": DTYPES.get(torch_dtype, torch_dtype)} | rest
+        return cls(Upscaler.from_pretrained(**origin), origin)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """As `Upscaler.save_pretrained`."""
+        self.upscaler.save_pretrained(save_directory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.upscaler.device
+
+    def to(self, device: str | torch.device) -> TeasrPipeline:
+        """Move the model. ValueError when it is offloaded: it moves by itself then."""
+        if self._origin and self._origin.get("offload"):
+            raise ValueError("an offloaded model moves by itself: load it without offload to place it")
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device}: no GPU is visible here")
+        self.upscaler.backbone.to(device)
+        self.upscaler.device = device
+        return self
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the blocks in host memory, from where they visit the GPU one by one. ValueError without a GPU."""
+        if self._origin is None:
+            raise ValueError("offloading loads the model again: make the pipeline by from_pretrained")
+        origin = self._origin | {"device": str(device), "offload": True}
+        self.upscaler, self._origin = Upscaler.from_pretrained(**origin), origin
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def enable_vae_tiling(self, tile_px: int | None = None) -> None:
+        """Tiles for encoder, transformer and decoder, as large as memory allows, or `tile_px`."""
+        self._tile_px = tile_px
+
+    def disable_vae_tiling(self) -> None:
+        """The whole picture at once; when memory does not suffice, tiles are taken after all, and it says so."""
+        self._tile_px = 2**31
+
+    def set_progress_bar_config(self, disable: bool = False, **_) -> None:
+        """Whether a call shows its progress; other settings of tqdm have no meaning here."""
+        self._progress = not disable
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Pictures | Sequence[Image.Image],
+        num_inference_steps: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[TeasrPipeline, int, float, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        fidelity: float = 0.0,
+        color_fix: str = "none",
+    ) -> PipelineOutput | tuple:
+        """Restore one picture or several: PIL, list of PIL, [H, W, 3] or [B, H, W, 3] numpy (uint8, uint16, or float in [0, 1]), or tensor [B, 3, H, W].
+
+        height, width: of the result in px (default: 4 times). generator: of the noise, on any device; a list has one for each picture. output_type: pil,
+        np (float in [0, 1], [B, H, W, 3]) or pt ([B, 3, H, W]). callback_on_step_end(pipe, i, t, {"latents": [1, C, h, w]}) is called
+        after each step of each picture and may return other latents. ValueError for what cannot be restored.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type = {output_type}: pil, np or pt")
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"callback_on_step_end_tensor_inputs = {callback_on_step_end_tensor_inputs}: only latents")
+        if (height is None) != (width is None):
+            raise ValueError("height and width go together: give both or none")
+        pictures = _list(image)
+        generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+        if len(generators) != len(pictures):
+            raise ValueError(f"{len(generators)} generators for {len(pictures)} pictures: one, or one for each")
+        size = None if width is None else (width, height)
+        line = ProgressLine("restore", len(pictures) * num_inference_steps, "steps", enabled=self._progress)
+        made = []
+        for picture, own in zip(pictures, generators, strict=True):
+            step = self._on_step(line, callback_on_step_end)
+            noise = torch.Generator().manual_seed(torch.seed()) if own is None else own
+            how = {
+                "size": size,
+                "fidelity": fidelity,
+                "color_fix": color_fix,
+                "tile_px": self._tile_px,
+                "on_step": step,
+            }
+            made.append(self.upscaler(picture, num_inference_steps, noise, **how))
+        line.close()
+        result = _pack(made, output_type)
+        return PipelineOutput(result) if return_dict else (result,)
+
+    def _on_step(self, line: ProgressLine, callback: Callable | None) -> Callable:
+        def on_step(i: int, steps: int, z: Tensor) -> Tensor | None:
+            line.add(1)
+            if callback is None:
+                return None
+            t_cur = flow.sampling_times(steps)[i - 1][0]
+            return (callback(self, i - 1, t_cur, {"latents": z}) or {}).get("latents")
+
+        return on_step
+
+
+def _list(image: Pictures | Sequence[Image.Image]) -> list[Pictures]:
+    """One picture each; floats in 16 bit."""
+    if isinstance(image, Image.Image):
+        return [image]
+    if isinstance(image, np.ndarray):
+        batch = image[None] if image.ndim == 3 else image
+        if batch.ndim != 4:
+            raise ValueError(f"expected an array [H, W, 3] or [B, H, W, 3], got {image.shape}")
+        return list((batch.clip(0, 1) * 65535).round().astype(np.uint16) if batch.dtype.kind == "f" else batch)
+    if isinstance(image, Tensor):
+        return list(image[None] if image.ndim == 3 else image)
+    pictures = list(image)
+    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise ValueError("expected a picture or a list of PIL pictures; arrays and tensors are stacked")
+    return pictures
+
+
+def _pack(made: list[Pictures], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    if output_type == "pil":
+        return [
+            x if isinstance(x, Image.Image) else Image.fromarray((_floats(x) * 255).round().astype(np.uint8))
+            for x in made
+        ]
+    floats = [_floats(x) for x in made]
+    if len({x.shape for x in floats}) > 1:
+        raise ValueError("pictures of different sizes cannot be stacked: take output_type='pil'")
+    batch = np.stack(floats)
+    return batch if output_type == "np" else torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def _floats(x: Pictures) -> np.ndarray:
+    """[H, W, 3] float32 in [0, 1]."""
+    if isinstance(x, Tensor):
+        return x.permute(1, 2, 0).float().cpu().numpy()
+    x = np.asarray(x.convert("RGB")) if isinstance(x, Image.Image) else x
+    return x.astype(np.float32) / np.iinfo(x.dtype).max

@@ -1,0 +1,129 @@
+"""A trained model to restore with: from a run, a checkpoint, a saved folder, an exported LoRA or the hub; and saving one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from teasr import assets
+from teasr.backbones import lora_file
+from teasr.backbones.base import Backbone
+from teasr.run_config import BACKBONES, Recipe, parse
+from teasr.run_config import load as load_recipe
+from teasr.util import checkpoint_folder
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of backbones without a dtype of their own
+STORED = {"fp32": torch.float32} | AUTOCAST  # what a saved model's weights may be rounded to
+
+
+def load(
+    model: str | Path,
+    weights: str = "ema",
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: bool = False,
+) -> tuple[Backbone, Recipe, torch.device]:
+    """The backbone, ready on its device, its recipe and the device.
+
+    model: folder of a run (its newest checkpoint), of a checkpoint, of `save` or of launch/export.py, `owner/name` on the hub, or the name of a
+    shipped one (`teasr.assets`). weights: `ema` or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`. offload: blocks stay in host memory and visit the GPU one by one.
+    Raises ValueError naming what is missing, damaged or impossible here.
+    """
+    place = _device(device, offload)
+    folder = _find(model)
+    exported = (folder / lora_file.NAME).is_file()
+    if exported:
+        recipe = _recipe_of_lora(folder)
+    else:
+        folder = checkpoint_folder.resolve(folder)
+        recipe = load_recipe(folder / "config.yaml")
+    kind = BACKBONES[recipe.backbone_name]()[1]
+    if dtype is not None and dtype not in kind.dtypes:
+        raise ValueError(f"dtype {dtype}: backbone {recipe.backbone_name} can do {', '.join(kind.dtypes)}")
+    state = {} if exported else _weights(folder, weights)
+    backbone = kind(kind.for_use(recipe.backbone, dtype, folder), seed=recipe.seed)
+    if not exported:
+        backbone.load_fixed_state(load_file(folder / "fixed.safetensors"))
+        backbone.load_weights(state)
+    backbone.offload(place) if offload else backbone.to(place)
+    return backbone, recipe, place
+
+
+def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path, dtype: str = "fp32") -> None:
+    """Write what `load` reads, whole or not at all: the parameters `names`, codec, config, and files that the config names.
+
+    dtype: fp32, or what the parameters are rounded to; the codec stays. ValueError when the folder holds something else already, or a file is missing.
+    """
+    if folder.exists() and not (folder / checkpoint_folder.MANIFEST).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files: choose a new folder")
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    parameters = dict(backbone.net.named_parameters())
+    tensors = {
+        "ema": {name: parameters[name].detach().to(STORED[dtype]) for name in names},
+        "fixed": backbone.fixed_state(),
+    }
+    for name, state in tensors.items():
+        save_file({n: x.cpu().contiguous() for n, x in state.items()}, temporary / f"{name}.safetensors")
+    copy_files(type(backbone), recipe.backbone, temporary)
+    (temporary / "config.yaml").write_text(recipe.to_yaml())
+    checkpoint_folder.commit(temporary, folder)
+
+
+def copy_files(kind: type[Backbone], config: object, folder: Path) -> None:
+    """Copy the files that a config of a backbone names beside its weights. ValueError when one is missing."""
+    for name, path in kind.files(config).items():
+        if not path.is_file():
+            raise ValueError(f"{path}, which the model needs, is not here: put it back, or run where it lies")
+        shutil.copyfile(path, folder / name)
+
+
+def _device(name: str | None, offload: bool) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: no GPU is visible here; leave it out to restore on the CPU")
+    if offload and device.type != "cuda":
+        raise ValueError("offloading is for a GPU whose memory is too small, and none is visible here: leave it out")
+    return device
+
+
+def _find(model: str | Path) -> Path:
+    path = assets.find(model) or Path(model).expanduser()
+    if path.exists():
+        return path
+    name = str(model)
+    if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
+        raise ValueError(
+            f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
+    except RepositoryNotFoundError:
+        why = "the hub has no model of that name that you may read"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = f"the hub cannot be reached ({' '.join(str(error).split())[:100]})"
+    raise ValueError(f"model {model}: there is no such folder here, and {why}")
+
+
+def _recipe_of_lora(folder: Path) -> Recipe:
+    _, story = lora_file.read(folder)
+    return parse(yaml.safe_load(story["recipe"]))
+
+
+def _weights(folder: Path, which: str) -> dict[str, torch.Tensor]:
+    """Those asked for; where the average covers a part of them, the others as they are."""
+    file = folder / f"{which}.safetensors"
+    if not file.is_file():
+        tensors = (f.stem for f in sorted(folder.glob("*.safetensors")))
+        have = ", ".join(name for name in tensors if name in ("ema", "weights"))
+        raise ValueError(f"{folder} holds no {file.name}; there is: {have}")
+    first = folder / "weights.safetensors"
+    return (load_file(first) if first.is_file() else {}) | load_file(file)

@@ -1,0 +1,172 @@
+"""A backbone that works tile by tile, so that memory is that of one tile: the frame and its latents stay in host memory.
+
+Encoder, transformer and decoder go over the same tiles, planned once. In every sampling step the tiles' velocities are blended before the next
+one, and the noise is that of the whole frame, so that tiles agree on what they draw. Out of memory? The tiles get smaller, and it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teasr.backbones.base import Backbone
+from teasr.restore.tiling import Plan, Tile
+from teasr.util.meter import Meter, free_memory
+
+OVERLAP = 1 / 8  # of a tile's side, with its neighbours
+MARGIN = 1 / 32  # of a tile's side, at its inner ends: context, of which nothing is shown
+SMALLEST = 8  # units of a tile's side
+PROBE = 16  # units of the side of the tile whose memory is counted
+USABLE = 0.8  # of free memory
+T = TypeVar("T")
+
+
+class Tiled:
+    """What `sampler.sample` needs of a backbone, and encoding and decoding between whole frames [H, W, 3] and latents."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        height_px: int,
+        width_px: int,
+        tile_px: int,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+        on_tile: Callable[[], None] = lambda: None,
+        autocast: torch.dtype | None = None,
+    ):
+        """Sides are multiples of `backbone.pixel_multiple`. `on_tile` is called after each tile of each stage; `autocast` is of the transformer."""
+        self.backbone, self.device, self.say, self.on_tile, self.autocast = backbone, device, say, on_tile, autocast
+        self.unit = backbone.pixel_multiple
+        self.places = self.unit // backbone.downsample  # latent pixels of a unit
+        self.height, self.width = height_px // self.unit, width_px // self.unit
+        self._plan(max(SMALLEST, tile_px // self.unit))
+
+    def _plan(self, size: int) -> None:
+        self.size = size
+        self.plan = Plan.of(self.height, self.width, size, max(3, int(size * OVERLAP)), int(size * MARGIN))
+
+    def snap(self, t: Tensor) -> Tensor:
+        """As the backbone's."""
+        return self.backbone.snap(t)
+
+    def encode(self, frame: np.ndarray) -> Tensor:
+        """[H, W, 3] uint8 or uint16 -> latents [1, C, h, w] in host memory."""
+
+        def all_tiles() -> Tensor:
+            z = self._latents()
+            for tile in self.plan:
+                pixels = torch.from_numpy(self._pixels(frame, tile)).to(self.device).float()
+                x = (pixels / (np.iinfo(frame.dtype).max / 2) - 1).permute(2, 0, 1)[None]
+                self._add(z, tile, self.backbone.encode(x), self.places)
+            return z
+
+        return self._with_room(all_tiles)
+
+    def velocity(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
+        """As the backbone's, of latents in host memory."""
+        t, r = t_cur.to(self.device), t_tar.to(self.device)
+
+        def all_tiles() -> Tensor:
+            v = self._latents()
+            for tile in self.plan:
+                parts = (tile.of(z, self.places).to(self.device) for z in (z_t, z_lq))
+                z_tile, lq_tile = (part.contiguous() for part in parts)
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    v_tile = self.backbone.velocity(z_tile, t, lq_tile, r)
+                self._add(v, tile, v_tile, self.places)
+            return v
+
+        return self._with_room(all_tiles)
+
+    def decode(self, z: Tensor, out: np.ndarray) -> None:
+        """Latents in host memory -> `out` [H, W, 3] uint8 or uint16, a row of tiles at a time."""
+
+        def all_tiles() -> None:
+            tops = [*self.plan.rows.starts, self.height]
+            band = torch.zeros(3, self.plan.rows.size * self.unit, self.width * self.unit)
+            for tile in self.plan:
+                x = self.backbone.decode(tile.of(z, self.places).to(self.device).contiguous())[0]
+                inside = slice(tile.left * self.unit, (tile.left + tile.width) * self.unit)
+                band[:, :, inside] += x.float().cpu() * self.plan.weight(tile, self.unit)
+                self.on_tile()
+                if tile.column == len(self.plan.columns.starts) - 1:  # rows above the next tiles are complete
+                    done = (tops[tile.row + 1] - tile.top) * self.unit
+                    start = tile.top * self.unit
+                    out[start : start + done] = self._to_integers(band[:, :done], out.dtype)
+                    band = torch.cat((band[:, done:], torch.zeros_like(band[:, :done])), dim=1)
+
+        self._with_room(all_tiles)
+
+    def _latents(self) -> Tensor:
+        return torch.zeros(1, self.backbone.latent_channels, self.height * self.places, self.width * self.places)
+
+    def _pixels(self, frame: np.ndarray, tile: Tile) -> np.ndarray:
+        rows = slice(tile.top * self.unit, (tile.top + tile.height) * self.unit)
+        columns = slice(tile.left * self.unit, (tile.left + tile.width) * self.unit)
+        return np.ascontiguousarray(frame[rows, columns])
+
+    def _add(self, whole: Tensor, tile: Tile, part: Tensor, factor: int) -> None:
+        tile.of(whole, factor).add_(part.float().cpu() * self.plan.weight(tile, factor))
+        self.on_tile()
+
+    def _with_room(self, act: Callable[[], T]) -> T:
+        """`act`, and again with smaller tiles for as long as memory does not suffice."""
+        while True:
+            try:
+                return act()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                problem = " ".join(str(error).split())[:120]
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.size // 2 < SMALLEST:
+                raise MemoryError(
+                    f"not even a tile of {self.size * self.unit} px fits ({problem}): close other programs, or take a smaller dtype "
+                    "or model"
+                )
+            self._plan(min(self.size, max(self.height, self.width)) // 2)
+            self.say(f"out of memory: going on with tiles of {self.size * self.unit} px")
+
+    @staticmethod
+    def _to_integers(x: Tensor, dtype: np.dtype) -> np.ndarray:
+        most = np.iinfo(dtype).max
+        x = ((x.clamp(-1, 1) + 1) * (most / 2)).round()
+        return x.permute(1, 2, 0).to(torch.int32 if most > 255 else torch.uint8).numpy().astype(dtype, copy=False)
+
+
+@torch.no_grad()
+def bytes_of_unit(backbone: Backbone, device: torch.device) -> float:
+    """What one unit of a tile's area takes on the device, counted on a tile of PROBE units; linear in the area, attention being fused.
+
+    Infinite when not even that fits.
+    """
+    side = PROBE * backbone.pixel_multiple
+    try:
+        with Meter(device.type) as meter:
+            z = backbone.encode(torch.zeros(1, 3, side, side, device=device))
+            t, r = (backbone.snap(torch.full((1,), time, device=device)) for time in (1.0, 0.0))
+            backbone.decode(z - backbone.velocity(z, t, z, r))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return float("inf")
+    return meter.peak / PROBE**2
+
+
+def units_that_fit(unit_bytes: float, device: torch.device, kept_bytes: int) -> int:
+    """Units of a tile's side that free memory has room for, when `kept_bytes` of it are needed for other things; SMALLEST at least."""
+    room = max(0, free_memory(device) - kept_bytes) * USABLE
+    return max(SMALLEST, int((room / unit_bytes) ** 0.5))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is; the CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory"))

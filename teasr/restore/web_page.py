@@ -1,0 +1,92 @@
+"""`teasr demo`: a local page to try a model on: picture in, before and after under a slider, result to download. Nothing leaves the machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import cv2
+import gradio as gr
+import numpy as np
+
+from teasr.imaging import color, picture
+from teasr.restore.upscaler import Upscaler
+
+MOST_STEPS = 30
+SHOWN_PX = 2048  # longer side of what the slider shows; the download is whole
+PROGRESS = gr.Progress()  # gradio looks for one among the defaults
+FONTS = ["system-ui", "sans-serif"]  # gradio's own would be fetched from elsewhere
+
+
+def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
+    """The page of a model; results go to `folder`."""
+
+    def restore(path: str | None, steps: float, fidelity: float, color_fix: str, seed: float, progress=PROGRESS):
+        if path is None:
+            raise gr.Error("Choose a picture first.")
+        began, steps = time.monotonic(), int(steps)
+        try:
+            before = picture.read(Path(path))
+            after = upscaler(
+                before,
+                steps,
+                int(seed),
+                fidelity=fidelity if steps > 1 else 0.0,
+                color_fix=color_fix,
+                on_progress=lambda done, of: progress(done / of),
+            )
+        except (ValueError, OSError, MemoryError) as error:
+            raise gr.Error(str(error)) from None
+        place = (
+            Path(tempfile.mkdtemp(dir=folder))
+            / f"{Path(path).stem}_x{upscaler.scale}{picture.stored_suffix(Path(path))}"
+        )
+        picture.write(place, after)
+        height, width = after.rgb.shape[:2]
+        told = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {time.monotonic() - began:.1f} s"
+        return (_shown(before.rgb, width, height), _shown(after.rgb, width, height)), str(place), told
+
+    with gr.Blocks(title="TEASR") as page:
+        gr.Markdown("## TEASR\nOne step is fastest and most faithful, more steps draw more detail.")
+        with gr.Row():
+            with gr.Column(scale=1):
+                given = gr.Image(
+                    label="Picture", type="filepath", image_mode=None, height=260, sources=["upload", "clipboard"]
+                )
+                steps = gr.Slider(1, MOST_STEPS, value=1, step=1, label="Steps")
+                fidelity = gr.Slider(
+                    0, 1, value=0, step=0.05, label="Fidelity", info="takes back detail of several steps"
+                )
+                colors = gr.Radio(list(color.KINDS), value="none", label="Colours of the source")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                start = gr.Button("Restore", variant="primary", elem_id="restore")
+            with gr.Column(scale=3):
+                compared = gr.ImageSlider(
+                    label="Before and after", type="numpy", format="png", height=620, elem_id="compared"
+                )
+                told = gr.Textbox(label="Result", interactive=False, elem_id="told")
+                download = gr.DownloadButton("Download", elem_id="download")
+        start.click(restore, [given, steps, fidelity, colors, seed], [compared, download, told], concurrency_limit=1)
+    return page
+
+
+def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Show the page until Ctrl-C. OSError when the port is taken."""
+    with tempfile.TemporaryDirectory(prefix="teasr-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded and shown goes when the page does
+        page = build(upscaler, Path(folder))
+        theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
+        print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
+        page.launch(server_name=host, server_port=port, allowed_paths=[folder], theme=theme, quiet=True, share=False)
+
+
+def _shown(x: np.ndarray, width: int, height: int) -> np.ndarray:
+    """[H, W, 3] uint8 for the slider, both sides of one size."""
+    factor = min(1.0, SHOWN_PX / max(width, height))
+    x = (x >> 8).astype(np.uint8) if x.dtype == np.uint16 else x
+    return cv2.resize(x, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_CUBIC)

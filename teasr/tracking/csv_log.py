@@ -1,0 +1,84 @@
+"""CSV files of numbers by update: appended to without ever leaving half a row, and read from where the last look ended."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from teasr.util.files import write_atomic
+
+
+class CsvLog:
+    """Rows of numbers by update, appended and flushed; a new column rewrites the file, a resume drops later rows.
+
+    While the file cannot be written (a full disk) rows are kept in memory and come with the next one that can.
+    """
+
+    def __init__(self, path: Path, resume_from: int = 0):
+        """Keep the rows up to update `resume_from`; none where the run starts afresh."""
+        self.path = path
+        rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and resume_from else []
+        rows = [row for row in rows if row["update"] and int(row["update"]) <= resume_from]
+        self.columns = list(rows[0]) if rows else ["update"]
+        self._rewrite(rows)
+        self._waiting: list[dict] = []
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path, text.getvalue().encode())
+
+    def append(self, update: int, values: dict[str, float]) -> None:
+        """Add one row; whole numbers whole, others with 9 significant digits."""
+        self._waiting.append({"update": update} | {k: v if type(v) is int else f"{v:.9g}" for k, v in values.items()})
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"warning: {self.path} cannot be written ({error.strerror}): rows wait until it can", flush=True)
+            return
+        self._waiting = []
+
+    def _write(self) -> None:
+        new = dict.fromkeys(name for row in self._waiting for name in row if name not in self.columns)
+        if new:
+            rows = list(csv.DictReader(io.StringIO(self.path.read_text())))
+            columns, self.columns = self.columns, [*self.columns, *new]
+            try:
+                self._rewrite(rows)
+            except OSError:
+                self.columns = columns
+                raise
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(self._waiting)
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a") as file:
+                file.write(text.getvalue())
+        except OSError:
+            os.truncate(self.path, size)  # no half rows
+            raise
+
+
+class Tail:
+    """The rows that were added to a CSV file since the last look; all of them again when it got another column."""
+
+    def __init__(self, path: Path):
+        self.path, self.header, self.offset = path, b"", 0
+
+    def rows(self) -> list[dict[str, str]]:
+        """New complete rows. OSError when there is no such file."""
+        with open(self.path, "rb") as file:
+            header = file.readline()
+            if header != self.header:
+                self.header, self.offset = header, file.tell()
+            file.seek(self.offset)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self.offset += len(text)
+        columns = self.header.decode().strip().split(",")
+        return [dict(zip(columns, line.split(","), strict=True)) for line in text.decode().splitlines()]

@@ -1,0 +1,118 @@
+"""Results and models in MLflow: scores added to a run, exported models registered, results of other runs fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teasr.config.settings import TrackingConfig
+from teasr.tracking.mlflow_run import fail_fast, open_run, tracking_uri
+from teasr.util.files import sha256_of
+
+
+@contextlib.contextmanager
+def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> Iterator[tuple[Any, str, str]]:
+    """(client, uri, run id) of the run of a run folder, to put `what` into; ValueError naming the store when it does not take that."""
+    fail_fast()
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(run_dir, config)
+    try:
+        client = MlflowClient(uri)
+        yield client, uri, open_run(client, run_dir, uri, config, params)
+    except Exception as error:
+        raise ValueError(f"MLflow at {uri} did not take the {what} ({' '.join(str(error).split())[:300]})") from error
+
+
+def log_results(
+    run_dir: Path,
+    config: TrackingConfig,
+    params: dict,
+    metrics: dict[str, dict[int, float]],
+    files: list[Path],
+    folder: str | None = None,
+) -> str:
+    """Add results {name: {step: value}} and files (into `folder` of the artifacts) to the MLflow run of a run folder; returns "uri, run id".
+
+    CSV files become tables that MLflow shows and compares, too.
+
+    Raises ValueError naming the store when MLflow does not take them.
+    """
+    with _store(run_dir, config, params, "results") as (client, uri, run_id):
+        for name, values in metrics.items():
+            for step, value in values.items():
+                client.log_metric(run_id, name, value, step=step)
+        for path in files:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), f"{folder or ''}/{path.name}".strip("/"))
+                continue
+            client.log_artifact(run_id, str(path), folder)
+            if path.suffix == ".csv":
+                with open(path, newline="") as text:
+                    rows = list(csv.DictReader(text))
+                table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+                client.log_table(run_id, table, f"{folder or 'tables'}/{path.stem}.json")
+        client.set_terminated(run_id)
+    return f"{uri}, run {run_id}"
+
+
+def register_model(
+    run_dir: Path, config: TrackingConfig, params: dict, folder: Path, name: str, tags: dict[str, str]
+) -> str:
+    """Log an exported folder to the MLflow run of a run folder and make it a new version of the registered model `name`; returns "name, version n, uri".
+
+    Raises ValueError naming the store when MLflow does not take it.
+    """
+    with _store(run_dir, config, params, "model") as (client, uri, run_id):
+        from mlflow.exceptions import MlflowException
+
+        place = f"model/{_digest(folder)}"  # versions do not overwrite each other
+        client.log_artifacts(run_id, str(folder), place)
+        client.set_terminated(run_id)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+        version = client.create_model_version(name, source, run_id, tags=tags).version
+    return f"{name}, version {version}, {uri}"
+
+
+def _digest(folder: Path) -> str:
+    """Of names and contents."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+    return whole.hexdigest()[:12]
+
+
+def download_results(uri: str, experiment: str | None, place: Path) -> list[tuple[str, Path]]:
+    """What `log_results` put below `eval/` of the runs of an experiment: (run name, folder), newest run first. ValueError when there is none."""
+    fail_fast()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment) if experiment else None
+        if found is None:
+            names = ", ".join(e.name for e in client.search_experiments())
+            raise ValueError(f"MLflow at {uri} has no experiment {experiment}: {names}")
+        results = []
+        for run in client.search_runs([found.experiment_id]):
+            for entry in client.list_artifacts(run.info.run_id, "eval"):
+                if entry.is_dir:
+                    target = place / run.info.run_id
+                    target.mkdir(exist_ok=True)
+                    folder = client.download_artifacts(run.info.run_id, entry.path, str(target))
+                    results.append((run.info.run_name, Path(folder)))
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {uri} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not results:
+        raise ValueError(f"experiment {experiment} of {uri} holds no results of eval/benchmark.py")
+    return results

@@ -1,0 +1,246 @@
+"""The MLflow run that belongs to a run folder: its store, its identity there, and keeping it up to date while a training writes the folder.
+
+The files of the run folder are the truth and the queue at once: the mirror asks the store what it has and sends the rest. A store that is slow,
+away or restarted therefore costs the training nothing and loses nothing; `teasr sync-mlflow RUN` sends what is missing at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+from teasr.config.settings import TrackingConfig
+from teasr.config.strict_yaml import flatten
+from teasr.tracking.csv_log import Tail
+from teasr.tracking.environment import git_commit
+from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
+from teasr.util.files import write_atomic
+
+SEND_EVERY_S, RETRY_S = 2.0, 5.0
+BATCH = 1000  # metrics that MLflow takes at once
+
+
+class Sender(threading.Thread):
+    """Keeps the MLflow run of a training up to date; whatever MLflow does must not reach the training."""
+
+    def __init__(self, mirror: Mirror):
+        super().__init__(daemon=True, name="mlflow")
+        self.mirror, self.away, self.complete = mirror, False, False
+        self._ending, self._status = threading.Event(), "RUNNING"
+        self.start()
+
+    def run(self) -> None:
+        """Send, wait, send; after a failure from what the store says that it has."""
+        pause = 0.0
+        while True:
+            ending = self._ending.wait(pause)
+            pause = SEND_EVERY_S
+            try:
+                sent = self.mirror.send()
+                if self.away:
+                    self.away = False
+                    print(f"MLflow at {self.mirror.uri} is back, {sent} updates were sent", flush=True)
+                if ending:
+                    self.mirror.finish(self._status)
+                    self.complete = True
+            except Exception as error:
+                self.mirror.forget()
+                pause = RETRY_S
+                if not self.away:
+                    self.away = True
+                    reason = " ".join(str(error).split())[:300]
+                    print(
+                        f"MLflow at {self.mirror.uri} failed ({reason}): going on without it, metrics.csv has everything; what it "
+                        "misses is sent when it is back",
+                        flush=True,
+                    )
+            if ending:
+                return
+
+    def close(self, status: str, timeout_s: float = 60.0) -> None:
+        """Send what is left and set the status, for at most `timeout_s`; say what to do when that did not work."""
+        self._status = status
+        self._ending.set()
+        self.join(timeout_s)
+        if not self.complete:
+            print(
+                f"MLflow at {self.mirror.uri} lacks the end of this run: when it is back, `teasr sync-mlflow {self.mirror.run_dir}` "
+                "sends it",
+                flush=True,
+            )
+
+
+class Mirror:
+    """The MLflow run of a run folder. It needs nothing but the folder: what the store has already, the store itself says."""
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, resumed_from: int = 0):
+        fail_fast()
+        self.run_dir, self.config, self.resumed_from = run_dir, config, resumed_from
+        self.uri = tracking_uri(run_dir, config)
+        self.run_id: str | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Ask the store again at the next `send`."""
+        self.client, self.sent, self._files, self._previews = None, -1, {}, set()
+        self._metrics, self._timing = (Tail(self.run_dir / name) for name in (METRICS, TIMING))
+        self._waiting: dict[int, dict[str, str]] = {}  # rows of metrics.csv whose timing is not written yet
+
+    def send(self) -> int:
+        """Bring the store up to date; returns the updates sent. Raises whatever MLflow raises: `forget`, and try again."""
+        from mlflow.entities import Metric
+
+        if self.client is None:
+            self._connect()
+        rows = self._new_rows()
+        batch: list = []
+        for update, at, values in [*rows, (None, 0, {})]:
+            if batch and (update is None or len(batch) + len(values) > BATCH):
+                self.client.log_batch(self.run_id, metrics=batch)
+                self.sent, batch = batch[-1].step, []
+            batch += [Metric(key, value, at, update) for key, value in values.items()]
+        self._send_files()
+        return len(rows)
+
+    def finish(self, status: str) -> None:
+        """Set the run's status, as MLflow names it."""
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status=status)
+        else:
+            self.client.set_terminated(self.run_id, status)
+
+    def _connect(self) -> None:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri)
+        path = self.run_dir / PARAMS_FILE
+        params = json.loads(path.read_text()) if path.is_file() else {}
+        self.run_id = open_run(client, self.run_dir, self.uri, self.config, params, self.resumed_from)
+        # rows go in order and whole, so the newest tells
+        self.sent = max((m.step for m in client.get_metric_history(self.run_id, "update_s")), default=-1)
+        self._previews = {_step(f.path) for f in client.list_artifacts(self.run_id, "images")}
+        self.client = client
+
+    def _new_rows(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(update, milliseconds, values) of what both files hold and the store does not."""
+        timings = self._timing.rows()  # first: each of them is in the other file already
+        self._waiting |= {int(row["update"]): row for row in self._metrics.rows()}
+        rows = []
+        for timing in timings:
+            update = int(timing["update"])
+            row = self._waiting.get(update)
+            if row is not None and update > self.sent:
+                at = int(timing["unix_ms"])
+                both = {k: float(v) for k, v in (row | timing).items() if v and k not in ("update", "unix_ms")}
+                rows.append((update, at, both))
+        newest = int(timings[-1]["update"]) if timings else self.sent
+        self._waiting = {update: row for update, row in self._waiting.items() if update > newest}
+        return rows
+
+    def _send_files(self) -> None:
+        """Files that have changed, and previews that the store lacks."""
+        for name in FILES:
+            path = self.run_dir / name
+            state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            if state != self._files.get(name):
+                self.client.log_artifact(self.run_id, str(path))
+                self._files[name] = state
+        for path in sorted((self.run_dir / PREVIEWS).glob("update-*.png")):
+            update = int(path.stem.removeprefix("update-"))
+            if update not in self._previews:
+                self._send_preview(path, update)
+                self._previews.add(update)
+
+    def _send_preview(self, path: Path, update: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self.client.log_image(self.run_id, picture, key="preview", step=update, synchronous=True)
+
+
+def _step(artifact: str) -> int | None:
+    """The update of what `log_image` wrote: images/preview+step+100+timestamp+.."""
+    found = re.search(r"\+step\+(\d+)\+", artifact)
+    return int(found[1]) if found else None
+
+
+def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
+    """Send what MLflow lacks of a run folder; returns "uri, run id" and the number of updates sent.
+
+    Raises ValueError naming the store when it does not take them.
+    """
+    mirror = Mirror(run_dir, config)
+    try:
+        sent = mirror.send()
+        status = run_dir / STATUS_FILE
+        mirror.finish(status.read_text().strip() if status.is_file() else "KILLED")
+    except Exception as error:
+        raise ValueError(
+            f"MLflow at {mirror.uri} did not take the run ({' '.join(str(error).split())[:300]})"
+        ) from error
+    return f"{mirror.uri}, run {mirror.run_id}", sent
+
+
+def fail_fast() -> None:
+    """Make MLflow give up on a dead server at once; left alone it blocks every call for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
+    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent}/mlflow.db"
+
+
+def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resumed_from: int = 0) -> str:
+    """The MLflow run of a run folder: reopened if its id is on file and known to the store, else created."""
+    from mlflow.entities import Param
+
+    note = run_dir / RUN_FILE
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    run_id, has = known.get(uri), {}
+    if run_id is not None:
+        has = _params_of(client, run_id)
+        run_id = None if has is None else run_id
+    if run_id is None:
+        run_id, has = _create_run(client, run_dir, uri, config), {}
+        write_atomic(note, json.dumps(known | {uri: run_id}, indent=1).encode())
+    else:
+        client.update_run(run_id, status="RUNNING")
+        if resumed_from:
+            client.set_tag(run_id, "resumed_from_update", resumed_from)
+    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items() if key not in has]
+    for i in range(0, len(flat), 100):
+        client.log_batch(run_id, params=flat[i : i + 100])
+    return run_id
+
+
+def _params_of(client, run_id: str) -> dict | None:
+    """Parameters of a run, None when the store does not know it (it was cleared)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).data.params
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _create_run(client, run_dir: Path, uri: str, config: TrackingConfig) -> str:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        place = None
+        if uri.startswith("sqlite:"):
+            place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / config.experiment).as_uri()
+        experiment_id = client.create_experiment(
+            config.experiment, artifact_location=place, tags={"mlflow.experimentKind": "custom_model_development"}
+        )
+    else:
+        experiment_id = experiment.experiment_id
+    tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": "launch/train.py", "run_dir": str(run_dir)}
+    return client.create_run(experiment_id, run_name=config.run_name or run_dir.name, tags=tags).info.run_id

@@ -1,0 +1,61 @@
+"""A moving average of weights that may lie in pieces: each rank averages only the part it holds under ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from teasr.util.distributed import World
+
+
+def local(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The storage that this rank holds of a parameter: its ZeRO-3 partition, or all of it."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+class Ema:
+    """Exponential moving average of the trained parameters, each rank averaging only the part it holds."""
+
+    def __init__(self, net: torch.nn.Module, decay: float, world: World, device: torch.device | None = None):
+        """`device`: where the average lies; by default where the weights do."""
+        self.decay, self.world = decay, world
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.shadow = {
+            name: local(p).detach().to(device, torch.float32, copy=True) for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, update: int) -> None:
+        """Average in the weights after `update` (0-based); young averages forget faster, (1 + n) / (10 + n)."""
+        decay = min(self.decay, (1 + update) / (10 + update))
+        for name, parameter in self.parameters.items():
+            shadow = self.shadow[name]
+            shadow.lerp_(local(parameter).to(shadow), 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the networks hold the average."""
+        kept = {name: local(p).clone() for name, p in self.parameters.items()}
+        self._take(self.shadow)
+        try:
+            yield
+        finally:
+            self._take(kept)
+
+    def _take(self, values: dict[str, torch.Tensor]) -> None:
+        """Into the networks; whole copies that ZeRO-3 keeps of small parameters go, or they would be used instead."""
+        whole = [p for p in self.parameters.values() if hasattr(p, "ds_status") and p.ds_status.name == "AVAILABLE"]
+        if whole:
+            whole[0].partition(whole, has_been_updated=False)
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(values[name])
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take this rank's part of whole tensors."""
+        for name, shadow in self.shadow.items():
+            whole, n = state[name].flatten().float(), shadow.numel()
+            if whole.numel() != n:  # a ZeRO-3 partition: the flat tensor cut evenly, the last part padded
+                whole = whole[self.world.rank * n : (self.world.rank + 1) * n]
+            shadow.flatten()[: whole.numel()].copy_(whole)

@@ -1,0 +1,193 @@
+"""Networks in DeepSpeed: sharding, one optimiser step of several backward passes, and the optimiser's state in a form of our own.
+
+The only file that imports deepspeed. State goes out and comes in as whole tensors by parameter name, so that a checkpoint fits any ZeRO
+stage, offload and number of ranks, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teasr.backbones.base import Backbone
+from teasr.config.settings import TrainConfig
+from teasr.util.distributed import World
+
+RUN_OWNS = (  # keys that the run config decides; a second value in a ds_configs file is an error
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
+    "scheduler", "fp16", "bf16", "torch_autocast",
+)  # fmt: skip
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def start_ranks(train: TrainConfig, world: World) -> None:
+    """Bring up torch.distributed the way DeepSpeed wants it, quietly, and set the threads of a CPU rank."""
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {world.rank} has no GPU: {torch.cuda.device_count()} are visible on {socket.gethostname()}, start no more ranks"
+            )
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // world.size))
+        # Its shared-memory all-reduce is compiled at start, which needs a compiler and a minute; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
+            "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
+        ) from None
+
+
+def engine_settings(train: TrainConfig, world_size: int) -> dict:
+    """DeepSpeed's config: sharding from the file that `train.deepspeed` names, all else from the run. ValueError on both."""
+    path = Path(train.deepspeed)
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"train.deepspeed = {path} cannot be read ({error}): name a file such as ds_configs/zero3.json"
+        ) from None
+    twice = [key for key in RUN_OWNS if key in settings]
+    if twice:
+        raise ValueError(f"{path} sets {twice[0]}, which the run config decides: remove it there")
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"{path} has zero_optimization.stage = {stage}: it must be 1, 2 or 3 (1 costs nothing on one GPU)"
+        )
+    return settings | {
+        "train_batch_size": train.batch // train.accumulation(world_size),
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,  # the trainer accumulates by itself, term by term
+        "gradient_clipping": train.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if train.dtype == "bf16" else {}),
+    }
+
+
+def check_nvme(settings: dict, world: World) -> None:
+    """ValueError when the settings want weights or optimiser on an NVMe disk and this machine cannot."""
+    zero = settings["zero_optimization"]
+    wanted = [
+        zero[part] for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device") == "nvme"
+    ]
+    if not wanted:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    for part in wanted:
+        if not Path(part.get("nvme_path", "")).is_dir():
+            raise ValueError(
+                f"nvme_path = {part.get('nvme_path')} is no folder: copy the file that train.deepspeed names and set it to one on "
+                "an NVMe disk of this node"
+            )
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError("offload to NVMe needs libaio and its headers: apt install libaio-dev")
+    if world.size == 1 and world.device.type == "cpu":  # measured: gradients 9 % too short; two ranks are right
+        raise ValueError(
+            "on one CPU rank DeepSpeed's weights share their memory with its NVMe buffers and gradients come out wrong: take a GPU, "
+            "two ranks, or ds_configs/zero3_offload.json"
+        )
+
+
+def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
+    """A DeepSpeed engine around the network, on the rank's device; it takes the place of `backbone.net`."""
+    import deepspeed
+
+    backbone.to(world.device, each=_cutter(settings))
+    parameters = [p for p in backbone.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
+        fused=torch.cuda.is_available() and "offload_optimizer" not in settings["zero_optimization"],
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=backbone.net, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    backbone.net = engine
+    return engine
+
+
+def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
+    """Under ZeRO-3: spreads each part of a network over the ranks (or into host memory) as it comes, so that none holds it whole."""
+    if settings["zero_optimization"]["stage"] < 3:
+        return lambda part: None
+    import deepspeed
+
+    return lambda part: deepspeed.zero.Init(part, config_dict_or_path=settings, mem_efficient_linear=False)
+
+
+def gather(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """What the backbone wants exported, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
+    import deepspeed
+
+    net, state = backbone.net.module, {}
+    main = World.from_environment().main
+    for name, parameter in net.named_parameters():
+        if backbone.exports(name, parameter):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if main:
+                    state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def optimiser_state(engine, world: World) -> dict[str, Tensor]:
+    """AdamW's moments of every trained parameter, whole and on the CPU, as "name|moment"; every rank must call it, rank 0 gets them."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = {}
+    for name, parameter in _trained(engine):
+        for moment in MOMENTS:
+            whole = safe_get_full_optimizer_state(parameter, moment)
+            if world.main:
+                state[f"{name}|{moment}"] = whole.detach().cpu().view(_shape(parameter)).clone()
+    return state
+
+
+def load_optimiser_state(engine, state: dict[str, Tensor], steps: int, world: World) -> None:
+    """Take back what `optimiser_state` gave after so many steps, under whatever stage and number of ranks this is."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    zero = engine.optimizer
+    sharded = engine.zero_optimization_stage() == 3
+    for flat in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
+        fused = zero.optimizer.param_groups[0]["fused"]
+        step = torch.tensor(float(steps), device=flat.device if fused else "cpu")
+        zero.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+    if not sharded:
+        zero._lazy_init_hp_params_optimizer_state()  # links each parameter with its part of the flat moments
+    for name, parameter in _trained(engine):
+        for moment in MOMENTS:
+            whole = state[f"{name}|{moment}"].to(world.device)
+            if sharded:
+                n = parameter.ds_tensor.numel()
+                part = torch.zeros(n, device=world.device)
+                mine = whole.flatten()[world.rank * n : (world.rank + 1) * n]
+                part[: mine.numel()] = mine
+                safe_set_local_optimizer_state(parameter, part, moment)
+            else:
+                safe_set_full_optimizer_state(parameter, whole, moment)
+
+
+def _trained(engine) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,178 @@
+"""What one update costs in memory and FLOPs, counted before anything is bought or rented: `launch/train.py --dry-run`.
+
+The backbone is built on the meta device, where tensors have sizes and no memory, and the method's terms run on it forwards and backwards. Every
+tensor that would come into being is counted while it lives, attention as the fused kernels of a GPU keep it. Only two numbers are
+not counted: what DeepSpeed holds for each trained parameter (its rules are below) and an allowance for CUDA itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from teasr.backbones.base import Backbone
+from teasr.data.batch import Batch
+from teasr.methods.base import Method, Progress
+from teasr.run_config import Recipe
+from teasr.util.meter import Meter
+from teasr.util.randomness import Draws
+
+GIB = 2**30
+CUDA_BYTES = int(1.5 * GIB)  # context, cuBLAS and NCCL workspaces, fragmentation: assumed
+HOST = "host: "  # before the name of a group of tensors that stays in host memory
+FLASH_HEAD_MAX = 256  # widest head of the flash kernels; wider ones go to the memory-efficient ones
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
+    """Through the operators that a GPU would take: on the meta device PyTorch itself forms the products of all pairs."""
+    if attn_mask is not None:
+        raise ValueError("attention with a mask has no fused kernel to count")
+    if query.shape[-1] <= FLASH_HEAD_MAX:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    graph = query.requires_grad
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, graph, dropout_p, is_causal)[
+        0
+    ]
+
+
+@dataclass
+class Footprint:
+    """Counts of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by term.
+
+    `parameters` are those of the model as it comes, before tables and quantisation.
+    """
+
+    size_px: int
+    parameters: dict[str, int] = field(default_factory=dict)
+    gpu: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)  # all micro-batches of the update
+    peaks: dict[str, int] = field(default_factory=dict)  # activations and temporary tensors at most, beside all else
+
+    @property
+    def gpu_total(self) -> int:
+        """Bytes on the GPU at the worst moment of an update."""
+        return sum(self.gpu.values())
+
+
+def count(recipe: Recipe, settings: dict, size_px: int, ranks: int = 1) -> Footprint:
+    """Count one update of a recipe on pictures of size_px; `settings`: DeepSpeed's config. ValueError for a wrong size."""
+    recipe, meta, zero = recipe.weightless(), torch.device("meta"), settings["zero_optimization"]
+    accumulation = recipe.train.accumulation(ranks)
+    if recipe.train.dtype == "bf16":
+        raise ValueError("autocast (train.dtype = bf16) cannot be counted on the meta device: add train.dtype=fp32")
+    method = recipe.build_method()
+    method.check(accumulation)
+    method.to(meta)
+    networks = {name: recipe.build_backbone() for name in method.networks}
+    result, trained = Footprint(size_px), 0
+    for name, network in networks.items():
+        if name in method.frozen:
+            network.net.requires_grad_(False)
+        for group, tensors in network.memory_groups().items():
+            _put(result.parameters, group, sum(x.numel() for x in tensors))
+        network.to(meta)
+        network.check_size(size_px, size_px)
+        _add_frozen(result, network, zero, ranks)
+        trained += sum(p.numel() for p in network.net.parameters() if p.requires_grad)
+    result.parameters["trained"] = trained
+    for group, tensors in method.memory_groups().items():
+        _put(result.gpu, group, sum(x.nbytes for x in tensors))
+    _add_trained(result, trained, zero, ranks, recipe.train.ema is not None)
+    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * (len(networks) - len(method.frozen))
+    if zero["stage"] == 3:
+        _put(result.gpu, "reduction bucket", bucket)
+    _run(result, recipe, method, networks, accumulation)
+    # when no graph is alive: the flat copy of the gradients that the optimiser takes, and ZeRO-1 and 2's bucket
+    step = trained * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    result.gpu["activations or optimiser step, the larger"] = max(step, *result.peaks.values())
+    result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
+    return result
+
+
+def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) -> None:
+    """Frozen tensors of a network; ZeRO-3 spreads its parameters, and no buffers."""
+    spread = {p.untyped_storage()._cdata for p in network.net.parameters()} if zero["stage"] == 3 else set()
+    for group, tensors in network.memory_groups().items():
+        for x in tensors:
+            shared = x.untyped_storage()._cdata in spread
+            away = group.startswith(HOST) or (shared and _offloads(zero, "param"))
+            _put(result.host if away else result.gpu, group, x.nbytes // (ranks if shared else 1))
+    if spread:
+        live = int(zero.get("stage3_max_live_parameters", 1_000_000_000))
+        parameters = list(network.net.parameters())
+        gathered = min(live, sum(p.numel() for p in parameters)) * parameters[0].element_size()
+        _put(result.gpu, "weights gathered by ZeRO-3", gathered)
+
+
+def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, ema: bool) -> None:
+    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments."""
+    share = trained * 4 // ranks
+    weights = share if zero["stage"] == 3 else trained * 4
+    weights_at = result.host if _offloads(zero, "param") else result.gpu
+    states_at = result.host if _offloads(zero, "optimizer") else result.gpu
+    _put(weights_at, "trained weights", weights)
+    _put(result.gpu, "their gradients", trained * 4)  # whole until all terms are through (coalesce_grad_reduction)
+    # a partition of the gradients stays allocated under ZeRO-3 and beside offloaded states
+    copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
+    _put(states_at, "their fp32 copy and Adam's moments", share * copies)
+    if ema:
+        away = _offloads(zero, "param") or _offloads(zero, "optimizer")
+        _put(result.host if away else result.gpu, "their moving average", weights)
+
+
+def _offloads(zero: dict, what: str) -> bool:
+    return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+
+
+def _put(place: dict[str, int], item: str, n: int) -> None:
+    if n:
+        item = item.removeprefix(HOST)
+        place[item] = place.get(item, 0) + n
+
+
+def _run(result: Footprint, recipe: Recipe, method: Method, networks: dict[str, Backbone], accumulation: int) -> None:
+    """The terms of an update, forwards and backwards on the meta device, each with its FLOPs and its peak."""
+    micros = method.cycle
+    b, n = recipe.train.micro_batch, result.size_px
+    picture = torch.empty(b, 3, n, n, device="meta")
+    meter = Meter("meta")
+    for network in networks.values():
+        for p in network.net.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        meter.ignore(*network.net.parameters(), *(p.grad for p in network.net.parameters() if p.grad is not None))
+    for holder in (*networks.values(), method):
+        meter.ignore(*(x for tensors in holder.memory_groups().values() for x in tensors))
+    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), meter:
+        for micro in range(micros):
+            batch = Batch(picture, picture, [""] * b)
+            draws = Draws(recipe.seed, 0, tuple(range(b)), "meta")
+            progress = Progress(recipe.train.updates - 1, recipe.train.updates, micro, micros)
+            for term in method.terms(networks, batch, draws, progress):
+                term.loss.backward()
+                name = term.name
+                del term
+                result.flops[name] = result.flops.get(name, 0) + meter.flops * accumulation // micros
+                result.peaks[name] = max(result.peaks.get(name, 0), meter.peak)
+                meter.flops, meter.peak = 0, meter.now()
+
+
+def table(result: Footprint) -> str:
+    """The counts as text."""
+    lines = [
+        f"one update on pictures of {result.size_px} px, counted on the meta device: a prediction, nothing was run",
+        "",
+    ]
+    lines += ["parameters"] + [f"  {name:44s}{n / 1e6:12,.1f} M" for name, n in result.parameters.items()]
+    for title, items in (("memory of one GPU", result.gpu), ("host memory of one rank", result.host)):
+        if items:
+            lines += ["", title] + [f"  {name:44s}{n / GIB:12.2f} GiB" for name, n in items.items()]
+            lines.append(f"  {'together':44s}{sum(items.values()) / GIB:12.2f} GiB")
+    lines += ["", f"{'term':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
+    for name, n in result.flops.items():
+        lines.append(f"  {name:44s}{n / 1e12:14,.1f} TFLOP{result.peaks[name] / GIB:12.2f} GiB")
+    lines.append(f"  {'together':44s}{sum(result.flops.values()) / 1e12:14,.1f} TFLOP")
+    return "\n".join(lines)

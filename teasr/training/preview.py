@@ -1,0 +1,84 @@
+"""A fixed handful of pictures, restored now and then during a run: one sheet a time, and scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from teasr.backbones.base import Backbone
+from teasr.config.settings import PreviewConfig
+from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
+from teasr.imaging import images
+from teasr.imaging.exact_metrics import psnr, ssim
+from teasr.methods.sampler import restore
+from teasr.util.seed import seed_of
+
+SCORES = {"psnr_y": psnr, "ssim_y": ssim}
+
+
+class Preview:
+    """The pictures and how they are restored. Every rank restores all of them: a network in pieces needs all ranks at once."""
+
+    def __init__(self, config: PreviewConfig, training: ShardSet, seed: int):
+        """Reads the pictures, spread over the shards. ValueError when there are none to read."""
+        shards = ShardSet.open(config.shards) if config.shards else training
+        self.config, self.seed, self.samples = config, seed, _spread(shards, config.pictures)
+        if len({sample.hq.shape for sample in self.samples}) > 1:
+            raise ValueError(
+                f"a preview needs pictures of one size, {shards.location} has several: cut them with crop_px"
+            )
+        self.score = (
+            f"preview/psnr_y_{config.steps[0]}" if config.shards else None
+        )  # what the best checkpoint has most of
+
+    @classmethod
+    def of(cls, config: PreviewConfig, save_every: int, training: ShardSet, seed: int) -> Preview | None:
+        """None where no previews are wanted. ValueError when previews and checkpoints would not meet."""
+        every = config.every_updates
+        if every == 0:
+            return None
+        if every and max(save_every, every) % min(save_every, every):
+            raise ValueError(
+                f"preview.every_updates = {every} and train.save_every_updates = {save_every}: one must be a multiple of the other, "
+                "for checkpoints to have scores"
+            )
+        return cls(config, training, seed)
+
+    def due(self, update: int, saves: bool) -> bool:
+        """Whether this update ends with a preview; `saves`: and with a checkpoint."""
+        every = self.config.every_updates
+        return saves if every is None else update % every == 0
+
+    def make(self, backbone: Backbone, device: torch.device) -> tuple[bytes, dict[str, float]]:
+        """A PNG (LQ | restored in every number of steps | HQ, a picture a row) and mean scores by metric and steps."""
+        rows, sums = [], {}
+        for sample in self.samples:
+            x_lq = images.to_tensor(sample.lq_up)[None].to(device)
+            row = [sample.lq_up]
+            for steps in self.config.steps:
+                made = images.to_uint8(restore(backbone, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0])
+                row.append(made)
+                for name, metric in SCORES.items():
+                    sums.setdefault(f"preview/{name}_{steps}", []).append(metric(made, sample.hq))
+            rows.append([*row, sample.hq])
+        titles = ["LQ (bicubic)", *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps), "HQ"]
+        sheet = images.png_bytes(images.comparison(rows, titles))
+        return sheet, {name: float(np.mean(values)) for name, values in sums.items()}
+
+
+def _spread(shards: ShardSet, pictures: int) -> list[Sample]:
+    """So many samples of the set, as far apart as it allows; broken ones are stood in for."""
+    pictures, problem = min(pictures, len(shards)), None
+    places = [round(i * (len(shards) - 1) / max(1, pictures - 1)) for i in range(pictures)]
+    samples, first = [], 0
+    for url, count in zip(shards.urls, shards.counts, strict=True):
+        inside = [place - first for place in places if first <= place < first + count]
+        first += count
+        try:
+            raw = read_shard(url) if inside else []
+            samples += [decode_near(raw, min(place, len(raw) - 1), url) for place in inside]
+        except ValueError as error:
+            problem = error
+    if not samples:
+        raise problem
+    return samples

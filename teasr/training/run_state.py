@@ -1,0 +1,147 @@
+"""What a run is after an update, as a checkpoint: weights, AdamW's moments, average, fixed parts; saved, found again, taken back.
+
+No generator states and no data positions: both are functions of the update. Every rank goes through every method, rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from teasr.backbones.base import Backbone
+from teasr.config.strict_yaml import diff
+from teasr.run_config import Recipe, load
+from teasr.tracking.environment import git_commit
+from teasr.training import checkpoint
+from teasr.training.ema import Ema
+from teasr.training.engine import gather, load_optimiser_state, optimiser_state
+from teasr.util import checkpoint_folder
+from teasr.util.distributed import World
+
+MAY_CHANGE = (  # without a word of consent: what does not change the numbers, and the length of the run
+    "run_dir", "data.shards", "data.workers", "preview.", "tracking.", "train.cpu_threads", "train.deepspeed",
+    "train.keep_checkpoints", "train.max_hours", "train.max_skipped", "train.micro_batch", "train.on_full_disk",
+    "train.save_every_updates", "train.updates",
+)  # fmt: skip
+
+
+class RunState:
+    """The position of a run (`update`, optimiser `steps`) and its checkpoints."""
+
+    def __init__(self, recipe: Recipe, world: World, networks: dict[str, Backbone], say: Callable[[str], None]):
+        """The first of `networks` is the student; they are not engines yet."""
+        self.recipe, self.world, self.networks, self.say = recipe, world, networks, say
+        self.root = Path(recipe.run_dir) / "checkpoints"
+        self.found: Path | None = None
+        self.update = self.steps = self.saved = 0  # saved: the update of the newest checkpoint
+        self.student = next(iter(networks.values()))
+        self.bytes = self._bytes()
+
+    @property
+    def newest(self) -> Path:
+        """The newest checkpoint's folder."""
+        return self.root / checkpoint_folder.name_of(self.saved)
+
+    def find(self, accept_changes: bool) -> None:
+        """Look for the newest complete checkpoint and say what was found. ValueError when it is of another config."""
+        self.found = self.world.from_main(checkpoint_folder.latest(self.root) if self.world.main else None)
+        if self.found is None:
+            return
+        try:
+            state = json.loads((self.found / "state.json").read_text())
+            self.update, self.steps = state["update"], state["steps"]
+        except KeyError as error:
+            raise ValueError(
+                f"{self.found} was written by an older version of teasr (no {error}): choose another run_dir"
+            ) from None
+        changes = diff(load(self.found / "config.yaml").to_dict(), self.recipe.to_dict())
+        fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
+        if fatal and not accept_changes:
+            raise ValueError(
+                f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): take these back, choose another run_dir, or "
+                "go on with them by --accept-changes"
+            )
+        self.saved = self.update
+        self.say(f"resuming from {self.found} at update {self.update}")
+        if state["world_size"] != self.world.size:
+            self.say(f"  ranks: {state['world_size']} -> {self.world.size}")
+        for line in changes:
+            self.say(f"  changed: {line}")
+
+    def load_weights(self) -> None:
+        """Weights and fixed parts of the found checkpoint, before the networks become engines."""
+        if self.found is None:
+            return
+        fixed = load_file(self.found / "fixed.safetensors")
+        for name, network in self.networks.items():
+            network.load_fixed_state(fixed)
+            network.load_weights(load_file(self.found / self._file("weights", name)))
+
+    def load_rest(self, engines: dict, ema: Ema | None) -> None:
+        """Optimisers and average of the found checkpoint; from now on `save` can be called."""
+        self.engines, self.ema = engines, ema
+        if self.found is None:
+            return
+        for name, engine in engines.items():
+            load_optimiser_state(engine, load_file(self.found / self._file("optimiser", name)), self.steps, self.world)
+        average = self.found / "ema.safetensors"
+        if ema and average.is_file():  # without one (train.ema was null) it starts at the weights
+            ema.load(load_file(average))
+
+    def save(self, score: float | None = None) -> None:
+        """Write checkpoints/step-XXXXXXXX, safetensors, JSON and YAML throughout.
+
+        score: of the preview at this update; the checkpoint with the highest is kept beside the newest.
+        OSError, or with train.on_full_disk = continue a warning, when it cannot be written; older checkpoints stay.
+        """
+        if not self.steps:
+            return  # nothing has been learnt
+        writer = checkpoint.Writer(self.root, self.update, self.bytes) if self.world.main else None
+        for name, tensors in self._tensors():
+            if writer:
+                writer.tensors(name, tensors)
+        if writer:
+            state = {"update": self.update, "steps": self.steps, "world_size": self.world.size, "commit": git_commit()}
+            writer.text("state.json", json.dumps(state | ({} if score is None else {"score": score}), indent=1))
+            writer.text("config.yaml", self.recipe.to_yaml())
+            writer.commit(self.recipe.train.keep_checkpoints)
+        problem = self.world.from_main(writer.problem if writer else None)
+        if problem is None:
+            self.saved = self.update
+            return
+        message = (
+            f"checkpoint {self.root / checkpoint_folder.name_of(self.update)} cannot be written ({problem}); "
+            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, lower "
+            "train.keep_checkpoints, or choose a run_dir on another disk"
+        )
+        if self.recipe.train.on_full_disk == "stop":
+            raise OSError(message)
+        self.say(f"warning: {message}")
+
+    def _file(self, kind: str, network: str) -> str:
+        """Name of a file of a checkpoint; the student's have no name of their own, for those who only want to use it."""
+        return f"{kind}.safetensors" if self.networks[network] is self.student else f"{kind}-{network}.safetensors"
+
+    def _tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The safetensors files of a checkpoint, one at a time; rank 0 gets the tensors."""
+        for name, network in self.networks.items():
+            yield self._file("weights", name), gather(network)
+            yield self._file("optimiser", name), optimiser_state(self.engines[name], self.world)
+        if self.ema:
+            with self.ema.swapped():
+                averaged = gather(self.student)
+            yield "ema.safetensors", averaged
+        yield "fixed.safetensors", self.student.fixed_state()
+
+    def _bytes(self) -> int:
+        """About what a checkpoint takes."""
+        total = 0
+        for network in self.networks.values():
+            for name, p in network.net.named_parameters():
+                copies = 1 + (self.recipe.train.ema is not None and network is self.student)
+                total += p.numel() * (p.element_size() * copies * network.exports(name, p) + 8 * p.requires_grad)
+        return total

@@ -1,0 +1,58 @@
+"""losses.py: rectification and its analytic gradient, LPIPS weights, the checkerboard detector."""
+
+import pytest
+import torch
+
+from teasr.diffusion import losses
+
+
+def test_rectification_gradient_is_that_of_the_squared_loss():
+    g = torch.Generator().manual_seed(0)
+    v, difference = torch.randn(2, 3, 4, 5, 5, generator=g, dtype=torch.float64).unbind(0)
+    w = torch.rand(3, generator=g, dtype=torch.float64) * 5
+    v.requires_grad_()
+    losses.rectification(v, difference, w).backward()
+    assert torch.allclose(v.grad, losses.rectification_gradient(difference, w), atol=1e-12)
+
+
+def test_an_unsquared_norm_would_make_the_weight_a_no_op():
+    """Why eq. 11 is implemented squared: the gradient of an un-squared norm is the same for two different w."""
+    g = torch.Generator().manual_seed(0)
+    difference = torch.randn(1, 4, 5, 5, generator=g)
+    grads = []
+    for w in (0.5, 8.0):
+        v = torch.zeros_like(difference, requires_grad=True)
+        (v - (v - w * difference).detach()).norm().backward()
+        grads.append(v.grad)
+    assert torch.allclose(*grads, atol=1e-6)
+    squared = [losses.rectification_gradient(difference, torch.tensor([w])) for w in (0.5, 8.0)]
+    assert torch.allclose(squared[0] * 16, squared[1])
+
+
+def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*checkpoints.*lambda_lpips=0"):
+        losses.load_lpips("vgg")
+
+
+def test_lpips_with_a_random_backbone_has_a_gradient():
+    """The real class end to end, less the downloaded weights."""
+    lpips = losses.load_lpips("alex", weights=False)
+    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x_hat = (x * 0.5).requires_grad_()
+    loss = lpips(x_hat, x).mean()
+    loss.backward()
+    assert loss > 0 and x_hat.grad.abs().sum() > 0
+    assert lpips(x, x).mean() == 0
+
+
+def test_checkerboard_energy_finds_its_period():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, 128, 128, generator=g)
+    tile = torch.randn(1, 3, 8, 8, generator=g).repeat(1, 1, 16, 16)
+    assert losses.checkerboard_energy(noise, 8) < 0.01
+    assert losses.checkerboard_energy(tile, 8) > 0.9
+    assert losses.checkerboard_energy(tile, 7) < 0.1
+    weak, strong = (losses.checkerboard_energy(noise + a * tile, 8) for a in (0.2, 1.0))
+    assert weak < strong

@@ -1,0 +1,87 @@
+"""eval/ablate.py: the rows are trained and scored once, and what is told of them follows from the numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, small_recipe
+
+from teasr.util.distributed import free_port
+
+
+@pytest.fixture(scope="module")
+def ablate():
+    sys.path.insert(0, str(ROOT / "eval"))
+    try:
+        import ablate
+    finally:
+        sys.path.remove(str(ROOT / "eval"))
+    return ablate
+
+
+def test_rows_are_trained_and_scored_once(shards, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(small_recipe(shards, tmp_path / "unused", "zero1", train__updates=2)))
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [
+        sys.executable,
+        str(ROOT / "eval/ablate.py"),
+        "--config",
+        str(config),
+        "--data",
+        str(shards),
+        "--seeds",
+        "3",
+    ]
+    command += [
+        "--steps",
+        "1",
+        "--launcher",
+        f"deepspeed --num_gpus 1 --master_port {free_port()}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for round_ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert done.stdout.count("already trained") == done.stdout.count("already evaluated") == 3 * round_
+    runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in (tmp_path / "out").iterdir() if p.is_dir()}
+    assert {name: (r["backbone"]["decoupled_timestep"], r["method"]["time_aware"], r["seed"]) for name, r in runs.items()} == {
+        "fused_timesteps-seed3": (False, False, 3), "plus_DTC-seed3": (True, False, 3), "plus_DTC_plus_TAR-seed3": (True, True, 3),
+    }  # fmt: skip
+    told = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert list(told["rows"]) == ["fused timesteps", "+ DTC", "+ DTC + TAR"] and len(told["comparisons"]) == 2
+    assert "| + DTC + TAR | 1 step |" in (tmp_path / "out/ablation.md").read_text()
+    assert "| + DTC + TAR | 0 | " in (tmp_path / "out/ablation.md").read_text(), "no update was skipped"
+    bad = subprocess.run([*command, "train.updatez=3"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert bad.returncode == 2 and "updatez" in bad.stderr
+
+
+def test_steadiness_is_read_from_the_log(ablate, tmp_path):
+    rows = [f"{i},{'' if i < 15 else 0.5},{int(i == 3)},{9 if i == 0 else 4 if i == 12 else 2}" for i in range(20)]
+    (tmp_path / "metrics.csv").write_text("update,rectify_to_data,skipped,grad_norm\n" + "\n".join(rows))
+    told = ablate.steadiness(tmp_path / "metrics.csv")
+    assert told == {"skipped": 1, "grad_norm": 2, "rectify_to_data": 0.5, "checkerboard": None}
+
+
+def test_comparisons_say_what_the_seeds_say(ablate):
+    def row(psnr, niqe):
+        return {
+            "1 step": {"psnr": {"values": psnr}, "niqe": {"values": niqe}},
+            "bicubic": {"psnr": {"values": [1, 1, 1]}},
+        }
+
+    rows = {"a": row([20.0, 21.0, 22.0], [5.0, 5.0, 5.0]), "b": row([20.5, 21.4, 22.6], [5.5, 4.9, 5.1])}
+    found = ablate.compare(rows, "a", "b")
+    assert list(found["gains"]) == ["1 step"]
+    psnr, niqe = found["gains"]["1 step"]["psnr"], found["gains"]["1 step"]["niqe"]
+    assert psnr["gain"] == pytest.approx(0.5) and psnr["deviation"] == pytest.approx(0.1) and psnr["seeds_for"] == 3
+    assert niqe["gain"] == pytest.approx(-1 / 6) and niqe["seeds_for"] == 1  # lower is better
+    assert (
+        "In 1 of 2 figures every seed finds b better, in 0 every seed finds it worse, in 1 the seeds disagree."
+        in ablate.verdict(found)
+    )

@@ -1,0 +1,105 @@
+"""eval/report.py: tables beside published numbers, curves, and a page that a real browser shows without asking anyone."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_evaluation import benchmark, folders  # noqa: F401 - a fixture
+from test_page import browser  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def results(untrained, folders, tmp_path_factory):  # noqa: F811
+    """An evaluation in a folder and in MLflow."""
+    root = tmp_path_factory.mktemp("report")
+    run = shutil.copytree(untrained, root / "mine")
+    recipe = yaml.safe_load((run / "checkpoints/step-00000001/config.yaml").read_text())
+    recipe["tracking"] = {"mlflow": True, "experiment": "some", "uri": f"sqlite:///{root}/mlflow.db"}
+    path = run / "checkpoints/step-00000001"
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    import hashlib
+
+    text = (path / "config.yaml").read_bytes()
+    manifest["config.yaml"] = [len(text), hashlib.sha256(text).hexdigest()]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    code, out, err = benchmark(run, "--data", f"{folders / 'lq'}:{folders / 'hq'}", "--steps", 1, 2, 4)
+    assert code == 0 and "logged to" in out, err
+    return root, run / "eval/hq"
+
+
+def report(*arguments):
+    command = [sys.executable, str(ROOT / "eval/report.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_rows_deltas_notes_and_skipped_metrics(results, tmp_path):
+    _, folder = results
+    scores = json.loads((folder / "scores.json").read_text())
+    ours = scores["methods"]["1 step"]
+    (tmp_path / "published.yaml").write_text(
+        "- {source: some paper, protocol: osediff, hq: {Them: {psnr: 30.0, ssim: 0.9, lpips: 0.1}}}\n"
+        "- {source: another, protocol: crop4, hq: {Not these: {psnr: 1.0}}}\n"
+    )
+    code, out, err = report(folder, "--published", tmp_path / "published.yaml", "--out", tmp_path / "out")
+    assert code == 0 and "report.html" in out, err
+    text = (tmp_path / "out/report.md").read_text()
+    assert f"| mine, 1 step | {ours['psnr']['mean']:.2f} | {ours['ssim']['mean']:.4f} |" in text
+    assert f"| Them * | 30.00 ({ours['psnr']['mean'] - 30:+.2f}) | 0.9000 (" in text and "Not these" not in text
+    assert "\\* some paper." in text and "LPIPS skipped: put" in text and "commit" in text
+    assert f"mine, 1 step - bicubic: {ours['psnr']['gain_mean']:+.3f} PSNR" in text
+
+
+def test_from_mlflow(results, tmp_path):
+    root, folder = results
+    uri = f"sqlite:///{root}/mlflow.db"
+    code, _, err = report("--mlflow", uri, "--experiment", "some", "--out", tmp_path / "a")
+    assert code == 0, err
+    report(folder, "--out", tmp_path / "b")
+    first, second = ((tmp_path / name / "report.md").read_text() for name in "ab")
+    assert first.replace("run, ", "mine, ") == second.replace("run, ", "mine, ")
+    assert (tmp_path / "a/report.html").stat().st_size > 20_000  # with its pictures
+    code, _, err = report("--mlflow", uri, "--experiment", "none", "--out", tmp_path / "c")
+    assert code == 2 and "has no experiment none: some" in err
+
+
+def test_mistakes(tmp_path):
+    for arguments, message in (([], "nothing to report"), ([tmp_path], "holds no scores.json of eval/benchmark.py")):
+        code, _, err = report(*arguments, "--out", tmp_path / "out")
+        assert code == 2 and message in err
+
+
+def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
+    _, folder = results
+    assert report(folder, "--out", tmp_path)[0] == 0
+    page, asked, errors = browser.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 3
+    first = page.locator(".compare").first
+    assert first.locator("img.before").evaluate("x => [x.naturalWidth, x.naturalHeight]") == [96, 64]
+    first.locator("input").fill("20")
+    assert "80%" in first.locator("img.before").get_attribute("style")
+    before = first.locator("img.after").get_attribute("src")
+    first.locator("select").nth(1).select_option("HQ")
+    assert first.locator("img.after").get_attribute("src") != before
+    assert not errors and [url for url in asked if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]
+    page.close()
+
+
+def test_published_numbers_are_of_known_metrics_and_protocols():
+    from teasr.evaluation.metrics import METRICS, PROTOCOLS
+
+    known = yaml.safe_load((ROOT / "eval/datasets.yaml").read_text())
+    for block in yaml.safe_load((ROOT / "eval/published.yaml").read_text()):
+        assert block["source"] and block["protocol"] in {*PROTOCOLS, "unknown"}
+        for dataset in block.keys() - {"source", "protocol"}:
+            assert dataset in known
+            for row in block[dataset].values():
+                assert row.keys() <= METRICS.keys() and all(isinstance(value, float) for value in row.values())

@@ -1,0 +1,82 @@
+"""sampler.py on fields whose answer is known: Algorithm 1 is exact for an average velocity, at any number of steps."""
+
+import pytest
+import torch
+
+from teasr.backbones.base import Backbone
+from teasr.diffusion.flow import per_sample
+from teasr.methods.sampler import sample
+
+SIGMA = 0.4
+
+
+class GaussianField(Backbone):
+    """Data z0 ~ N(z_lq, sigma^2): the probability flow z_t - (1 - t) z_lq scales with its standard deviation."""
+
+    latent_channels, downsample, pixel_multiple, patch_px = 2, 1, 1, 1
+
+    def __init__(self, average: bool):
+        self.average, self.calls = average, []
+
+    def encode(self, x):
+        return x
+
+    def decode(self, z):
+        return z
+
+    def velocity(self, z_t, t_cur, z_lq, t_tar):
+        self.calls.append((t_cur[0].item(), t_tar[0].item()))
+        t, r = per_sample(t_cur.double(), z_t), per_sample(t_tar.double(), z_t)
+        y = z_t - (1 - t) * z_lq
+        if not self.average:
+            return -z_lq + y * (t - (1 - t) * SIGMA**2) / self.std(t) ** 2
+        return -z_lq + y * (1 - self.std(r) / self.std(t)) / (t - r)
+
+    @staticmethod
+    def std(t):
+        return ((1 - t) ** 2 * SIGMA**2 + t**2).sqrt()
+
+
+@pytest.fixture
+def pair():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 2, 4, 4, generator=g, dtype=torch.float64).unbind(0)
+
+
+@pytest.mark.parametrize("steps", range(1, 31))
+def test_average_velocity_gives_the_exact_answer_at_any_step_count(pair, steps):
+    z_lq, eps = pair
+    field = GaussianField(average=True)
+    assert torch.allclose(sample(field, z_lq, eps, steps), z_lq + SIGMA * eps, atol=1e-6)
+    assert len(field.calls) == steps and field.calls[0][0] == 1.0 and field.calls[-1][1] == 0.0
+    assert all(a[1] == b[0] for a, b in zip(field.calls, field.calls[1:], strict=False))
+
+
+def test_instantaneous_velocity_converges_at_first_order(pair):
+    z_lq, eps = pair
+    errors = [
+        (sample(GaussianField(average=False), z_lq, eps, n) - z_lq - SIGMA * eps).abs().max().item()
+        for n in (8, 32, 128)
+    ]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_callback_counts_steps_and_may_change_the_latents(pair):
+    seen = []
+    sample(GaussianField(average=True), *pair, 3, on_step=lambda i, n, z: seen.append((i, n)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    z = sample(GaussianField(average=True), *pair, 3, on_step=lambda i, n, z: z * 0 if i == 3 else None)
+    assert not z.any()
+
+
+def test_fidelity_goes_from_the_sample_to_the_mean(pair):
+    """Of the instantaneous field the first jump's estimate is the mean of all that fits, z_lq: the line to it in equal parts, at no evaluation more."""
+    z_lq, eps = pair
+    end = sample(GaussianField(average=False), z_lq, eps, 4)
+    for fidelity in (0.0, 0.25, 1.0):
+        field = GaussianField(average=False)
+        z = sample(field, z_lq, eps, 4, fidelity)
+        assert torch.allclose(z, (1 - fidelity) * end + fidelity * z_lq, atol=1e-6) and len(field.calls) == 4
+    for fidelity, steps in ((1.5, 4), (-0.1, 4), (0.5, 1)):
+        with pytest.raises(ValueError, match="fidelity"):
+            sample(GaussianField(average=True), z_lq, eps, steps, fidelity)

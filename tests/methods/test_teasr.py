@@ -1,0 +1,227 @@
+"""methods/teasr.py: the lean update against the joint loss, what is computed and what not, the schedules."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from peer_update import joint_loss
+
+from teasr.backbones.tiny import Tiny, TinyConfig
+from teasr.data.batch import Batch
+from teasr.diffusion import losses
+from teasr.methods.base import Progress
+from teasr.methods.teasr import Ramp, Teasr, TeasrConfig, Times, shortcut_times
+from teasr.util.randomness import Draws
+
+NOW = Progress(update=5, updates=10)
+PLAIN = {"lambda_lpips": 0.0, "ramps": {}}
+
+
+def tiny(dtype=torch.float64, **settings) -> Tiny:
+    """A tiny backbone with a fitted codec and random LoRA and output weights, so that every path matters."""
+    g = torch.Generator().manual_seed(0)
+    backbone = Tiny(
+        TinyConfig(**({"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2} | settings))
+    )
+    backbone.fit([(torch.rand(3, 64, 64, generator=g) * 2 - 1, torch.rand(3, 64, 64, generator=g) * 2 - 1)] * 8)
+    for name, parameter in backbone.net.named_parameters():
+        if "lora_B" in name or "proj_out" in name:
+            parameter.data.normal_(0, 0.2, generator=g)
+    backbone.net.to(dtype)
+    backbone.codec.to(dtype)
+    return backbone
+
+
+def batch(n=3, dtype=torch.float64) -> Batch:
+    g = torch.Generator().manual_seed(1)
+    x_hq, x_lq = (torch.rand(2, n, 3, 32, 32, generator=g, dtype=dtype) * 2 - 1).unbind(0)
+    return Batch(x_hq, x_lq, [str(i) for i in range(n)])
+
+
+def draws(n=3) -> Draws:
+    return Draws(0, NOW.update, tuple(range(n)))
+
+
+def gradients(backbone: Tiny) -> dict[str, torch.Tensor]:
+    found = {n: p.grad for n, p in backbone.net.named_parameters() if p.grad is not None}
+    backbone.net.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"time_aware": False},
+        {"w_cap": 3.0, "cons_midpoint": 0.3},
+        {"lambda_lpips": 0.7, "lambda_mse": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("net", [{}, {"gradient_checkpointing": True}, {"decoupled_timestep": False}], ids=str)
+def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
+    """Four graphs one after another == one backward through everything, float64, to 1e-10."""
+    config = TeasrConfig(**(PLAIN | change))
+    lpips = losses.load_lpips("alex", weights=False).double() if config.lambda_lpips else None
+    backbone = tiny(**net)
+    for term in Teasr(config, lpips).terms({"student": backbone}, batch(), draws(), NOW):
+        term.loss.backward()
+    lean = gradients(backbone)
+    joint_loss(config, backbone, batch(), draws(), lpips).backward()
+    joint = gradients(backbone)
+    assert lean.keys() == joint.keys() and len(lean) > 20
+    worst = max((lean[n] - joint[n]).abs().max().item() for n in joint)
+    assert worst < 1e-10
+    assert max(g.abs().max().item() for g in joint.values()) > 1e-3
+
+
+class Counting:
+    """Wraps a backbone's velocity: batch sizes with and without graph, and whether an older graph is still alive."""
+
+    def __init__(self, backbone: Tiny):
+        self.plain, self.graph, self.alive = [], [], []
+        self.refs: list[weakref.ref] = []
+        velocity = backbone.velocity
+
+        def counted(z_t, t_cur, z_lq, t_tar):
+            if torch.is_grad_enabled():
+                gc.collect()
+                self.alive.append(sum(ref() is not None for ref in self.refs))
+            v = velocity(z_t, t_cur, z_lq, t_tar)
+            (self.graph if v.requires_grad else self.plain).append(len(z_t))
+            if v.requires_grad:
+                self.refs.append(weakref.ref(v))
+            return v
+
+        backbone.velocity = counted
+
+
+def run(config: TeasrConfig, n=3) -> tuple[Counting, dict]:
+    backbone = tiny(torch.float32)
+    counting, logs = Counting(backbone), {}
+    for term in Teasr(config).terms({"student": backbone}, batch(n, torch.float32), draws(n), NOW):
+        term.loss.backward()
+        logs |= term.logs
+        del term
+    return counting, logs
+
+
+def test_four_graphs_never_two_at_once_and_batched_scores():
+    counting, logs = run(TeasrConfig(**PLAIN))
+    assert counting.graph == [3, 3, 3, 3]  # one-step, cons, flow, adv
+    assert counting.plain == [9, 3]  # fake score + real score + first half of the shortcut; second half
+    assert counting.alive == [0, 0, 0, 0]
+    assert set(logs) >= {
+        "flow",
+        "cons",
+        "adv",
+        "rectify",
+        "mse",
+        "z_hat_mean",
+        "z_hat_std",
+        "rectify_to_data",
+        "checkerboard",
+    }
+
+
+@pytest.mark.parametrize(
+    ("off", "graph", "plain"),
+    [
+        (("rectify",), 4, [3, 3]),
+        (("cons",), 3, [6]),
+        (("adv",), 3, [9, 3]),
+        (("rectify", "mse"), 3, [3, 3, 3]),  # the fake sample of L_adv then comes without graph
+        (("rectify", "mse", "adv", "cons"), 1, []),
+        (("flow", "cons", "adv", "rectify"), 1, []),
+    ],
+)
+def test_nothing_is_computed_for_a_zero_weight(off, graph, plain):
+    counting, logs = run(TeasrConfig(**PLAIN, **{f"lambda_{name}": 0.0 for name in off}))
+    assert len(counting.graph) == graph and counting.plain == plain
+    assert not set(off) & set(logs)
+
+
+def test_ramps_in_updates_and_fractions():
+    ramp = Ramp(start=10, length=20)
+    assert [ramp.factor(Progress(u, 100)) for u in (0, 9, 20, 30, 99)] == [0, 0, 0.5, 1, 1]
+    ramp = Ramp(start=0.1, length=0.4, unit="fraction")
+    assert [ramp.factor(Progress(u, 1000)) for u in (0, 99, 300, 500)] == [0, 0, pytest.approx(0.5), 1]
+    assert Ramp(start=3, length=0).factor(Progress(3, 9)) == 1
+    with pytest.raises(ValueError, match="<= 1"):
+        Ramp(start=0.8, length=0.4, unit="fraction")
+
+
+def test_rectification_waits_for_its_ramp():
+    method = Teasr(TeasrConfig(lambda_lpips=0.0, ramps={"rectify": Ramp(6, 4)}))
+    assert method.weights(NOW)["rectify"] == 0
+    assert method.weights(Progress(8, 10))["rectify"] == pytest.approx(0.25)
+
+
+def test_consistency_times_follow_the_mix():
+    n = 4000
+    d = Draws(0, 0, tuple(range(n)))
+    t, s = shortcut_times(TeasrConfig(**PLAIN), d)
+    assert bool(((s >= 0) & (s <= t) & (t <= 1)).all())
+    one = (t == 1) & (s == 0)
+    grid = {((k + 1) / m, k / m) for m in (2, 4, 8) for k in range(m)}
+    on_grid = torch.tensor([(a, b) in grid for a, b in zip(t.tolist(), s.tolist(), strict=True)])
+    assert one.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert on_grid.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    rest = ~(one | on_grid)
+    assert t[rest].mean().item() == pytest.approx(0.5, abs=0.03) and s[rest].mean().item() == pytest.approx(
+        0.25, abs=0.03
+    )
+
+
+def test_scores_stay_in_their_range():
+    config = TeasrConfig(**PLAIN, s_range=(0.1, 0.6))
+    times = Times.draw(config, Draws(0, 0, tuple(range(500))), tiny())
+    for t in (times.score, times.fake):
+        assert t.min() >= 0.1 and t.max() <= 0.6
+
+
+def test_cycle_over_four_micro_batches_sums_to_the_whole():
+    """Each graph on its micro-batch, four times the weight: the mean over the update is the full objective."""
+    base = TeasrConfig(**PLAIN)
+    backbone, b = tiny(), batch()
+    for term in Teasr(base).terms({"student": backbone}, b, draws(), NOW):
+        term.loss.backward()
+    whole = gradients(backbone)
+    cycle = Teasr(dataclasses.replace(base, mode="cycle"))
+    for micro in range(4):
+        for term in cycle.terms({"student": backbone}, b, draws(), Progress(5, 10, micro, 4)):
+            (term.loss / 4).backward()
+    cycled = gradients(backbone)
+    assert max((whole[n] - cycled[n]).abs().max().item() for n in whole) < 1e-12
+    with pytest.raises(ValueError, match="multiple of 4"):
+        cycle.check(accumulation=2)
+    cycle.check(accumulation=8)
+
+
+def test_alternate_base_takes_one_of_two_at_twice_the_weight():
+    method, seen = Teasr(TeasrConfig(**PLAIN, mode="alternate_base")), []
+    for update in range(40):
+        d = Draws(0, update, (0, 1))
+        weight = method._select(method.weights(NOW), d, NOW)
+        assert sorted((weight["flow"], weight["cons"])) == [0, 2]
+        seen.append(weight["flow"] > 0)
+        assert d.shared_uniform("x") == Draws(0, update, (7,)).shared_uniform("x")  # all ranks agree
+    assert 10 < sum(seen) < 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lambda_adv": -1.0}, "lambda_adv"),
+        ({f"lambda_{n}": 0.0 for n in ("flow", "cons", "adv", "rectify", "mse", "lpips")}, "nothing to train"),
+        ({"ramps": {"rectfy": Ramp(0, 1)}}, "rectfy"),
+        ({"s_range": (0.0, 1.0)}, "s_range"),
+        ({"cons_mix": (0.5, 0.5, 0.5)}, "cons_mix"),
+        ({"cons_midpoint": 1.0}, "cons_midpoint"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        TeasrConfig(**change)

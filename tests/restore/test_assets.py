@@ -1,0 +1,129 @@
+"""assets/: the shipped models are whole, small, without private paths, and do what their card says."""
+
+import fnmatch
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+from teasr import Upscaler, assets, cli
+from teasr.degradation import degrade, preset
+from teasr.imaging.exact_metrics import psnr, ssim
+from teasr.imaging.images import upsample
+from teasr.restore import pretrained
+from teasr.util import checkpoint_folder
+from teasr.util.seed import seed_of
+
+CROPS = (
+    ("astronaut", 0, 128),
+    ("astronaut", 128, 256),
+    ("coffee", 60, 200),
+    ("chelsea", 40, 120),
+    ("rocket", 100, 200),
+)
+
+
+def degraded(name: str, y: int, x: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A crop of 192 px of a photograph that comes with scikit-image, and its LQ by `osediff`."""
+    hq = np.ascontiguousarray(getattr(skimage.data, name)()[y : y + 192, x : x + 192])
+    return hq, degrade(hq, preset("osediff"), np.random.default_rng(seed_of(seed, "assets", name)))[0]
+
+
+@pytest.mark.parametrize("name", ["small", "small-prior"])
+def test_they_are_whole_small_and_tell_nothing_of_the_machine(name):
+    folder = assets.find(name)
+    assert checkpoint_folder.problem(folder) is None
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    weights = load_file(folder / "ema.safetensors")
+    assert sum(x.numel() for x in weights.values()) < 10e6
+    assert not re.search(r"[ '\"](/|~)", (folder / "config.yaml").read_text())
+
+
+def test_a_folder_of_the_users_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert assets.find("small") == assets.HERE / "small" and assets.find("large") is None
+    (tmp_path / "small").mkdir()
+    assert assets.find("small") is None
+    assert Upscaler.from_pretrained().recipe.run_dir == "runs/small"  # it is not meant where none is named
+
+
+def test_the_first_picture_does_not_wait_for_what_it_does_not_need():
+    """peft (transformers, bitsandbytes) and PyTorch's compiler take three times as long to import as all the rest."""
+    code = "import sys, numpy as np; from teasr import Upscaler; Upscaler.from_pretrained()(np.zeros((32, 32, 3), np.uint8)); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not {"peft", "transformers", "diffusers", "torch._dynamo", "mlflow", "deepspeed"} & set(done.stdout.split())
+
+
+def test_the_package_takes_every_file_along():
+    patterns = re.search(r'package_data=\{"teasr": \[(.*?)\]\}', (ROOT / "setup.py").read_text()).group(1)
+    globs = re.findall(r'"(.*?)"', patterns)
+    files = [
+        p.relative_to(ROOT / "teasr") for p in assets.HERE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")
+    ]
+    assert len(files) >= 9
+    assert all(any(fnmatch.fnmatch(str(file), glob) for glob in globs) for file in files)
+
+
+def test_one_step_is_nearer_to_the_originals_than_bicubic():
+    """Five photographs it has never seen, three degradations each: PSNR-Y and SSIM-Y, and more steps are sharper."""
+    upscaler = Upscaler.from_pretrained("small")
+    gains, sharper = [], []
+    for name, y, x in CROPS:
+        for seed in range(3):
+            hq, lq = degraded(name, y, x, seed)
+            plain, one = upsample(lq, 4), upscaler(lq)
+            gains.append((psnr(one, hq) - psnr(plain, hq), ssim(one, hq) - ssim(plain, hq)))
+            if seed == 0:
+                sharper.append(
+                    np.diff(upscaler(lq, steps=4).astype(float), axis=1).std()
+                    / np.diff(one.astype(float), axis=1).std()
+                )
+    gain = np.mean(gains, axis=0)
+    assert gain[0] > 0.5 and gain[1] > 0.03, gain
+    assert np.mean(sharper) > 1.2, sharper
+
+
+def test_no_model_named_is_the_small_one_and_says_so(tmp_path, caplog, capsys):
+    _, lq = degraded("coffee", 60, 200, 0)
+    Image.fromarray(lq).save(tmp_path / "a.png")
+    assert cli.main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
+    assert "small one that comes with teasr" in caplog.text and "qwen_teasr" in caplog.text
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), Upscaler.from_pretrained("small")(lq))
+    with pytest.raises(ValueError, match="what comes with teasr is small, small-prior"):
+        pretrained.load("large")
+    with pytest.raises(ValueError, match="unconditional prior"):
+        Upscaler.from_pretrained("small-prior")
+
+
+def test_weights_are_stored_in_half_precision_and_compute_in_full():
+    backbone, _, _ = pretrained.load("small", device="cpu")
+    stored = load_file(assets.find("small") / "ema.safetensors")
+    own = dict(backbone.net.named_parameters())
+    assert {str(x.dtype) for x in stored.values()} == {"torch.float16"}
+    assert all(own[name].dtype.is_floating_point and own[name].element_size() == 4 for name in stored)
+
+
+@pytest.mark.parametrize("model", ["small", str(assets.HERE / "small")])
+def test_scores_of_a_shipped_model_do_not_land_beside_it(shards, tmp_path, model):
+    command = [
+        sys.executable,
+        str(ROOT / "eval/benchmark.py"),
+        model,
+        "--data",
+        str(shards),
+        "--steps",
+        "1",
+        "--metrics",
+        "psnr",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs/small/eval" / shards.name / "scores.json").is_file()
+    assert {p.name for p in assets.HERE.rglob("*") if p.suffix in (".json", ".db")} == {"MANIFEST.json"}

@@ -1,0 +1,102 @@
+"""`teasr demo` as its users meet it: a real server and a real browser without a window; upload, restore, slide, download."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import skimage.data
+from conftest import ROOT
+from PIL import Image
+
+from teasr import Upscaler, cli
+from teasr.util.distributed import free_port
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PHOTO = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:256])  # 56 x 40
+
+
+@pytest.fixture(scope="module")
+def address(untrained):
+    port = free_port()
+    command = [sys.executable, "-m", "teasr.cli", "demo", "--model", str(untrained), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until, url = time.monotonic() + 180, f"http://127.0.0.1:{port}"
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=10).read()
+            break
+        except OSError:
+            assert server.poll() is None and time.monotonic() < until, server.stdout.read()
+            time.sleep(0.2)
+    yield url
+    server.send_signal(2)
+    out, _ = server.communicate(timeout=60)
+    assert f"open {url} in a browser".encode() in out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_upload_restore_slide_download(address, browser, untrained, tmp_path):
+    Image.fromarray(PHOTO.astype(np.uint8)).convert("LA").save(tmp_path / "photo.png")
+    page = browser.new_page(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.set_input_files("input[type=file]", tmp_path / "photo.png")
+    page.get_by_label("number input for Steps").fill("2")
+    page.get_by_label("lab", exact=True).check()
+    page.get_by_label("Seed").fill("5")
+    page.wait_for_selector("img[src*=photo]")
+    page.click("#restore")
+    page.wait_for_function("document.querySelector('#told textarea').value.includes('56x40 → 224x160 px')")
+
+    pictures = page.locator("#compared img")
+    pictures.first.wait_for()
+    assert {tuple(x) for x in pictures.evaluate_all("all => all.map(x => [x.naturalWidth, x.naturalHeight])")} == {
+        (224, 160)
+    }
+    handle = page.locator("#compared .inner")
+    before = handle.bounding_box()
+    page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(before["x"] - 120, before["y"], steps=5)
+    page.mouse.up()
+    assert handle.bounding_box()["x"] < before["x"] - 80
+
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "photo_x4.png"
+    download.value.save_as(tmp_path / "result.png")
+    with Image.open(tmp_path / "result.png") as result, Image.open(tmp_path / "photo.png") as photo:
+        wanted = Upscaler.from_pretrained(untrained)(photo, steps=2, seed=5, color_fix="lab")
+        assert result.mode == "LA" and np.array_equal(np.asarray(result), np.asarray(wanted))
+    assert all(url.startswith((address, "data:", "blob:", "ws:")) for url in asked)
+    page.close()
+
+
+def test_mistakes_are_shown_on_the_page(address, browser):
+    page = browser.new_page()
+    page.goto(address)
+    page.click("#restore")
+    page.get_by_text("Choose a picture first.").wait_for()
+    page.close()
+
+
+def test_a_port_that_is_taken_is_named(address, untrained, capsys):
+    port = address.rpartition(":")[2]
+    assert cli.main(["demo", "--model", str(untrained), "--port", port]) == 2
+    assert port in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""tracking.py: the CSV files survive, MLflow cannot stop a run, and gets everything in the end."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import small_recipe
+from test_resume import begin, updates, wait_for
+
+from teasr import cli
+from teasr.config.settings import TrackingConfig
+from teasr.tracking.csv_log import CsvLog, Tail
+from teasr.tracking.mlflow_run import Mirror
+from teasr.tracking.tracker import Tracker
+from teasr.util.distributed import free_port
+
+
+def rows(path):
+    return list(csv.DictReader(open(path)))
+
+
+def test_csv_grows_columns_and_drops_what_a_resume_repeats(tmp_path):
+    log = CsvLog(tmp_path / "m.csv")
+    log.append(1, {"a": 1.5})
+    log.append(2, {"a": 2.0, "b": 1 / 3})
+    log.append(3, {"b": 4.0})
+    assert [r["a"] for r in rows(log.path)] == ["1.5", "2", ""]
+    assert rows(log.path)[1]["b"] == "0.333333333"
+    log = CsvLog(tmp_path / "m.csv", resume_from=2)
+    log.append(3, {"a": 9.0, "b": 9.0})
+    assert [r["update"] for r in rows(log.path)] == ["1", "2", "3"] and rows(log.path)[2]["a"] == "9"
+
+
+def test_a_fresh_start_keeps_no_row_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    """The row of the preview before the first update was there once for every start."""
+    for _ in range(2):
+        log = CsvLog(tmp_path / "m.csv", resume_from=0)
+        log.append(0, {"a": 1.0})
+    assert [r["update"] for r in rows(log.path)] == ["0"]
+
+
+def test_rows_wait_while_the_file_cannot_be_written(tmp_path, capsys):
+    log = CsvLog(tmp_path / "m.csv")
+    log.append(1, {"a": 1.0})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 1, old[1]))
+    try:
+        log.append(2, {"a": 2.0})
+        log.append(3, {"b": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [r["update"] for r in rows(log.path)] == ["1"]
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    log.append(4, {"a": 4.0})
+    assert [(r["update"], r["a"], r["b"]) for r in rows(log.path)] == [
+        ("1", "1", ""), ("2", "2", ""), ("3", "", "3"), ("4", "4", ""),
+    ]  # fmt: skip
+
+
+def tracker(run_dir, **changes):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text("tracking: {experiment: test}\n")
+    return Tracker(run_dir, TrackingConfig(experiment="test", **changes), {"a": {"b": 1}, "commit": "abc"})
+
+
+def test_mlflow_gets_params_metrics_files_and_the_same_run_again(tmp_path):
+    from mlflow import MlflowClient
+
+    for update in (1, 2):
+        t = tracker(tmp_path / "runs/one")
+        t.log(update, {"loss": 0.5 / update}, {"update_s": 0.1})
+        t.close("FINISHED")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.data.params == {"a.b": "1", "commit": "abc"} and run.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.5), (2, 0.25)]
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"config.yaml", "environment.txt"}
+    assert "mlflow.source.git.commit" in run.data.tags
+    assert (tmp_path / "runs/one/environment.txt").read_text().startswith("python 3")
+
+
+def test_an_unreachable_mlflow_costs_a_message_and_no_metric(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    t = tracker(tmp_path / "one", uri="http://127.0.0.1:9")
+    for update in range(1, 6):
+        t.log(update, {"loss": 1.0}, {})
+    t.close("FINISHED")
+    assert "MLflow at http://127.0.0.1:9 failed" in capsys.readouterr().out
+    assert len(rows(tmp_path / "one/metrics.csv")) == 5
+
+
+def test_a_tail_gives_every_row_once_and_all_again_after_a_new_column(tmp_path):
+    log = CsvLog(tmp_path / "m.csv")
+    tail = Tail(log.path)
+    assert tail.rows() == []
+    log.append(1, {"a": 1.0})
+    with open(log.path, "a") as file:
+        file.write("2,")
+    assert [row["update"] for row in tail.rows()] == ["1"]
+    with open(log.path, "a") as file:
+        file.write("5\n")
+    assert tail.rows() == [{"update": "2", "a": "5"}] and tail.rows() == []
+    log.append(3, {"a": 1.0, "b": 2.0})
+    assert [row["b"] for row in tail.rows()] == ["", "", "2"]
+
+
+def test_sync_sends_what_was_missed_once(tmp_path, capsys, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    t = tracker(tmp_path / "one", uri="http://127.0.0.1:9")
+    for update in range(1, 2100):
+        t.log(update, {"loss": 1 / update}, {"update_s": 0.1})
+    t.close("KILLED")
+    assert f"`teasr sync-mlflow {tmp_path / 'one'}` sends it" in capsys.readouterr().out
+    uri = f"sqlite:///{tmp_path}/other.db"
+    assert cli.main(["sync-mlflow", str(tmp_path / "one"), "--uri", uri]) == 0
+    assert f"2099 updates sent to {uri}" in capsys.readouterr().out
+    assert cli.main(["sync-mlflow", str(tmp_path / "one"), "--uri", uri]) == 0
+    assert "nothing was missing" in capsys.readouterr().out
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.status == "KILLED"
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert [p.step for p in points] == list(range(1, 2100)) and points[1].value == 0.5
+    assert (
+        0 < points[-1].timestamp - points[0].timestamp < 60_000
+    )  # milliseconds: not those of the upload, and not rounded
+    assert len({p.timestamp for p in points}) > 20
+    assert cli.main(["sync-mlflow", str(tmp_path / "nothing")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+class Server:
+    """A real `mlflow server`."""
+
+    def __init__(self, folder: Path):
+        self.port, self.folder = free_port(), folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        store = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination",
+            f"{self.folder}/artifacts",
+        ]
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        program = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            *store,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        self.process = subprocess.Popen(
+            program, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.monotonic() + 90
+        while not self.answers():
+            assert time.monotonic() < until and self.process.poll() is None
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def test_a_server_killed_and_restarted_during_training_has_every_point_at_the_end(shards, tmp_path):
+    """The training never waits for it; previews, taken before the first update too, arrive as pictures."""
+    from mlflow import MlflowClient
+
+    server = Server(tmp_path)
+    server.start()
+    data = small_recipe(
+        shards, tmp_path / "run", train__updates=100_000, train__save_every_updates=50,
+        tracking={"uri": server.uri, "experiment": "restarts"}, preview={"pictures": 2, "steps": [1, 2]},
+    )  # fmt: skip
+    process = begin(data, tmp_path, 1)
+    try:
+        run = tmp_path / "run"
+        wait_for(process, lambda: updates(run) >= 60)
+        server.kill()
+        at_kill = updates(run)
+        wait_for(process, lambda: updates(run) >= at_kill + 60)
+        server.start()
+        client = MlflowClient(server.uri)
+        reached = updates(run)
+
+        def caught_up() -> bool:
+            time.sleep(0.5)
+            (found,) = client.search_runs([client.get_experiment_by_name("restarts").experiment_id])
+            history = client.get_metric_history(found.info.run_id, "flow")
+            return bool(history) and max(point.step for point in history) > reached
+
+        wait_for(process, caught_up)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, out[-3000:]
+        assert out.count(" failed (") == 1 and out.count("is back, ") == 1
+        (found,) = client.search_runs([client.get_experiment_by_name("restarts").experiment_id])
+        assert found.info.status == "KILLED" and "train.batch" in found.data.params
+        wanted = {int(row["update"]): row for row in rows(run / "metrics.csv")}
+        assert sorted(wanted) == list(range(len(wanted)))  # 0: the preview before the first update
+        for name in ("flow", "grad_norm", "preview/psnr_y_1"):
+            points = client.get_metric_history(found.info.run_id, name)
+            assert {p.step: f"{p.value:.9g}" for p in points} == {
+                u: row[name] for u, row in wanted.items() if row[name]
+            }
+            assert len(points) == len({p.step for p in points})
+        mirror = Mirror(run, TrackingConfig(uri=server.uri, experiment="restarts"))
+        assert mirror.send() == 0
+        assert mirror._previews - {None} == {u for u, row in wanted.items() if row["preview/psnr_y_1"]}
+        assert any(name.startswith("system/cpu") for name in found.data.metrics)
+    finally:
+        process.kill()
+        server.kill()

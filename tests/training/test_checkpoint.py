@@ -1,0 +1,59 @@
+"""checkpoint.py, files.py and tracking.py: whole or absent, newest good one wins, CSV survives, MLflow cannot stop a run."""
+
+import pytest
+import torch
+
+from teasr.training import checkpoint
+from teasr.util import checkpoint_folder
+from teasr.util.files import write_atomic
+
+
+def save(root, update, text="x", keep=2):
+    writer = checkpoint.Writer(root, update)
+    (writer.temporary / "sub").mkdir()
+    writer.text("sub/file", text)
+    writer.tensors("weights.safetensors", {"a": torch.arange(update)})
+    writer.commit(keep)
+    assert writer.problem is None
+    return root / checkpoint_folder.name_of(update)
+
+
+def test_newest_complete_one_wins_and_old_ones_go(tmp_path, capsys):
+    for update in (1, 2, 3):
+        save(tmp_path, update)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint_folder.latest(tmp_path).name == "step-00000003"
+    (tmp_path / "step-00000003/sub/file").write_text("y")
+    assert checkpoint_folder.latest(tmp_path).name == "step-00000002"
+    assert "step-00000003 is damaged (sub/file has changed)" in capsys.readouterr().out
+    (tmp_path / "step-00000002/sub/file").unlink()
+    assert checkpoint_folder.latest(tmp_path) is None
+
+
+def test_an_interrupted_save_does_not_count(tmp_path):
+    good = save(tmp_path, 1)
+    checkpoint.Writer(tmp_path, 2).text("half", "x")
+    assert checkpoint_folder.latest(tmp_path) == good
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_resolve_takes_runs_and_checkpoints(tmp_path):
+    folder = save(tmp_path / "checkpoints", 7)
+    assert checkpoint_folder.resolve(tmp_path) == checkpoint_folder.resolve(folder) == folder
+    with pytest.raises(ValueError, match="neither a checkpoint nor a run folder"):
+        checkpoint_folder.resolve(tmp_path / "nowhere")
+    (folder / "sub/file").write_text("?")
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint_folder.resolve(folder)
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    import os
+
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,142 @@
+"""footprint.py: its counts against real tensors, PyTorch's profiler, DeepSpeed, and the full-size presets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, partitioning
+from torch.profiler import ProfilerActivity, profile
+
+from teasr import run_config as recipe
+from teasr.data.batch import Batch
+from teasr.methods.base import Progress
+from teasr.training import footprint
+from teasr.training.engine import engine_settings
+from teasr.training.footprint import GIB, count
+from teasr.util.meter import Meter
+from teasr.util.randomness import Draws
+
+TRANSFORMER = {
+    "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 48, "axes_dims_rope": [8, 12, 12],
+}  # fmt: skip
+
+
+def tiny_qwen(train=(), method=(), **backbone) -> recipe.Recipe:
+    sizes = {"transformer": TRANSFORMER, "vae": {"base_dim": 16, "num_res_blocks": 1}}
+    common = {"name": "qwen_image", "model": "random", "prompt": "random", "lora_rank": 16, "lora_alpha": 16} | sizes
+    return recipe.parse(
+        {
+            "run_dir": "unused",
+            "backbone": common | backbone,
+            "method": {"name": "teasr", "lambda_lpips": 0.0} | dict(method),
+            "data": {"shards": "unused"},
+            "train": {"updates": 5, "batch": 2, "micro_batch": 2, "learning_rate": 1e-3} | dict(train),
+        }
+    )
+
+
+def allocated_at_most(run) -> int:
+    """PyTorch's profiler: the most bytes allocated at once during run()."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("quantise", [None, "fp8", "nf4"])
+def test_meta_counts_what_real_tensors_take(checkpointing, quantise):
+    """Peak and FLOPs of an update on the meta device, on the CPU, and by the profiler of PyTorch."""
+    settings = tiny_qwen(gradient_checkpointing=checkpointing, quantise=quantise)
+    counted = count(settings, {"zero_optimization": {"stage": 1}}, 128)
+    method, network, meter = settings.build_method(), settings.build_backbone(), Meter("cpu")
+    network.to(torch.device("cpu"))
+    for p in network.net.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        meter.ignore(*(x for x in (p, p.grad) if x is not None))
+    x = torch.rand(2, 3, 128, 128) * 2 - 1
+    meter.ignore(x, *(t for group in network.memory_groups().values() for t in group))
+
+    def run():
+        for term in method.terms({"student": network}, Batch(x, x, ["", ""]), Draws(0, 0, (0, 1)), Progress(4, 5)):
+            term.loss.backward()
+            del term
+
+    with meter:
+        run()
+    assert sum(counted.flops.values()) == meter.flops
+    assert max(counted.peaks.values()) == pytest.approx(meter.peak, rel=0.03)
+    assert max(counted.peaks.values()) == pytest.approx(allocated_at_most(run), rel=0.05)
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_deepspeed_holds_what_the_rules_say(zero, tmp_path):
+    """On the CPU host and device memory are one: their sum is compared."""
+    path = partitioning(zero, tmp_path)
+    file = json.loads(path.read_text())
+    file["zero_optimization"]["reduce_bucket_size"] = 100_000
+    path.write_text(json.dumps(file))
+    settings = tiny_qwen(
+        train={"deepspeed": str(path), "cpu_threads": 1},
+        lora_rank=512,
+        lora_alpha=512,
+        dtype="fp32",
+        modulation_table=4,
+    )
+    counted = count(settings, engine_settings(settings.train, 1), 32)
+    items = {**counted.gpu, **{f"{k} (host)": v for k, v in counted.host.items()}}
+    wanted = sum(n for name, n in items.items() if name.startswith(("trained", "their", "reduction")))
+    wanted += counted.parameters["trained"] * 4 + (400_000 if "zero3" not in zero else 0)  # flat gradients, bucket
+    (tmp_path / "recipe.json").write_text(json.dumps(settings.to_dict()))
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    command = [sys.executable, str(ROOT / "tests/run_metered.py"), str(tmp_path / "recipe.json")]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(zero, int(done.stdout.split()[-1]) / counted.parameters["trained"], wanted / counted.parameters["trained"])
+    assert int(done.stdout.split()[-1]) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "most_gib"), [("qwen_teasr", 60), ("qwen_teasr_24gb", 16), ("qwen_teasr_zero3_offload", 8)]
+)
+def test_presets_fit(preset, most_gib):
+    """At full size and 512 px; the numbers that README shows."""
+    settings = recipe.load(ROOT / f"launch/presets/{preset}.yaml")
+    counted = count(settings, engine_settings(settings.train, 1), 512)
+    base = sum(counted.parameters[group] for group in ("image path", "text path", "modulation"))
+    assert base == 20_430_401_088 + 5 * 3584 and counted.parameters["trained"] == 584_720_384
+    assert counted.gpu_total < most_gib * GIB
+    per_sample = sum(counted.flops.values()) / settings.train.batch
+    assert per_sample == pytest.approx(405e12 if preset == "qwen_teasr" else 532e12, rel=0.01)
+
+
+def test_wrong_sizes_and_autocast_are_named():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        count(tiny_qwen(), {"zero_optimization": {"stage": 1}}, 100)
+    with pytest.raises(ValueError, match="autocast"):
+        count(tiny_qwen(train={"dtype": "bf16"}), {"zero_optimization": {"stage": 1}}, 64)
+
+
+def test_dry_run_of_any_preset_needs_no_files(capsys, tmp_path):
+    """The tiny preset, through the command; no shards, no run folder."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    try:
+        import train
+    finally:
+        sys.path.remove(str(ROOT / "launch"))
+    arguments = ["--config", str(ROOT / "launch/presets/tiny_teasr.yaml"), "--dry-run", "--size", "64"]
+    assert train.main([*arguments, f"run_dir={tmp_path}/run", f"data.shards={tmp_path}/none"]) == 0
+    out = capsys.readouterr().out
+    assert "memory of one GPU" in out and "TFLOP" in out and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(ROOT / "launch/presets/tiny_teasr.yaml"), "--size", "64"])
+    with pytest.raises(ValueError, match=r"backbone\.model = .* cannot be loaded .*config\.json"):
+        count(tiny_qwen(model=str(tmp_path), transformer={}, vae={}), {"zero_optimization": {"stage": 1}}, 64)
+    assert footprint.table(count(tiny_qwen(), {"zero_optimization": {"stage": 1}}, 64)).count("together") == 3
