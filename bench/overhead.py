@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from teasr import run_config as recipe
+from teasr.backbones.model import Model
 from teasr.data.shards import ShardSet
 from teasr.data.stream import PairStream, batches
 from teasr.methods.base import Progress
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Bare:
     """The update in plain torch; `reader`: batches come from the trainer's reader, else from a list."""
 
-    def __init__(self, settings: recipe.Recipe, reader: bool):
+    def __init__(self, settings: recipe.RunConfig, reader: bool):
         torch.set_num_threads(settings.train.cpu_threads or 1)
         self.settings, self.train, self.update = settings, settings.train, 0
         self.backbone, self.method = settings.build_backbone(), settings.build_method()
@@ -60,9 +61,9 @@ class Bare:
                 batch, _ = next(self.data) if self.held is None else self.held[(self.update + i) % len(self.held)]
                 draws = Draws(self.settings.seed, self.update, tuple(range(i * n, (i + 1) * n)))
                 progress = Progress(self.update, self.train.updates, i, micros)
-                for term in self.method.terms({"student": self.backbone}, batch, draws, progress):
-                    (term.loss / micros).backward()
-                    del term
+                for loss in self.method.losses({"student": Model(self.backbone)}, batch, draws, progress):
+                    (loss.value / micros).backward()
+                    del loss
             torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -73,7 +74,7 @@ class Bare:
 class Whole:
     """The trainer; `fit` is asked for some more updates each time."""
 
-    def __init__(self, settings: recipe.Recipe, zero: str, ema: bool, mlflow: bool, place: Path):
+    def __init__(self, settings: recipe.RunConfig, zero: str, ema: bool, mlflow: bool, place: Path):
         train = replace(settings.train, deepspeed=str(ROOT / f"ds_configs/{zero}.json"), save_every_updates=10**9)
         train = train if ema else replace(train, ema=None)
         preview, tracking = (

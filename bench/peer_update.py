@@ -7,34 +7,35 @@ the generator's results, and a frozen real score, three copies of the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.model import Condition, Model
+from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
-from teasr.methods.base import Progress, Term
+from teasr.methods.base import Loss, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig, Times
 from teasr.util.randomness import Draws
 
 
-def joint_loss(config: TeasrConfig, backbone: Backbone, b: Batch, d: Draws, lpips=None) -> Tensor:
+def joint_loss(config: TeasrConfig, student: Model, b: Batch, d: Draws, lpips=None) -> Tensor:
     """The total of TEASR, every graph alive until the backward pass."""
-    times = Times.draw(config, d, backbone)
-    z0, z_lq = backbone.encode(b.x_hq), backbone.encode(b.x_lq)
+    times = Times.draw(config, d, student)
+    z0, z_lq = student.encode(b.x_hq), student.encode(b.x_lq)
     eps, one = d.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
-    v = backbone.velocity(eps, one, z_lq, 0 * one)
+    v = student.velocity(eps, one, Condition(z_lq, 0 * one))
     z_hat = eps - v
-    x_hat = backbone.decode(z_hat)
+    x_hat = student.decode(z_hat)
     total = config.lambda_mse * (x_hat - b.x_hq).square().mean()
     if lpips is not None:
         total = total + config.lambda_lpips * lpips(x_hat, b.x_hq).mean()
     z_fake, s = z_hat.detach(), times.score
     z_s = flow.interpolate(z_fake, d.normal("score noise", z0), s)
     with torch.no_grad():
-        difference = backbone.velocity(z_s, s, z_lq, -s) - backbone.velocity(z_s, s, z_lq, s)
+        difference = student.velocity(z_s, s, Condition(z_lq, -s)) - student.velocity(z_s, s, Condition(z_lq, s))
         difference = difference.clamp(-config.score_clamp, config.score_clamp)
     w = ((1 - s) ** 2 / s) if config.time_aware else torch.ones_like(s)
     w = w.clamp(max=config.w_cap) if config.w_cap else w
@@ -43,38 +44,38 @@ def joint_loss(config: TeasrConfig, backbone: Backbone, b: Batch, d: Draws, lpip
     noise, t, m, s = d.normal("flow noise", z0), times.t, times.m, times.s
     z_t = flow.interpolate(z0, noise, t)
     with torch.no_grad():
-        u1 = backbone.velocity(z_t, t, z_lq, m)
-        u2 = backbone.velocity(z_t - (t - m).view(-1, 1, 1, 1) * u1, m, z_lq, s)
+        u1 = student.velocity(z_t, t, Condition(z_lq, m))
+        u2 = student.velocity(z_t - (t - m).view(-1, 1, 1, 1) * u1, m, Condition(z_lq, s))
         target = flow.shortcut_target(u1, u2, t, m, s)
-    total = total + config.lambda_cons * (backbone.velocity(z_t, t, z_lq, s) - target).square().mean()
+    total = total + config.lambda_cons * (student.velocity(z_t, t, Condition(z_lq, s)) - target).square().mean()
     r = times.flow
-    v = backbone.velocity(flow.interpolate(z0, noise, r), r, z_lq, r)
+    v = student.velocity(flow.interpolate(z0, noise, r), r, Condition(z_lq, r))
     total = total + config.lambda_flow * (v - (noise - z0)).square().mean()
     e, t = d.normal("fake noise", z0), times.fake
-    v = backbone.velocity(flow.interpolate(z_fake, e, t), t, z_lq, -t)
+    v = student.velocity(flow.interpolate(z_fake, e, t), t, Condition(z_lq, -t))
     return total + config.lambda_adv * (v - (e - z_fake)).square().mean()
 
 
 class Joint(Teasr):
     """TEASR with its total in one graph."""
 
-    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
-        yield Term("joint", "student", joint_loss(self.config, networks["student"], batch, draws, self.lpips))
+    def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
+        yield Loss("joint", "student", joint_loss(self.config, models["student"], batch, draws, self.lpips))
 
 
 class ThreeModelVsd(Teasr):
     """One-step distillation by variational scores: pixel losses and VSD on the generator, then one update of the fake score."""
 
-    networks = ("student", "fake", "real")
-    frozen = ("real",)
+    def roles(self) -> tuple[Role, ...]:
+        return STUDENT, Role("fake", copy="fake"), Role("real", copy="real", trains="nothing")
 
-    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
-        config, student = self.config, networks["student"]
+    def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
+        config, student = self.config, models["student"]
         with torch.no_grad():
             z_lq = student.encode(batch.x_lq)
         times = Times.draw(config, draws, student)
         eps, one = draws.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
-        z_hat = eps - student.velocity(eps, one, z_lq, 0 * one)
+        z_hat = eps - student.velocity(eps, one, Condition(z_lq, 0 * one))
         z_fake, s = z_hat.detach(), times.score
         x_hat = student.decode(z_hat)
         loss = config.lambda_mse * losses.mse(x_hat, batch.x_hq)
@@ -82,9 +83,10 @@ class ThreeModelVsd(Teasr):
             loss = loss + config.lambda_lpips * self.lpips(x_hat, batch.x_hq).mean()
         z_s = flow.interpolate(z_fake, draws.normal("score noise", z_fake), s)
         with torch.no_grad():
-            difference = networks["fake"].velocity(z_s, s, z_lq, s) - networks["real"].velocity(z_s, s, z_lq, s)
-        yield Term("generator", "student", loss - config.lambda_rectify * (z_hat * difference).sum() / z_hat.numel())
-        del x_hat, z_hat, loss
+            fake, real = (models[name].velocity(z_s, s, Condition(z_lq, s)) for name in ("fake", "real"))
+        vsd = (z_hat * (fake - real)).sum() / z_hat.numel()
+        yield Loss("generator", "student", loss - config.lambda_rectify * vsd)
+        del x_hat, z_hat, loss, vsd
         e, t = draws.normal("fake noise", z_fake), times.fake
-        v = networks["fake"].velocity(flow.interpolate(z_fake, e, t), t, z_lq, t)
-        yield Term("fake score", "fake", losses.mse(v, e - z_fake))
+        v = models["fake"].velocity(flow.interpolate(z_fake, e, t), t, Condition(z_lq, t))
+        yield Loss("fake score", "fake", losses.mse(v, e - z_fake))

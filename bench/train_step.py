@@ -19,23 +19,25 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peer_update import Joint, ThreeModelVsd
 
-from teasr import run_config as recipe
+from teasr import run_config
 from teasr.data.batch import Batch
-from teasr.methods.base import Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.run_config import RunConfig
 from teasr.tracking.environment import git_commit
 from teasr.training import footprint
 from teasr.training.engine import engine_settings, start_engine, start_ranks
 from teasr.training.footprint import GIB
+from teasr.training.networks import Networks
+from teasr.training.update import Update
 from teasr.util.distributed import World
 from teasr.util.meter import Meter
-from teasr.util.randomness import Draws
 
 LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
 
@@ -69,10 +71,11 @@ def run_apart(layout: str) -> dict:
 
 def one_layout(options: argparse.Namespace) -> dict:
     """Predict, and unless told not to, measure."""
-    recipe.METHODS["teasr"] = lambda: (TeasrConfig, LAYOUTS[options.only])
-    settings = recipe.load(options.config, options.overrides).weightless()
-    partitioning = engine_settings(settings.train, 1)
-    counted = footprint.count(settings, partitioning, options.size)
+    for name, layout in LAYOUTS.items():
+        run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
+    config = replace(run_config.load(options.config, options.overrides), method_name=options.only).with_random_weights()
+    partitioning = engine_settings(config.train, 1)
+    counted = footprint.count(config, partitioning, options.size)
     row = {
         "predicted": counted.gpu_total - footprint.CUDA_BYTES,
         "host": sum(counted.host.values()),
@@ -81,44 +84,45 @@ def one_layout(options: argparse.Namespace) -> dict:
     if options.predict:
         return row
     try:
-        return row | measure(settings, partitioning, options.size, options.updates)
+        return row | measure(config, partitioning, options.size, options.updates)
     except torch.OutOfMemoryError as error:
         return row | {"failed": f"out of memory: {str(error).splitlines()[0][:100]}"}
 
 
-def measure(settings: recipe.Recipe, partitioning: dict, size_px: int, updates: int) -> dict:
+def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -> dict:
     """Seconds by phase (medians) and peak bytes of real updates on this machine's device."""
     world = World.from_environment()
-    start_ranks(settings.train, world)
+    start_ranks(config.train, world)
     cuda = world.device.type == "cuda"
-    method = settings.build_method()
+    method = config.build_method()
+    method.load()
     method.to(world.device)
-    networks = {name: settings.build_backbone() for name in method.networks}
-    trained = {n: x for n, x in networks.items() if n not in method.frozen}
-    for name in method.frozen:
-        networks[name].net.requires_grad_(False)
-        networks[name].to(world.device)
-    x = torch.rand(settings.train.micro_batch, 3, size_px, size_px, device=world.device) * 2 - 1
-    for network in networks.values():
-        if network.needs_fit:
-            network.fit([(p, p) for p in x.cpu()] * 8)
-    meter, frozen = nullcontext(), {}
+    networks = Networks(config, method)
+    x = torch.rand(config.train.micro_batch, 3, size_px, size_px, device=world.device) * 2 - 1
+    if networks.student.needs_fit:
+        networks.student.fit([(p, p) for p in x.cpu()] * 8)
+    networks.share_codec()
+    networks.place_frozen(world.device)
+    meter, held = nullcontext(), {}
     if not cuda:
         meter = Meter("cpu")
-        frozen |= {id(t): t for group in method.memory_groups().values() for t in group}
-        for network in networks.values():
-            network.to(world.device)
-            frozen |= {id(t): t for group in network.memory_groups().values() for t in group}
-        meter.ignore(*frozen.values())
+        held |= {id(t): t for group in method.memory_groups().values() for t in group}
+        for base in networks.bases.values():
+            base.to(world.device)
+            held |= {id(t): t for group in base.memory_groups().values() for t in group}
+        meter.ignore(*held.values())
     with meter:
         engines = {
-            name: start_engine(network, settings.train, partitioning, world) for name, network in trained.items()
+            place: start_engine(base, config.train, partitioning, world)
+            for place, base in networks.trained_bases.items()
         }
+    step = Update(method, networks, engines, config.train, config.seed, world)
+    batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []
     for update in range(updates + 2):
         counting = not cuda and update == updates + 1  # the count costs time: apart from the timed updates
         with meter if counting else nullcontext():
-            phases.append(one_update(settings, method, networks, engines, x, update))
+            phases.append(one_update(step, batches, config.train.updates - 1, x.device))
         if cuda and update == 0:
             torch.cuda.reset_peak_memory_stats()
     timed = phases[1 : updates + 1]
@@ -126,35 +130,23 @@ def measure(settings: recipe.Recipe, partitioning: dict, size_px: int, updates: 
     if cuda:
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     else:
-        row["allocated"] = meter.peak + sum(t.nbytes for t in frozen.values())
-    dtype = torch.bfloat16 if getattr(settings.backbone, "dtype", "fp32") == "bf16" else torch.float32
+        row["allocated"] = meter.peak + sum(t.nbytes for t in held.values())
+    dtype = torch.bfloat16 if getattr(config.backbone, "dtype", "fp32") == "bf16" else torch.float32
     return row | {"matmul": matmul_rate(world.device, dtype)}
 
 
-def one_update(settings, method, networks, engines, x, update: int) -> dict[str, float]:
-    """Seconds of every term and of the optimiser."""
-    micros = settings.train.accumulation(1)
+def one_update(step: Update, batches: list[Batch], update: int, device: torch.device) -> dict[str, float]:
+    """Seconds of every loss and of checks, clipping and the optimiser's step."""
     seconds: dict[str, float] = {}
-    last = now(x.device)
+    last = now(device)
 
     def phase(name: str) -> None:
         nonlocal last
-        at = now(x.device)
+        at = now(device)
         seconds[name] = seconds.get(name, 0.0) + at - last
         last = at
 
-    with ExitStack() as stack:
-        for engine in engines.values():
-            stack.enter_context(engine.coalesce_grad_reduction())
-        for micro in range(micros):
-            draws = Draws(settings.seed, update, tuple(range(len(x))), x.device)
-            progress = Progress(settings.train.updates - 1, settings.train.updates, micro, micros)
-            for term in method.terms(networks, Batch(x, x, [""] * len(x)), draws, progress):
-                engines[term.network].backward(term.loss / micros)
-                phase(term.name)
-                del term
-    for engine in engines.values():
-        engine.step()
+    step(update, batches, {}, freed=phase)
     phase("step")
     return seconds
 

@@ -37,7 +37,7 @@ class Timed:
 
     def __init__(self, backbone, device: torch.device):
         self.seconds = 0.0
-        for name in ("encode", "velocity", "decode"):
+        for name in ("encode", "call", "decode"):
             setattr(backbone, name, self._timed(getattr(backbone, name), device))
 
     def _timed(self, act, device):
@@ -52,9 +52,9 @@ class Timed:
         return timed
 
 
-def plain(backbone, x: torch.Tensor, steps: int) -> np.ndarray:
+def plain(upscaler: Upscaler, x: torch.Tensor, steps: int) -> np.ndarray:
     """The whole picture at once."""
-    return images.to_uint8(restore(backbone, x, steps, 0)[0])
+    return images.to_uint8(restore(upscaler.model, upscaler.sampler, x, steps, 0)[0])
 
 
 def measure(act, clock: Timed, device: torch.device) -> tuple[float, float, float]:
@@ -97,7 +97,7 @@ def main() -> None:
                 for tile in options.tiles or [upscaler.backbone.tile_px]
             }
             if side <= options.plain:
-                rows["plain"] = partial(plain, upscaler.backbone, x, steps)
+                rows["plain"] = partial(plain, upscaler, x, steps)
             for name, act in rows.items():
                 seconds, outside, peak = measure(act, clock, device)
                 print(f"{side:5d} {steps:5d} {name:>6s} {seconds:8.2f} {outside:8.1%} {peak:9.0f}", flush=True)

@@ -118,7 +118,7 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
                 raise ValueError(
                     f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
                 )
-            fidelity = options.fidelity if steps > 1 else 0.0
+            fidelity = options.fidelity if options.fidelity and steps > 1 else None
             how = {"fidelity": fidelity, "color_fix": options.color}
             return upscaler(sample.lq, steps, seed_of(options.seed, sample.key), **how)
 
@@ -133,11 +133,9 @@ def _of_predictions(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     if options.hq is None or options.out is None:
         raise ValueError("--predictions needs --hq, the originals, and --out, a folder for the results")
     theirs = pairs_of.from_folders(options.hq, options.predictions, scale=1, name=options.hq.name)
-    evaluation = Evaluation(
-        theirs, scorer, options.out, {options.name: lambda sample: sample.lq}, {"name": options.name}, **_here()
-    )
-    evaluation.beside_bicubic = evaluation.keep_images = False
-    return evaluation
+    methods = {options.name: lambda sample: sample.lq}
+    made_by, kept = {"name": options.name}, {"keep_images": False, "beside_bicubic": False}
+    return Evaluation(theirs, scorer, options.out, methods, made_by, **kept, **_here())
 
 
 def find_pairs(data: str, root: Path) -> Pairs:

@@ -64,22 +64,22 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     if not file.is_file():
         raise ValueError(f"{folder} holds no {file.name}: choose the other with --weights")
     settings = recipe.load(folder / "config.yaml")
-    told = settings.weightless().build_backbone().lora_story()
-    if told is None:
-        backbone, _, _ = pretrained.load(folder, options.weights, "cpu")
-        pretrained.save(backbone, backbone.exported_names(), settings, options.out, options.dtype)
+    found = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
+    if found is None:
+        model, *_ = pretrained.load(folder, options.weights, "cpu")
+        pretrained.save(model.backbone, list(model.backbone.exported()), settings, options.out, options.dtype)
         return options.out / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
-    peft, story = told
-    story |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
-    story |= {
+    peft, metadata = found
+    metadata |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
+    metadata |= {
         "weights": options.weights,
         "updates": state["update"],
         "commit": state["commit"],
         "recipe": settings.to_yaml(),
     }
     weights = {name: x.to(pretrained.STORED[options.dtype]) for name, x in load_file(file).items()}
-    path = lora_file.write(options.out, weights, peft, story)
+    path = lora_file.write(options.out, weights, peft, metadata)
     kind = recipe.BACKBONES[settings.backbone_name]()[1]
     for name, used in kind.files(settings.backbone).items():
         if used.is_file():

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(footprint.table(footprint.count(settings, partitioning, options.size or 512, ranks)))
             return 0
         if options.random_init:
-            settings = settings.weightless()
+            settings = settings.with_random_weights()
         from teasr.training.trainer import Trainer
 
         Trainer(settings, options.accept_changes).fit()

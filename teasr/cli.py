@@ -51,9 +51,8 @@ def _add_upscale(commands) -> None:
     quality.add_argument(
         "--fidelity",
         type=float,
-        default=0.0,
         metavar="F",
-        help="0 to 1: take back detail that several steps invent (0)",
+        help="0 to 1: blend the result of several steps with the one-step result (0)",
     )
     quality.add_argument("--scale", type=float, metavar="X", help="of the sides (4)")
     quality.add_argument("--size", metavar="WxH", help="in pixels, in place of --scale")
@@ -77,7 +76,6 @@ def _add_upscale(commands) -> None:
 
 
 def _upscale(options: argparse.Namespace) -> int:
-    from teasr.methods.sampler import check_fidelity
     from teasr.restore import batch
     from teasr.restore.upscaler import Upscaler
 
@@ -86,7 +84,6 @@ def _upscale(options: argparse.Namespace) -> int:
     if options.steps != "auto" and not (options.steps.isdigit() and int(options.steps) >= 1):
         raise ValueError(f"--steps {options.steps}: auto, or a number >= 1")
     steps = "auto" if options.steps == "auto" else int(options.steps)
-    check_fidelity(options.fidelity, 2 if steps == "auto" else steps)
     how = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
     how |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
     todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
@@ -94,6 +91,8 @@ def _upscale(options: argparse.Namespace) -> int:
         print(f"all {len(todo)} are there already")
         return 0
     upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device, options.dtype, options.offload)
+    dials = {} if options.fidelity is None else {"fidelity": options.fidelity}
+    upscaler.sampler.check(2 if steps == "auto" else steps, dials)
 
     def restore(picture, tell, say):
         return upscaler(picture, steps, options.seed, on_progress=tell, say=say, **how)

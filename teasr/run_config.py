@@ -5,7 +5,7 @@ The registries of backbones and methods live here; adding one is a file, a line 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from teasr.backbones.base import Backbone
+from teasr.backbones.roles import STUDENT, Role, check_roles
 from teasr.config import strict_yaml as cfg
 from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
 from teasr.data.config import DataConfig
@@ -43,8 +44,11 @@ METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"teasr": _teasr}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that defines a run; `run_dir` is where it lives."""
+class RunConfig:
+    """Everything that defines a run; `run_dir` is where it lives.
+
+    prior_name, prior: a second base, for methods whose roles ask for one (section `prior:`); None in most runs.
+    """
 
     run_dir: str
     seed: int
@@ -56,13 +60,17 @@ class Recipe:
     train: TrainConfig
     preview: PreviewConfig
     tracking: TrackingConfig
+    prior_name: str | None = None
+    prior: Any = None
 
     def to_dict(self) -> dict:
         """As in the YAML file, every default written out."""
+        prior = {} if self.prior is None else {"prior": {"name": self.prior_name} | cfg.to_dict(self.prior)}
         return {
             "run_dir": self.run_dir,
             "seed": self.seed,
             "backbone": {"name": self.backbone_name} | cfg.to_dict(self.backbone),
+            **prior,
             "method": {"name": self.method_name} | cfg.to_dict(self.method),
             "data": cfg.to_dict(self.data),
             "train": cfg.to_dict(self.train),
@@ -74,31 +82,45 @@ class Recipe:
         """The YAML file that makes this recipe again."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
 
-    def weightless(self) -> Recipe:
+    def with_random_weights(self) -> RunConfig:
         """The same work on random weights: for dry runs and benchmarks, where no weight file is at hand."""
-        return replace(
+        made = replace(
             self,
-            backbone=BACKBONES[self.backbone_name]()[1].weightless(self.backbone),
-            method=METHODS[self.method_name]()[1].weightless(self.method),
+            backbone=BACKBONES[self.backbone_name]()[1].with_random_weights(self.backbone),
+            method=METHODS[self.method_name]()[1].with_random_weights(self.method),
         )
+        if self.prior is None:
+            return made
+        return replace(made, prior=BACKBONES[self.prior_name]()[1].with_random_weights(self.prior))
 
-    def build_backbone(self) -> Backbone:
-        """The backbone with its initial weights."""
-        return BACKBONES[self.backbone_name]()[1](self.backbone, seed=self.seed)
+    def build_backbone(self, roles: Sequence[Role] = (STUDENT,)) -> Backbone:
+        """The backbone with its initial weights, for roles of one place. ValueError when its files lack or the roles do not fit."""
+        if roles[0].base == "main":
+            return BACKBONES[self.backbone_name]()[1](self.backbone, seed=self.seed, roles=roles)
+        if self.prior is None:
+            raise ValueError(
+                f"config section prior is missing: method {self.method_name} puts the role {roles[0].name} on a second base; name it as "
+                "`backbone` does"
+            )
+        return BACKBONES[self.prior_name]()[1](self.prior, seed=self.seed, roles=roles)
 
     def build_method(self) -> Method:
-        """The method; raises ValueError when something it needs (LPIPS weights) is missing."""
-        return METHODS[self.method_name]()[1](self.method)
+        """The method, without the networks that it loads itself. ValueError where its roles cannot live together."""
+        method = METHODS[self.method_name]()[1](self.method)
+        check_roles(method.roles())
+        if self.prior is not None and all(role.base != "prior" for role in method.roles()):
+            raise ValueError(f"config section prior is of no use: no role of method {self.method_name} lives there")
+        return method
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides. Raises ValueError naming the key and the cure."""
     return parse(cfg.override(cfg.read_yaml(path), overrides or []))
 
 
-def parse(data: dict) -> Recipe:
+def parse(data: dict) -> RunConfig:
     """A recipe from nested mappings."""
-    sections = ("run_dir", "seed", "backbone", "method", "data", "train", "preview", "tracking")
+    sections = ("run_dir", "seed", "backbone", "prior", "method", "data", "train", "preview", "tracking")
     for key in data:
         if key not in sections:
             raise ValueError(cfg.unknown_key(str(key), str(key), list(sections)))
@@ -107,7 +129,8 @@ def parse(data: dict) -> Recipe:
             raise ValueError(f"config key {key} is missing: every run needs it")
     backbone_name, backbone = _component(BACKBONES, data["backbone"], "backbone")
     method_name, method = _component(METHODS, data["method"], "method")
-    return Recipe(
+    prior_name, prior = _component(BACKBONES, data["prior"], "prior") if data.get("prior") else (None, None)
+    return RunConfig(
         run_dir=cfg.convert(str, data["run_dir"], "run_dir"),
         seed=cfg.convert(int, data.get("seed", 0), "seed"),
         backbone_name=backbone_name,
@@ -118,6 +141,8 @@ def parse(data: dict) -> Recipe:
         train=cfg.build(TrainConfig, data["train"], "train"),
         preview=cfg.build(PreviewConfig, data.get("preview") or {}, "preview"),
         tracking=cfg.build(TrackingConfig, data.get("tracking") or {}, "tracking"),
+        prior_name=prior_name,
+        prior=prior,
     )
 
 

@@ -61,7 +61,7 @@ def untrained(tmp_path_factory) -> Path:
     backbone.fit([torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(8)])
     torch.nn.init.normal_(backbone.net.proj_out.weight, 0, 0.05, generator=generator)
     writer = checkpoint.Writer(root / "run/checkpoints", 1)
-    weights = {name: p.detach() for name, p in backbone.net.named_parameters() if backbone.exports(name, p)}
+    weights = {name: p.detach() for name, p in backbone.exported().items()}
     for name in ("weights", "ema"):
         writer.tensors(f"{name}.safetensors", weights)
     writer.tensors("fixed.safetensors", backbone.fixed_state())
@@ -124,3 +124,10 @@ def partitioning(zero: str, folder: Path) -> Path:
     path = folder / f"{zero}.json"
     path.write_text(json.dumps(settings))
     return path
+
+
+def velocity(backbone, z_t, t_cur, z_lq, t_tar) -> torch.Tensor:
+    """Of the student that lives on this backbone."""
+    from teasr.backbones.model import Condition, Model
+
+    return Model(backbone).velocity(z_t, t_cur, Condition(z_lq, t_tar))

@@ -9,10 +9,11 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden_tiny_teasr.json"
@@ -23,7 +24,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
 
     def run(*command: str) -> None:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = warm.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     run("data_prep/demo_photos.py", f"{folder}/photos")

@@ -14,6 +14,9 @@ import resource
 import traceback
 from pathlib import Path
 
+import prototypes  # noqa: F401 - registers its method, as the next one does
+import two_roles  # noqa: F401
+
 from teasr.run_config import parse
 from teasr.training import trainer as training
 from teasr.util.distributed import leave

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import velocity
 
 from teasr.run_config import parse
 from teasr.training.ema import Ema
@@ -36,14 +37,14 @@ if __name__ == "__main__":
             model=network.net, model_parameters=trained, optimizer=optimizer, config=settings, dist_init_required=False
         )
         network.net = engine
-        ema = Ema(engine.module, 0.9, world)
+        ema = Ema(network.trained("student"), 0.9, world)
         del trained
         z, t = torch.randn(1, 16, 2, 2), torch.ones(1)
         for update in range(3):
             meter.peak = meter.now()
             with engine.coalesce_grad_reduction():
                 for _ in range(2):
-                    engine.backward(network.velocity(z, t, z, -t).square().mean())
+                    engine.backward(velocity(network, z, t, z, -t).square().mean())
             engine.step()
             ema.update(update)
     print(meter.peak)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from conftest import velocity
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from teasr.run_config import parse
@@ -33,7 +34,7 @@ def velocities(network, inputs) -> list[torch.Tensor]:
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = not on
         with torch.no_grad():
-            found.append(network.velocity(*inputs))
+            found.append(velocity(network, *inputs))
     return found
 
 

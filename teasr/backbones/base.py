@@ -1,25 +1,37 @@
-"""What a backbone is to the rest of TEASR: pictures to latents and back, and one velocity with two times.
+"""What a backbone is to the rest of teasr: pictures to latents and back, and one network that serves every role on its base.
 
-A backbone owns its habits (time scale, packing, text, channel layout, codec); methods, sampler and trainer see nothing
-else than this contract. t_cur in [0, 1] and t_tar in [-1, 1] are float32 [B] (0 clean, 1 noise; a negative target time
-asks for the fake trajectory); z [B, C, h, w] is normalised; x [B, 3, H, W] is in [-1, 1].
+A backbone owns its habits (time scale, token layout, text, codec, weight files). Methods and samplers see it through `Model` (model.py), the
+trainer through this contract. t_cur in [0, 1] and t_tar in [-1, 1] are float32 [B] (0 clean, 1 noise; a negative target time asks for the fake
+trajectory); z [B, C, h, w] is normalised; x [B, 3, H, W] is in [-1, 1].
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from teasr.backbones.parts import RoleNet
+from teasr.backbones.roles import FIRST, STUDENT, Role
+from teasr.diffusion.losses import only_input_gradient
+
+Part = Literal["velocity", "features", "logits", "encoder"]
+
 
 class Backbone(ABC):
-    """One dual-branch diffusion transformer with its image codec."""
+    """One base: a diffusion network with the adapter sets of its roles, and its image codec."""
 
-    net: nn.Module  # what is trained: the trainer puts a DeepSpeed engine in its place
+    net: RoleNet  # the trainer puts a DeepSpeed engine in its place where a role trains
+    roles: tuple[Role, ...]  # that live on this base
+    trains_base = False  # its configuration says `train: full`: the base itself is trained, by the one role it then has
+    exports_base = False  # its weight file holds frozen weights too, as it is small
+    autocast: torch.dtype | None = None  # of the network where no engine, which has its own, is around it
+    takes_text = False
     latent_channels: int
     downsample: int  # pixels of the picture for one latent pixel
     pixel_multiple: int  # height and width of a picture must be divisible by it
@@ -31,6 +43,10 @@ class Backbone(ABC):
     patch_px: int  # pixels of the picture for one token: the period of a possible checkerboard
 
     @abstractmethod
+    def __init__(self, config: Any, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
+        """Build the base with its initial weights and the adapter sets of these roles."""
+
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> normalised latents [B, C, H / downsample, W / downsample]."""
 
@@ -38,14 +54,24 @@ class Backbone(ABC):
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents -> pictures, differentiable and not clamped (a clamp has no gradient where it acts)."""
 
-    def velocity(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
-        """Velocity at z_t, fp32 at least: noise branch at t_cur, condition branch (z_lq) at t_tar of either sign.
+    @property
+    def network(self) -> RoleNet:
+        """The network itself, without the engine that may be around it."""
+        return getattr(self.net, "module", self.net)
 
-        t_tar = t_cur is the instantaneous velocity, 0 <= t_tar < t_cur the average one of the jump t_cur -> t_tar, and
-        t_tar = -t_cur the one of the fake trajectory (TEASR sec. 3.2, 3.4).
+    def call(self, role: Role, part: Part, z_t: Tensor, t_cur: Tensor, *rest: Tensor | None) -> Tensor:
+        """What `RoleNet.forward` computes for this role, fp32 at least; `rest`: z_lq, t_tar, text. ValueError where there is no text.
+
+        Where the caller wants the gradient of its input alone, the network is called without its DeepSpeed engine, whose hooks expect a
+        backward pass into parameters.
         """
-        v = self.net(z_t, t_cur, z_lq, t_tar)
-        return v if v.dtype == z_t.dtype else v.float()
+        if not self.takes_text and len(rest) == 3 and rest[2] is not None:
+            raise ValueError(f"{type(self).__name__} takes no text: leave `text` out of the condition")
+        net = self.network if only_input_gradient() else self.net
+        casts = self.autocast is not None and net is self.network
+        with torch.autocast(z_t.device.type, self.autocast) if casts else nullcontext():
+            out = net(z_t, t_cur, *rest, role=role, part=part)
+        return out if out.dtype == z_t.dtype else out.float()
 
     def snap(self, t: Tensor) -> Tensor:
         """Round times to what this network can tell apart (identity unless it embeds them in low precision)."""
@@ -63,32 +89,58 @@ class Backbone(ABC):
         if state:
             raise ValueError(f"this backbone keeps no fixed state, the checkpoint holds {sorted(state)[:3]}")
 
-    def exports(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a checkpoint's plain weight file holds this parameter: by default what is trained."""
-        return parameter.requires_grad
+    def check_sharing(self) -> None:
+        """ValueError where a base that is trained itself carries other roles: they would change with it."""
+        if self.trains_base and len(self.roles) > 1:
+            raise ValueError(
+                f"backbone.train = full trains the base that the roles {', '.join(role.name for role in self.roles)} share: set "
+                "backbone.train=lora with a backbone.base, or give each role a copy of its own"
+            )
 
-    def exported_names(self) -> list[str]:
-        """Of all parameters that `exports` names, in order."""
-        return [name for name, parameter in self.net.named_parameters() if self.exports(name, parameter)]
+    def owner(self, name: str, parameter: nn.Parameter) -> str | None:
+        """The role that trains a parameter of the network; None where nothing does."""
+        if not parameter.requires_grad:
+            return None
+        for role in self.roles:
+            if f".{role.adapter_set}." in name or name.startswith(f"parts.{role.name}."):
+                return role.name
+        return next(role.name for role in self.roles if role.trains == "adapter")
 
-    def lora_story(self) -> tuple[dict, dict] | None:
+    def trained(self, role: str) -> dict[str, nn.Parameter]:
+        """The parameters that a role trains, by name, in order."""
+        return {n: p for n, p in self.network.named_parameters() if self.owner(n, p) == role}
+
+    def exported(self, role: str = FIRST) -> dict[str, nn.Parameter]:
+        """What the weight file of a role holds, by name, in order: what the role trains, and a small base beside the student."""
+        with_base = self.exports_base and role == FIRST
+        found = [(n, p, self.owner(n, p)) for n, p in self.network.named_parameters()]
+        return {n: p for n, p, owner in found if owner == role or (with_base and owner is None)}
+
+    def lora_metadata(self) -> tuple[dict, dict] | None:
         """For a LoRA file: peft's settings, and what its users must know. None where more than a LoRA is trained."""
         return None
 
-    def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Take exported weights into a freshly built network. ValueError names what does not fit."""
-        own = dict(self.net.named_parameters())
-        wanted = set(self.exported_names())
-        wrong = sorted(wanted ^ set(state)) or sorted(n for n in wanted if own[n].shape != state[n].shape)
+    def load_weights(self, state: dict[str, Tensor], role: str = FIRST) -> None:
+        """Take the weight file of a role into a freshly built network. ValueError names what does not fit."""
+        wanted = self.exported(role)
+        wrong = sorted(set(wanted) ^ set(state)) or sorted(n for n in wanted if wanted[n].shape != state[n].shape)
         if wrong:
             raise ValueError(
                 f"the weights do not fit this backbone: {wrong[0]} is missing, unknown or of another shape"
             )
-        for name in wanted:
-            own[name].data.copy_(state[name])
+        for name, parameter in wanted.items():
+            parameter.data.copy_(state[name])
+
+    def share_codec(self, other: Backbone) -> None:
+        """Take over a codec that only `other` has yet. ValueError where the latents of the two do not mean the same."""
+        if type(self) is not type(other) or self.latent_channels != other.latent_channels:
+            raise ValueError(
+                f"prior: {type(self).__name__} with {self.latent_channels} latent channels does not share the codec of "
+                f"{type(other).__name__} with {other.latent_channels}: both must encode pictures alike"
+            )
 
     @classmethod
-    def weightless(cls, config: Any) -> Any:
+    def with_random_weights(cls, config: Any) -> Any:
         """The config of a network of the same sizes with random weights, for which no file is needed."""
         return config
 
@@ -110,7 +162,7 @@ class Backbone(ABC):
         raise ValueError(f"{type(self).__name__} cannot be offloaded: leave it out")
 
     @classmethod
-    def for_use(cls, config: Any, dtype: str | None, folder: Path) -> Any:
+    def inference_config(cls, config: Any, dtype: str | None, folder: Path) -> Any:
         """The config to build a saved model with: no file is needed that only training started from.
 
         folder: where the model lies, with what `files` named; dtype: None, or one of `dtypes` (matters where `own_dtype`).

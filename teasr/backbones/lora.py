@@ -1,19 +1,22 @@
-"""LoRA that acts on the condition branch alone: which tokens get it is decided at the call site (TEASR sec. 3.4).
+"""LoRA sets on one base: which set acts on which tokens is an argument of every product (TEASR sec. 3.4).
 
-Stock peft layers hold the weights of a large model, so that its LoRA loads and saves wherever peft's does; `BranchLora`, of the same names, those of a
-small one, which need not wait for peft's import. Nothing is merged, hooked or switched by global state, so that activation checkpointing recomputes
-exactly what the first pass computed.
+Stock peft layers hold the weights of a large model, so that its LoRA loads and saves wherever peft's does; `BranchLora`, with the same names, those
+of a small one, which then need not wait for peft's import. Nothing is merged, hooked or switched by global state: activation checkpointing
+recomputes exactly what the first pass computed.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from teasr.backbones.roles import DEFAULT_SET, Adapters
 
 
 class LoraLinear(nn.Linear):
@@ -28,32 +31,41 @@ class LoraLinear(nn.Linear):
 
 
 class BranchLora(nn.Module):
-    """A Linear and its LoRA with the names, the start and the random draws of peft's layer."""
+    """A Linear and its LoRA sets with the names, the start and the random draws of peft's layer."""
 
     merged = disable_adapters = False
-    active_adapters = ("default",)
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: int):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.base_layer, self.scaling = linear, {"default": alpha / rank}
-        self.lora_A = nn.ModuleDict({"default": LoraLinear(linear.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": LoraLinear(rank, linear.out_features, bias=False)})
-        nn.init.kaiming_uniform_(self.lora_A["default"].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B["default"].weight)
+        self.base_layer, self.scaling = linear, {}
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+
+    def add_set(self, name: str, rank: int, alpha: float) -> None:
+        """A set that does nothing yet: its second factor is zero."""
+        linear, self.scaling[name] = self.base_layer, alpha / rank
+        self.lora_A[name] = LoraLinear(linear.in_features, rank, bias=False)
+        self.lora_B[name] = LoraLinear(rank, linear.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[name].weight)
 
 
-def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: int) -> None:
-    """Put a `BranchLora` in the place of each Linear of `net` whose full name matches the regular expression `targets`."""
-    for name, layer in list(net.named_modules()):
-        if re.fullmatch(targets, name):
-            net.set_submodule(name, BranchLora(layer, rank, alpha))
+def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: float, name: str = DEFAULT_SET) -> None:
+    """Add a LoRA set to each Linear of `net` whose full name matches the regular expression `targets`."""
+    for path, layer in list(net.named_modules()):
+        if re.fullmatch(targets, path):
+            if not isinstance(layer, BranchLora):
+                layer = BranchLora(layer)
+                net.set_submodule(path, layer)
+            layer.add_set(name, rank, alpha)
 
 
-def inject_peft_lora(net: nn.Module, targets: str, rank: int, alpha: int) -> None:
+def inject_peft_lora(net: nn.Module, targets: str, rank: int, alpha: float, name: str = DEFAULT_SET) -> None:
     """The same with peft's layers."""
     from peft import LoraConfig, inject_adapter_in_model  # takes 5 s: transformers, bitsandbytes
 
-    inject_adapter_in_model(LoraConfig(**lora_settings(targets, rank, alpha)), net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are meant
+        inject_adapter_in_model(LoraConfig(**lora_settings(targets, rank, alpha)), net, name)
     upgrade_lora(net)
 
 
@@ -76,35 +88,34 @@ def upgrade_lora(net: nn.Module) -> None:
 
 
 def base(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer without its LoRA: the path of noise tokens, whatever the adapters hold."""
+    """The layer without its LoRA."""
     return layer.base_layer(x) if has_lora(layer) else layer(x)
 
 
-def add_lora(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y + what the LoRA of `layer` makes of x; y itself where the layer has no active adapter."""
-    if not has_lora(layer) or layer.disable_adapters:
+def add_lora(layer: nn.Module, x: Tensor, y: Tensor, name: str | None) -> Tensor:
+    """y + what the LoRA set `name` of `layer` makes of x; y itself where the layer has no such set, or `name` is None."""
+    if name is None or not has_lora(layer) or name not in layer.lora_A or layer.disable_adapters:
         return y
     if layer.merged:
-        raise RuntimeError("the LoRA of the condition branch was fused into weights that noise tokens use: unmerge it")
-    for a in layer.active_adapters:
-        if a in layer.lora_A:
-            y = layer.lora_B[a](layer.lora_A[a](x), onto=y, scale=layer.scaling[a])
-    return y
+        raise RuntimeError("a LoRA was fused into weights that other tokens use without it: unmerge it")
+    return layer.lora_B[name](layer.lora_A[name](x), onto=y, scale=layer.scaling[name])
 
 
-def with_lora(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer with its LoRA: the path of condition tokens, where they come on their own."""
-    return add_lora(layer, x, base(layer, x))
+def with_lora(layer: nn.Module, x: Tensor, name: str | None) -> Tensor:
+    """The layer with this LoRA set, for tokens that come on their own."""
+    return add_lora(layer, x, base(layer, x), name)
 
 
-def branch(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer for both branches, x [B, 2, ...] with the noise branch at index 0 and the condition branch at 1; [B, 1, ...]: noise alone.
+def branch(layer: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
+    """The layer for all branches, x [B, K, ...] with the noise branch at index 0 and the condition branch, if there is one, at 1.
 
-    One base product serves both; the LoRA delta is added on the condition branch.
+    One base product serves both; each branch then gets the delta of its own LoRA set.
     """
     y = base(layer, x)
-    if has_lora(layer) and x.shape[1] > 1:
-        y[:, 1] = add_lora(layer, x[:, 1], y[:, 1])
+    if has_lora(layer):
+        for k, name in enumerate((adapters.noise, adapters.condition)[: x.shape[1]]):
+            if name in layer.lora_A:
+                y[:, k] = add_lora(layer, x[:, k], y[:, k], name)
     return y
 
 

@@ -1,7 +1,7 @@
 """A trained condition-branch LoRA as one safetensors file in diffusers' layout, with what it needs to be used rightly, and a model card.
 
 Keys are `transformer.<layer>.lora_A.weight`. The metadata holds peft's settings as diffusers reads them and, under `teasr`, ours: how branches are
-joined, what times mean, and the run it came from. Only the branch of condition tokens may get it; the card says what happens elsewhere.
+joined, what times mean, and the run it came from. The card says which tokens the LoRA is for and what happens elsewhere.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ OURS = "teasr"
 FORMAT = 1
 
 
-def write(folder: Path, weights: dict[str, Tensor], peft: dict, story: dict) -> Path:
+def write(folder: Path, weights: dict[str, Tensor], peft: dict, ours: dict) -> Path:
     """Write the file and its card into `folder`; `weights` by the names that the network has them under."""
     tensors = {_outside(name): x.detach().cpu().contiguous() for name, x in sorted(weights.items())}
     peft = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in peft.items()}
     metadata = {
         "format": "pt",
         PEFT: json.dumps(peft, sort_keys=True),
-        OURS: json.dumps({"format": FORMAT} | story, sort_keys=True),
+        OURS: json.dumps({"format": FORMAT} | ours, sort_keys=True),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / NAME, save(tensors, metadata))
-    write_atomic(folder / "README.md", card(tensors, story).encode())
+    write_atomic(folder / "README.md", card(tensors, ours).encode())
     return folder / NAME
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights by the names of the network, and our story. `path`: the file or its folder. ValueError when it is not one of ours."""
+    """Weights by the names of the network, and our metadata. `path`: the file or its folder. ValueError when it is not one of ours."""
     path = path / NAME if path.is_dir() else path
     try:
         with safe_open(path, "pt") as file:
@@ -46,14 +46,22 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"LoRA {path} cannot be read ({error})") from None
     try:
-        story = json.loads(metadata[OURS])
+        ours = json.loads(metadata[OURS])
     except (KeyError, ValueError):
         raise ValueError(
             f"LoRA {path} says nothing about its branches: it was not made by teasr; export one with launch/export.py"
         ) from None
-    if story.pop("format", None) != FORMAT:
+    if ours.pop("format", None) != FORMAT:
         raise ValueError(f"LoRA {path} was written by another version of teasr: export it again with launch/export.py")
-    return weights, story
+    return weights, ours
+
+
+WHERE = {
+    "dual": """**It acts on condition tokens alone.** Noise and text tokens run through the base weights. A stock diffusers pipeline or ComfyUI loads this
+file without complaint, applies it to all tokens at one time, and gives wrong pictures; so does fusing it into the base weights. Use `teasr`.""",
+    "single": """**It expects the latent of the low-quality picture in place of noise.** A stock diffusers pipeline or ComfyUI loads this file without
+complaint, starts from noise, and gives wrong pictures. Use `teasr`.""",
+}
 
 
 def _outside(name: str) -> str:
@@ -64,10 +72,10 @@ def _inside(name: str) -> str:
     return name.replace(".weight", ".default.weight")
 
 
-def card(tensors: dict[str, Tensor], story: dict) -> str:
+def card(tensors: dict[str, Tensor], ours: dict) -> str:
     """The model card."""
     count = sum(x.numel() for x in tensors.values())
-    base, rank = story["base_model"], story["lora_rank"]
+    base, rank = ours["base_model"], ours["lora_rank"]
     return f"""---
 base_model: {base}
 library_name: teasr
@@ -79,23 +87,22 @@ tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
 
 Restores pictures (x4 real-world super-resolution) in 1 to 30 steps: rank {rank}, {count / 1e6:,.1f} M weights in {next(iter(tensors.values())).dtype}.
 
-**It acts on condition tokens alone.** Noise and text tokens run through the base weights. A stock diffusers pipeline or ComfyUI loads this file
-without complaint, applies it to all tokens at one time, and gives wrong pictures; so does fusing it into the base weights. Use `teasr`.
+{WHERE[ours.get("branches", "dual")]}
 
 Restore with it: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. Continue training from it: `backbone.lora=FOLDER` in a recipe.
 
 | | |
 |---|---|
-| attention of condition tokens | {story["cond_attention"]} |
-| positions of condition tokens | {story["rope"]} |
+| attention of condition tokens | {ours["cond_attention"]} |
+| positions of condition tokens | {ours["rope"]} |
 | times | t_cur in [0, 1], 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; in fp32 before the sinusoid |
-| prompt | {story["prompt"]} |
-| weights | {story["weights"]} after {story["updates"]} updates |
-| commit | {story["commit"]} |
+| prompt | {ours["prompt"]} |
+| weights | {ours["weights"]} after {ours["updates"]} updates |
+| commit | {ours["commit"]} |
 
 The recipe of the run:
 
 ```yaml
-{story["recipe"].rstrip()}
+{ours["recipe"].rstrip()}
 ```
 """

@@ -90,8 +90,8 @@ def _bitsandbytes():
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
-        raise ImportError("backbone.base = nf4 needs bitsandbytes: pip install 'teasr[nf4]'") from error
+        raise ImportError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'") from error
     return functional
 
 
-KINDS: dict[str, type[QuantisedLinear] | None] = {"full": None, "fp8": Fp8Linear, "nf4": Nf4Linear}
+KINDS: dict[str, type[QuantisedLinear]] = {"fp8": Fp8Linear, "nf4": Nf4Linear}

@@ -9,8 +9,7 @@ Shape legend: B batch, K branch (0 noise, 1 condition; a prior has the noise bra
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from teasr import assets
 from teasr.backbones.base import Backbone
-from teasr.backbones.lora import add_branch_lora, base, branch
+from teasr.backbones.lora import add_branch_lora, branch, with_lora
 from teasr.backbones.offloading import offload_blocks
+from teasr.backbones.parts import RoleNet, sinusoid
+from teasr.backbones.roles import DEFAULT_SET, STUDENT, Adapters, Role, blocks_seen
 from teasr.diffusion.flow import per_sample
 from teasr.util import checkpoint_folder
 from teasr.util.seed import seed_of
@@ -33,7 +34,6 @@ from teasr.util.seed import seed_of
 PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
 ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px
 PLAIN_ATTENTION = 512**2  # queries times keys up to which bf16 on a CPU does not use the fused kernel
-TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large diffusion transformers
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,6 @@ def _patches(x: Tensor) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of times [B] in fp32, [B, width]; a negative time flips the sine half only."""
-    freqs = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = TIME_SCALE * t[:, None] * freqs
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
-
-
 def rotary_angles(h: int, w: int, head_width: int, device: torch.device) -> Tensor:
     """Angles [h w, head_width / 2] of two-axis rotary positions, the first half for rows, the second for columns."""
     n = head_width // 4
@@ -181,42 +174,47 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
 
 
 class DualBlock(nn.Module):
-    """Transformer block over two token streams with their own modulation and one joint attention."""
+    """Transformer block over one or two token streams with their own modulation and one joint attention."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, last: bool, pair: float | None = None):
+    def __init__(self, width: int, heads: int, mlp_ratio: int, pair: float | None = None):
         super().__init__()
-        self.heads, self.last = heads, last
+        self.heads = heads
         self.mod = nn.Linear(width, 6 * width)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
         self.pair = None if pair is None else nn.Parameter(torch.full((heads, 1, 1), pair))
 
-    def forward(self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, K, L, D] -> the same; the last block returns the noise branch only, [B, L, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = branch(self.mod, F.silu(temb_BKD)).unsqueeze(2).chunk(6, dim=-1)
+    def forward(
+        self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters, last: bool
+    ) -> Tensor:
+        """[B, K, L, D] -> the same; `last`: the noise branch only, [B, L, D], and nothing else is computed."""
+        mod = branch(self.mod, F.silu(temb_BKD), adapters)
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unsqueeze(2).chunk(6, dim=-1)
         y = modulate(x_BKLD, shift1, scale1)
-        k, v = (self._heads(branch(layer, y).flatten(1, 2)) for layer in (self.to_k, self.to_v))
-        q = branch(self.to_q, y).flatten(1, 2) if not self.last else base(self.to_q, y[:, 0])
+        k, v = (self._heads(branch(layer, y, adapters).flatten(1, 2)) for layer in (self.to_k, self.to_v))
+        noise = adapters.noise
+        q = with_lora(self.to_q, y[:, 0], noise) if last else branch(self.to_q, y, adapters).flatten(1, 2)
         q, k = self.norm_q(self._heads(q)), self.norm_k(k)
         positions = cos.shape[0]
         q = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]])
         k = rotate(k, cos[:positions], sin[:positions])
         attended = attend(q, k, v)
-        if (
-            self.pair is not None
-        ):  # a prior never looked at a second picture: attention alone takes thousands of updates to find it
+        if self.pair is not None and x_BKLD.shape[1] > 1:
+            # a prior never looked at a second picture: attention alone takes thousands of updates to find it
             places = x_BKLD.shape[2]
             own = self.pair * v[:, :, places:]
             attended = attended + F.pad(own, (0, 0, 0, attended.shape[2] - places))
         attended = attended.transpose(1, 2).flatten(2)
-        if self.last:  # nothing reads the condition tokens any more: skip what would never get a gradient
-            x = x_BKLD[:, 0] + gate1[:, 0] * base(self.to_out, attended)
+        if last:  # nothing reads the condition tokens any more: skip what would never get a gradient
+            x = x_BKLD[:, 0] + gate1[:, 0] * with_lora(self.to_out, attended, noise)
             y = modulate(x, shift2[:, 0], scale2[:, 0])
-            return x + gate2[:, 0] * base(self.fc2, F.gelu(base(self.fc1, y), approximate="tanh"))
-        x = x_BKLD + gate1 * branch(self.to_out, attended.unflatten(1, (x_BKLD.shape[1], -1)))
+            hidden = F.gelu(with_lora(self.fc1, y, noise), approximate="tanh")
+            return x + gate2[:, 0] * with_lora(self.fc2, hidden, noise)
+        x = x_BKLD + gate1 * branch(self.to_out, attended.unflatten(1, (x_BKLD.shape[1], -1)), adapters)
         y = modulate(x, shift2, scale2)
-        return x + gate2 * branch(self.fc2, F.gelu(branch(self.fc1, y), approximate="tanh"))
+        hidden = F.gelu(branch(self.fc1, y, adapters), approximate="tanh")
+        return x + gate2 * branch(self.fc2, hidden, adapters)
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -227,8 +225,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
-class TinyDiT(nn.Module):
-    """The trained network: latents [B, C, h, w] and two times [B] -> velocity [B, C, h, w]."""
+class TinyDiT(RoleNet):
+    """The network: latents [B, C, h, w] and two times [B] -> velocity [B, C, h, w]."""
 
     def __init__(self, config: TinyConfig):
         super().__init__()
@@ -237,8 +235,7 @@ class TinyDiT(nn.Module):
         self.img_in = nn.Linear(c, d)
         self.time_in, self.time_out = nn.Linear(d, d), nn.Linear(d, d)
         self.blocks = nn.ModuleList(
-            DualBlock(d, config.heads, config.mlp_ratio, i == config.depth - 1, config.pair)
-            for i in range(config.depth)
+            DualBlock(d, config.heads, config.mlp_ratio, config.pair) for _ in range(config.depth)
         )
         self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
         for name in ("residual", "spread"):  # copies of the codec's, so that the network is self-contained
@@ -271,43 +268,63 @@ class TinyDiT(nn.Module):
             for norm in (block.norm_q, block.norm_k):
                 norm.weight.data.fill_(3.0)
 
-    def lora_targets(self) -> str:
-        """Every Linear that condition tokens pass, less those of the last block whose result nothing reads."""
-        last = self.config.depth - 1
-        inner = rf"blocks\.(?!{last}\.)\d+\.(mod|to_q|to_k|to_v|to_out|fc1|fc2)"
-        return rf"img_in|{inner}|blocks\.{last}\.(mod|to_k|to_v)"
+    def lora_targets(self, role: Role) -> str:
+        """Every Linear that the tokens which this role adapts pass, less those whose result nothing reads.
+
+        Dual branch: condition tokens, of which the last block only reads keys and values. Single branch: noise tokens, as far as the role sees.
+        """
+        last = (role.blocks or self.config.depth) - 1
+        all_of_it = "(mod|to_q|to_k|to_v|to_out|fc1|fc2)"
+        if role.branches == "single":
+            return rf"img_in|blocks\.({'|'.join(map(str, range(last + 1)))})\.{all_of_it}"
+        return rf"img_in|blocks\.(?!{last}\.)\d+\.{all_of_it}|blocks\.{last}\.(mod|to_k|to_v)"
 
     def time_embedding(self, t: Tensor, like: Tensor) -> Tensor:
         """[B] -> [B, D]; the sinusoid in fp32, whatever the network computes in."""
         embedding = sinusoid(t.float(), self.config.width).to(like.dtype)
         return self.time_out(F.silu(self.time_in(embedding)))
 
-    def tokens(self, z_t: Tensor, z_lq: Tensor) -> Tensor:
-        """Both latents [B, C, h, w] -> tokens [B, K, L, D]; noise first, and alone in a prior."""
-        latents = (z_t, z_lq) if self.config.conditional else (z_t,)
-        return branch(self.img_in, torch.stack(latents, dim=1).flatten(3).transpose(2, 3))
+    def predict(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Tensor:
+        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch.
 
-    def forward(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
-        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch. A prior reads z_t and t_cur alone."""
-        h, w = z_t.shape[-2:]
-        temb_cur, temb_tar = self.time_embedding(torch.cat((t_cur, t_tar)), z_t).chunk(2)
-        if not self.config.decoupled_timestep:
-            temb_cur = temb_tar = temb_cur + temb_tar
-        temb_BKD = torch.stack((temb_cur, temb_tar), dim=1)
-        x = self.tokens(z_t, z_lq)
-        temb_BKD = temb_BKD[:, : x.shape[1]]
-        angles = rotary_angles(h, w, self.config.width // self.config.heads, z_t.device).repeat(x.shape[1], 1)
-        cos, sin = angles.cos().to(z_t.dtype), angles.sin().to(z_t.dtype)
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, temb_BKD, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, temb_BKD, cos, sin)
+        An unconditional network has the noise branch alone: it reads neither z_lq nor t_tar.
+        """
+        dual = role.branches == "dual" and self.config.conditional
+        x, temb_cur = self._trunk(z_t, t_cur, z_lq if dual else None, t_tar, role.adapters, len(self.blocks))
         shift, scale = self.norm_out(F.silu(temb_cur)).unsqueeze(1).chunk(2, dim=-1)
-        out = self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, (h, w))
-        if self.config.output_skip and self.config.conditional:
+        out = self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, z_t.shape[-2:])
+        if dual and self.config.output_skip:
             return precondition(out, z_t, t_cur, z_lq, self.residual)
         return precondition(out, z_t, t_cur, torch.zeros_like(z_t), self.spread)
+
+    def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
+        """[B, D, h, w]."""
+        x, _ = self._trunk(z_t, t_cur, None, None, role.adapters, role.blocks or len(self.blocks))
+        return x.transpose(1, 2).unflatten(2, z_t.shape[-2:])
+
+    def _trunk(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, adapters: Adapters, blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Noise tokens [B, L, D] after so many blocks, and the embedding of t_cur [B, D]."""
+        h, w = z_t.shape[-2:]
+        latents = (z_t,) if z_lq is None else (z_t, z_lq)
+        times = (t_cur,) if t_tar is None else (t_cur, t_tar)
+        embedded = self.time_embedding(torch.cat(times), z_t).chunk(len(times))
+        if not self.config.decoupled_timestep:
+            embedded = (sum(embedded[1:], embedded[0]),) * len(times)
+        temb_BKD = torch.stack(embedded, dim=1)[:, : len(latents)]
+        x = branch(self.img_in, torch.stack(latents, dim=1).flatten(3).transpose(2, 3), adapters)
+        angles = rotary_angles(h, w, self.config.width // self.config.heads, z_t.device).repeat(len(latents), 1)
+        cos, sin = angles.cos().to(z_t.dtype), angles.sin().to(z_t.dtype)
+        for i in range(blocks):
+            arguments = (self.blocks[i], x, temb_BKD, cos, sin, adapters, i == blocks - 1)
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                x = recompute(*arguments, use_reentrant=False)
+            else:
+                x = arguments[0](*arguments[1:])
+        return x, embedded[0]
 
 
 def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C: Tensor) -> Tensor:
@@ -343,8 +360,12 @@ def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
 class Tiny(Backbone):
     """The tiny backbone: `TinyDiT` and its linear codec."""
 
-    def __init__(self, config: TinyConfig, seed: int = 0):
-        self.config = config
+    exports_base = True  # a tiny base is not worth a second file
+
+    def __init__(self, config: TinyConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
+        self.config, self.roles = config, tuple(roles)
+        self.trains_base = config.train == "full" and any(role.trains == "adapter" for role in roles)
+        self.check_sharing()
         self.codec = PCACodec(config.latent_channels, config.whiten).requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, "tiny init"))
@@ -353,15 +374,30 @@ class Tiny(Backbone):
                 nn.init.xavier_uniform_(net.proj_out.weight)
             elif config.base is not None:
                 load_prior(config.base, net, self.codec)
-            if config.conditional:
-                add_branch_lora(net, net.lora_targets(), config.lora_rank, config.lora_alpha)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(config.train == "full" or "lora_" in name or name.endswith(".pair"))
+            if seen := blocks_seen(roles):  # nothing asks for what lies above
+                net.blocks, net.norm_out, net.proj_out = net.blocks[:seen], None, None
+            for name, p in net.named_parameters():
+                dual = any(role.branches == "dual" and role.trains == "adapter" for role in roles)
+                p.requires_grad_(self.trains_base or (name.endswith(".pair") and dual))
+            for role in roles:
+                self._add_role(net, role, seed)
         self.net = net
         self.needs_fit, self.restores = True, config.conditional
         self.latent_channels = config.latent_channels
         self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
         self.tile_px = 192  # it learns from crops of 64 px; on a CPU attention is most of the time in larger tiles
+
+    def _add_role(self, net: TinyDiT, role: Role, seed: int) -> None:
+        """Its LoRA set and parts; those of the student continue the random draws of the network."""
+        if role.blocks is not None and not 1 <= role.blocks <= self.config.depth:
+            raise ValueError(f"role {role.name} sees {role.blocks} blocks: this backbone has 1 to {self.config.depth}")
+        if role.adapter_set != DEFAULT_SET:
+            torch.manual_seed(seed_of(seed, "role", role.name))
+        if role.adapter_set and (self.config.conditional or role.branches == "single"):
+            rank = role.rank or self.config.lora_rank
+            alpha = self.config.lora_alpha * rank / self.config.lora_rank
+            add_branch_lora(net, net.lora_targets(role), rank, alpha, role.adapter_set)
+        net.add_parts(role, self.config.latent_channels, self.config.width)
 
     def encode(self, x: Tensor) -> Tensor:
         self.check_size(*x.shape[-2:])
@@ -379,15 +415,11 @@ class Tiny(Backbone):
         self.net.spread.copy_(self.codec.spread)
         self.needs_fit = False
 
-    def exports(self, name: str, parameter: nn.Parameter) -> bool:
-        """Everything: a tiny base is not worth a second file."""
-        return True
-
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         return super().memory_groups() | {"codec": [*self.codec.buffers()]}
 
     @classmethod
-    def weightless(cls, config: TinyConfig) -> TinyConfig:
+    def with_random_weights(cls, config: TinyConfig) -> TinyConfig:
         return replace(config, base=config.base and "random")
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
@@ -400,12 +432,23 @@ class Tiny(Backbone):
         self.codec.to(device)
 
     @classmethod
-    def for_use(cls, config: TinyConfig, dtype: str | None, folder: Path) -> TinyConfig:
-        return cls.weightless(config)  # everything is exported, the base too
+    def inference_config(cls, config: TinyConfig, dtype: str | None, folder: Path) -> TinyConfig:
+        return cls.with_random_weights(config)  # everything is exported, the base too
 
     def fixed_state(self) -> dict[str, Tensor]:
         return self.codec.state_dict()
 
     def load_fixed_state(self, state: dict[str, Tensor]) -> None:
         self.codec.load_state_dict(state)
+        self._fitted()
+
+    def share_codec(self, other: Backbone) -> None:
+        super().share_codec(other)
+        if not self.codec.scale.any():
+            self.codec.load_state_dict(other.fixed_state())
+        elif not all(torch.equal(getattr(self.codec, n), getattr(other.codec, n)) for n in ("mean", "basis", "scale")):
+            raise ValueError(
+                f"prior.base = {self.config.base} and backbone.base = {other.config.base} were trained with different codecs: latents of one "
+                "mean nothing to the other; take a prior that was trained with the codec of the backbone"
+            )
         self._fitted()

@@ -1,8 +1,10 @@
-"""Loss functions on tensors: mean squared error, LPIPS, the squared rectification loss, and a checkerboard detector."""
+"""Loss functions on tensors: mean squared error, LPIPS, the squared rectification loss, a checkerboard detector; and gradients of inputs."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -12,6 +14,31 @@ from torch import Tensor
 from teasr.diffusion.flow import per_sample
 
 LPIPS_BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
+
+
+_ONLY_INPUT: ContextVar[bool] = ContextVar("only_input_gradient", default=False)
+
+
+def gradient_through(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of the scalar function(z), and its gradient with respect to z at a detached leaf; both without a graph.
+
+    No parameter gets a gradient on the way: this is how a generator learns through a discriminator, a decoder or LPIPS. A plain backward pass
+    would add to the discriminator's own gradient, with the wrong sign. Inside `function`, networks may be called as usual.
+    """
+    leaf = z.detach().requires_grad_()
+    token = _ONLY_INPUT.set(True)
+    try:
+        with torch.enable_grad():
+            value = function(leaf)
+            (gradient,) = torch.autograd.grad(value, leaf)
+    finally:
+        _ONLY_INPUT.reset(token)
+    return value.detach(), gradient
+
+
+def only_input_gradient() -> bool:
+    """Whether this is inside the function of a `gradient_through`."""
+    return _ONLY_INPUT.get()
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:

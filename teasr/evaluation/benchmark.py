@@ -54,6 +54,7 @@ class Evaluation:
         made = {"made_by": self.made_by, "pairs": self.pairs.identity}
         self.images = self.out / f"images-{_hash(made)}"
         scored = made | {"methods": list(self.methods), "metrics": self.scorer.identity}
+        scored |= {} if self.beside_bicubic else {"beside_bicubic": False}
         self.parts = self.out / f"parts-{_hash(scored)}"
         self.settings = scored
 

@@ -9,17 +9,19 @@ L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.model import Condition, Model
+from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
-from teasr.methods.base import Method, Progress, Term
+from teasr.methods.base import Loss, Method, Progress
+from teasr.methods.sampler import AnyStep, Sampler
 from teasr.util.randomness import Draws
 
 WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips")
@@ -96,18 +98,24 @@ class TeasrConfig:
 class Teasr(Method):
     """The method on one network, the student: it is generator, real score and fake score at once."""
 
-    networks = ("student",)
-
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
-        """`lpips`: the metric network, built when not given and lambda_lpips > 0 (ValueError if its weights lack)."""
-        self.config = config
+        """`lpips`: the metric network; where it is not given, `load` builds it if lambda_lpips > 0."""
+        super().__init__(config)
         self.cycle = 4 if config.mode == "cycle" else 1
         self.lpips = lpips
-        if config.lambda_lpips and lpips is None:
-            self.lpips = losses.load_lpips(config.lpips_net, config.lpips_weights == "pretrained")
+
+    def roles(self) -> tuple[Role, ...]:
+        return (STUDENT,)
+
+    def sampler(self) -> Sampler:
+        return AnyStep()
+
+    def load(self) -> None:
+        if self.config.lambda_lpips and self.lpips is None:
+            self.lpips = losses.load_lpips(self.config.lpips_net, self.config.lpips_weights == "pretrained")
 
     @classmethod
-    def weightless(cls, config: TeasrConfig) -> TeasrConfig:
+    def with_random_weights(cls, config: TeasrConfig) -> TeasrConfig:
         return replace(config, lpips_weights="random")
 
     def to(self, device: torch.device) -> None:
@@ -117,54 +125,56 @@ class Teasr(Method):
     def memory_groups(self) -> dict[str, list[Tensor]]:
         return {} if self.lpips is None else {"LPIPS": [*self.lpips.parameters(), *self.lpips.buffers()]}
 
-    def weights(self, progress: Progress) -> dict[str, float]:
-        """Weight of each term at this point of the run: lambda times its ramp."""
+    def loss_weights(self, progress: Progress) -> dict[str, float]:
+        """Factor of each loss at this point of the run: lambda times its ramp."""
         return {
             name: getattr(self.config, f"lambda_{name}")
             * (self.config.ramps[name].factor(progress) if name in self.config.ramps else 1.0)
             for name in WEIGHTED
         }
 
-    def terms(self, networks: dict[str, Backbone], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Term]:
-        """Up to four terms; a term of zero weight is not computed, nor is anything only it would need."""
-        student, weight = networks["student"], self._select(self.weights(progress), draws, progress)
+    def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
+        """Up to four losses; a loss of zero weight is not computed, nor is anything only it would need."""
+        student, weight = models["student"], self._select(self.loss_weights(progress), draws, progress)
         with torch.no_grad():
             z0, z_lq = student.encode(batch.x_hq), student.encode(batch.x_lq)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        given = Given(student, batch.x_hq, z_lq, draws, times, weight)
-        jump = Jump(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
-        z_fake = jump_target = None
+        inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight)
+        shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
+        z_fake = target_velocity = None
 
         if weight["rectify"] or weight["mse"] or weight["lpips"]:
-            term, z_fake, jump_target = self._one_step(given, jump)
-            yield term
-            del term
+            loss, z_fake, target_velocity = self._one_step(inputs, shortcut)
+            yield loss
+            del loss
         elif weight["adv"]:
             with torch.no_grad():
-                z_fake = one_step(given)[0]
+                z_fake = one_step(inputs)[0]
 
-        if jump is not None:
-            if jump_target is None:
+        if shortcut is not None:
+            if target_velocity is None:
                 with torch.no_grad():
-                    jump_target = finish(given, jump, student.velocity(jump.z_t, jump.t, z_lq, jump.m))
-            v = student.velocity(jump.z_t, jump.t, z_lq, jump.s)
-            loss = losses.mse(v, jump_target)  # eq. 4; the target carries no gradient
-            yield Term("cons", "student", weight["cons"] * loss, {"cons": loss.detach()})
+                    target_velocity = second_half(
+                        inputs, shortcut, student.velocity(shortcut.z_t, shortcut.t, Condition(z_lq, shortcut.m))
+                    )
+            v = student.velocity(shortcut.z_t, shortcut.t, Condition(z_lq, shortcut.s))
+            loss = losses.mse(v, target_velocity)  # eq. 4; the target carries no gradient
+            yield Loss("cons", "student", weight["cons"] * loss, {"cons": loss.detach()})
             del v, loss
 
         if weight["flow"]:
             # t_tar = t_cur is the instantaneous velocity, the one that eq. 10 uses as the real score.
             t = times.flow
-            v = student.velocity(flow.interpolate(z0, eps, t), t, z_lq, t)
+            v = student.velocity(flow.interpolate(z0, eps, t), t, Condition(z_lq, t))
             loss = losses.mse(v, flow.velocity_target(z0, eps))
-            yield Term("flow", "student", weight["flow"] * loss, {"flow": loss.detach()})
+            yield Loss("flow", "student", weight["flow"] * loss, {"flow": loss.detach()})
             del v, loss
 
         if weight["adv"]:
             t, eps_fake = times.fake, draws.normal("fake noise", z0)
-            v = student.velocity(flow.interpolate(z_fake, eps_fake, t), t, z_lq, -t)  # eq. 7
+            v = student.velocity(flow.interpolate(z_fake, eps_fake, t), t, Condition(z_lq, -t))  # eq. 7
             loss = losses.mse(v, flow.velocity_target(z_fake, eps_fake))  # eq. 8
-            yield Term("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
+            yield Loss("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
 
     def _select(self, weight: dict[str, float], draws: Draws, progress: Progress) -> dict[str, float]:
         """The weights of this micro-batch; the cheaper modes keep their mean over updates or micro-batches.
@@ -179,77 +189,81 @@ class Teasr(Method):
             return {name: 4 * value if name in group else 0.0 for name, value in weight.items()}
         return weight
 
-    def _one_step(self, given: Given, jump: Jump | None) -> tuple[Term, Tensor, Tensor | None]:
+    def _one_step(self, inputs: StepInputs, shortcut: Shortcut | None) -> tuple[Loss, Tensor, Tensor | None]:
         """L_data + L_rectify at the one-step estimate as one scalar whose gradient is exactly theirs.
 
-        Returns the term, the detached estimate, and the target of the jump, whose first half rides along in the
+        Returns the loss, the detached estimate, and the target of the shortcut, whose first half rides along in the
         batched forward without graph.
         """
-        weight = given.weight
-        z_hat, v = one_step(given)
+        weight = inputs.weight
+        z_hat, v = one_step(inputs)
         z_fake = z_hat.detach()
         logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.flatten(1).std(1).mean()}
-        difference, jump_target = self._score_difference(given, z_fake, jump)
+        difference, target_velocity = self._score_difference(inputs, z_fake, shortcut)
         gradient = torch.zeros_like(z_fake)  # of the loss with respect to v
         if difference is not None:
-            w = self._time_weight(given.times.score).to(difference.dtype)
+            w = self._time_weight(inputs.times.score).to(difference.dtype)
             rectify = weight["rectify"] * losses.rectification_gradient(difference, w)  # eq. 11
             gradient += rectify
             logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w)
             logs["score_difference"] = losses.rms(difference).mean()
         if weight["mse"] or weight["lpips"]:
-            data, data_logs = self._data_gradient(given, z_fake)
+            data, data_logs = self._data_gradient(inputs, z_fake)
             gradient -= data  # d z_hat / d v = -1
             logs |= data_logs
             if difference is not None:
                 logs["rectify_to_data"] = (losses.rms(rectify) / losses.rms(data).clamp(min=1e-12)).mean()
-        return Term("one_step", "student", (v * gradient).sum(), logs), z_fake, jump_target
+        return Loss("one_step", "student", (v * gradient).sum(), logs), z_fake, target_velocity
 
     def _time_weight(self, s: Tensor) -> Tensor:
         """w(s) of eq. 14, or 1 without TAR."""
         return flow.tar_weight(s, self.config.w_cap) if self.config.time_aware else torch.ones_like(s)
 
     @torch.no_grad()
-    def _score_difference(self, given: Given, z_fake: Tensor, jump: Jump | None) -> tuple[Tensor | None, Tensor | None]:
-        """D of eq. 10 and the target of the jump; fake score, real score and first half in one batched forward."""
+    def _score_difference(
+        self, inputs: StepInputs, z_fake: Tensor, shortcut: Shortcut | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """D of eq. 10 and the target of the shortcut; fake score, real score and first half in one batched forward."""
         rows: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t, t_cur, t_tar
-        if given.weight["rectify"]:
-            s = given.times.score
-            z_s = flow.interpolate(z_fake, given.draws.normal("score noise", z_fake), s)  # eq. 9
+        if inputs.weight["rectify"]:
+            s = inputs.times.score
+            z_s = flow.interpolate(z_fake, inputs.draws.normal("score noise", z_fake), s)  # eq. 9
             rows += [(z_s, s, -s), (z_s, s, s)]
-        if jump is not None:
-            rows.append((jump.z_t, jump.t, jump.m))
+        if shortcut is not None:
+            rows.append((shortcut.z_t, shortcut.t, shortcut.m))
         if not rows:
             return None, None
         z, t_cur, t_tar = (torch.cat(column) for column in zip(*rows, strict=True))
-        v = given.student.velocity(z, t_cur, given.z_lq.repeat(len(rows), 1, 1, 1), t_tar).chunk(len(rows))
-        jump_target = None if jump is None else finish(given, jump, v[-1])
-        if not given.weight["rectify"]:
-            return None, jump_target
+        v = inputs.student.velocity(z, t_cur, Condition(inputs.z_lq.repeat(len(rows), 1, 1, 1), t_tar)).chunk(len(rows))
+        target_velocity = None if shortcut is None else second_half(inputs, shortcut, v[-1])
+        if not inputs.weight["rectify"]:
+            return None, target_velocity
         v_fake, v_real, *_ = v
-        return flow.score_difference(v_fake, v_real, self.config.score_clamp), jump_target
+        return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
 
-    @torch.enable_grad()
-    def _data_gradient(self, given: Given, z_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of the pixel losses (eqs. 12-13) at the one-step estimate; the decoder's graph dies here."""
-        leaf = z_fake.clone().requires_grad_()
-        x_hat = given.student.decode(leaf)
-        logs = {"checkerboard": losses.checkerboard_energy(x_hat.detach(), given.student.patch_px)}
-        total = torch.zeros((), device=leaf.device)
-        if given.weight["mse"]:
-            loss = losses.mse(x_hat, given.x_hq)
-            logs["mse"], total = loss.detach(), total + given.weight["mse"] * loss
-        if given.weight["lpips"]:
-            loss = self.lpips(x_hat, given.x_hq).mean()
-            logs["lpips"], total = loss.detach(), total + given.weight["lpips"] * loss
-        return torch.autograd.grad(total, leaf)[0], logs
+        logs: dict[str, Tensor] = {}
+
+        def pixel_losses(z: Tensor) -> Tensor:
+            x_hat, total = inputs.student.decode(z), torch.zeros((), device=z.device)
+            logs["checkerboard"] = losses.checkerboard_energy(x_hat.detach(), inputs.student.patch_px)
+            if inputs.weight["mse"]:
+                loss = losses.mse(x_hat, inputs.x_hq)
+                logs["mse"], total = loss.detach(), total + inputs.weight["mse"] * loss
+            if inputs.weight["lpips"]:
+                loss = self.lpips(x_hat, inputs.x_hq).mean()
+                logs["lpips"], total = loss.detach(), total + inputs.weight["lpips"] * loss
+            return total
+
+        return losses.gradient_through(pixel_losses, z_fake)[1], logs
 
 
 @dataclass(frozen=True)
-class Given:
-    """What all terms of one micro-batch share."""
+class StepInputs:
+    """What all losses of one micro-batch share."""
 
-    student: Backbone
+    student: Model
     x_hq: Tensor
     z_lq: Tensor
     draws: Draws
@@ -258,7 +272,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Jump:
+class Shortcut:
     """A shortcut t -> m -> s of L_cons that starts at z_t."""
 
     z_t: Tensor
@@ -267,18 +281,18 @@ class Jump:
     s: Tensor
 
 
-def finish(given: Given, jump: Jump, u1: Tensor) -> Tensor:
+def second_half(inputs: StepInputs, shortcut: Shortcut, u1: Tensor) -> Tensor:
     """The second half m -> s from where the first half `u1` arrives, and the velocity of both together (eqs. 2-3)."""
-    z_m = flow.step(jump.z_t, u1, jump.t, jump.m)
-    u2 = given.student.velocity(z_m, jump.m, given.z_lq, jump.s)
-    return flow.shortcut_target(u1, u2, jump.t, jump.m, jump.s)
+    z_m = flow.step(shortcut.z_t, u1, shortcut.t, shortcut.m)
+    u2 = inputs.student.velocity(z_m, shortcut.m, Condition(inputs.z_lq, shortcut.s))
+    return flow.shortcut_target(u1, u2, shortcut.t, shortcut.m, shortcut.s)
 
 
-def one_step(given: Given) -> tuple[Tensor, Tensor]:
+def one_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
     """The one-step estimate z_hat = eps - v(eps, 1, z_lq, 0) (eq. 6) and its velocity, with graph if enabled."""
-    eps = given.draws.normal("one-step noise", given.z_lq)
+    eps = inputs.draws.normal("one-step noise", inputs.z_lq)
     one, zero = torch.ones(len(eps), device=eps.device), torch.zeros(len(eps), device=eps.device)
-    v = given.student.velocity(eps, one, given.z_lq, zero)
+    v = inputs.student.velocity(eps, one, Condition(inputs.z_lq, zero))
     return flow.z0_from_velocity(eps, v, one), v
 
 
@@ -286,7 +300,7 @@ def one_step(given: Given) -> tuple[Tensor, Tensor]:
 class Times:
     """All times of one update, float32 [B], on the backbone's grid."""
 
-    t: Tensor  # L_cons jumps t -> s
+    t: Tensor  # L_cons shortcuts t -> s
     m: Tensor
     s: Tensor
     flow: Tensor
@@ -294,17 +308,17 @@ class Times:
     score: Tensor  # s of L_rectify
 
     @classmethod
-    def draw(cls, config: TeasrConfig, draws: Draws, backbone: Backbone) -> Times:
+    def draw(cls, config: TeasrConfig, draws: Draws, model: Model) -> Times:
         """Draw them: L_flow U(0, 1); L_adv and L_rectify U(s_range); L_cons from the mix of the config."""
         t, s = shortcut_times(config, draws)
-        t, s = backbone.snap(t), backbone.snap(s)
+        t, s = model.snap(t), model.snap(s)
         return cls(
             t=t,
-            m=backbone.snap(s + config.cons_midpoint * (t - s)),
+            m=model.snap(s + config.cons_midpoint * (t - s)),
             s=s,
-            flow=backbone.snap(draws.uniform("flow time")),
-            fake=backbone.snap(draws.uniform("fake time", *config.s_range)),
-            score=backbone.snap(draws.uniform("score time", *config.s_range)),
+            flow=model.snap(draws.uniform("flow time")),
+            fake=model.snap(draws.uniform("fake time", *config.s_range)),
+            score=model.snap(draws.uniform("score time", *config.s_range)),
         )
 
 

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from teasr.diffusion import flow
 from teasr.restore.upscaler import Upscaler
 from teasr.util.progress import ProgressLine
 
@@ -106,7 +105,7 @@ class TeasrPipeline:
         return_dict: bool = True,
         callback_on_step_end: Callable[[TeasrPipeline, int, float, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        fidelity: float = 0.0,
+        fidelity: float | None = None,
         color_fix: str = "none",
     ) -> PipelineOutput | tuple:
         """Restore one picture or several: PIL, list of PIL, [H, W, 3] or [B, H, W, 3] numpy (uint8, uint16, or float in [0, 1]), or tensor [B, 3, H, W].
@@ -148,7 +147,7 @@ class TeasrPipeline:
             line.add(1)
             if callback is None:
                 return None
-            t_cur = flow.sampling_times(steps)[i - 1][0]
+            t_cur = self.upscaler.sampler.times(steps)[i - 1][0]
             return (callback(self, i - 1, t_cur, {"latents": z}) or {}).get("latents")
 
         return on_step

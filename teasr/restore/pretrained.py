@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from teasr import assets
 from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
-from teasr.run_config import BACKBONES, Recipe, parse
-from teasr.run_config import load as load_recipe
+from teasr.backbones.model import Model
+from teasr.methods.sampler import Sampler
+from teasr.run_config import BACKBONES, RunConfig, parse
+from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of backbones without a dtype of their own
@@ -26,8 +28,8 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     offload: bool = False,
-) -> tuple[Backbone, Recipe, torch.device]:
-    """The backbone, ready on its device, its recipe and the device.
+) -> tuple[Model, Sampler, RunConfig, torch.device]:
+    """The student, ready on its device, how its method restores, the configuration of its run, and the device.
 
     model: folder of a run (its newest checkpoint), of a checkpoint, of `save` or of launch/export.py, `owner/name` on the hub, or the name of a
     shipped one (`teasr.assets`). weights: `ema` or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`. offload: blocks stay in host memory and visit the GPU one by one.
@@ -37,23 +39,25 @@ def load(
     folder = _find(model)
     exported = (folder / lora_file.NAME).is_file()
     if exported:
-        recipe = _recipe_of_lora(folder)
+        config = _config_of_lora(folder)
     else:
         folder = checkpoint_folder.resolve(folder)
-        recipe = load_recipe(folder / "config.yaml")
-    kind = BACKBONES[recipe.backbone_name]()[1]
+        config = load_config(folder / "config.yaml")
+    kind, method = BACKBONES[config.backbone_name]()[1], config.build_method()
     if dtype is not None and dtype not in kind.dtypes:
-        raise ValueError(f"dtype {dtype}: backbone {recipe.backbone_name} can do {', '.join(kind.dtypes)}")
+        raise ValueError(f"dtype {dtype}: backbone {config.backbone_name} can do {', '.join(kind.dtypes)}")
     state = {} if exported else _weights(folder, weights)
-    backbone = kind(kind.for_use(recipe.backbone, dtype, folder), seed=recipe.seed)
+    student = method.roles()[0]
+    backbone = kind(kind.inference_config(config.backbone, dtype, folder), seed=config.seed, roles=(student,))
     if not exported:
         backbone.load_fixed_state(load_file(folder / "fixed.safetensors"))
         backbone.load_weights(state)
+    backbone.autocast = None if backbone.own_dtype else AUTOCAST.get(dtype)
     backbone.offload(place) if offload else backbone.to(place)
-    return backbone, recipe, place
+    return Model(backbone, student), method.sampler(), config, place
 
 
-def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path, dtype: str = "fp32") -> None:
+def save(backbone: Backbone, names: list[str], config: RunConfig, folder: Path, dtype: str = "fp32") -> None:
     """Write what `load` reads, whole or not at all: the parameters `names`, codec, config, and files that the config names.
 
     dtype: fp32, or what the parameters are rounded to; the codec stays. ValueError when the folder holds something else already, or a file is missing.
@@ -70,8 +74,8 @@ def save(backbone: Backbone, names: list[str], recipe: Recipe, folder: Path, dty
     }
     for name, state in tensors.items():
         save_file({n: x.cpu().contiguous() for n, x in state.items()}, temporary / f"{name}.safetensors")
-    copy_files(type(backbone), recipe.backbone, temporary)
-    (temporary / "config.yaml").write_text(recipe.to_yaml())
+    copy_files(type(backbone), config.backbone, temporary)
+    (temporary / "config.yaml").write_text(config.to_yaml())
     checkpoint_folder.commit(temporary, folder)
 
 
@@ -113,7 +117,7 @@ def _find(model: str | Path) -> Path:
     raise ValueError(f"model {model}: there is no such folder here, and {why}")
 
 
-def _recipe_of_lora(folder: Path) -> Recipe:
+def _config_of_lora(folder: Path) -> RunConfig:
     _, story = lora_file.read(folder)
     return parse(yaml.safe_load(story["recipe"]))
 

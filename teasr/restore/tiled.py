@@ -1,4 +1,4 @@
-"""A backbone that works tile by tile, so that memory is that of one tile: the frame and its latents stay in host memory.
+"""A model that works tile by tile, so that memory is that of one tile: the frame and its latents stay in host memory.
 
 Encoder, transformer and decoder go over the same tiles, planned once. In every sampling step the tiles' velocities are blended before the next
 one, and the noise is that of the whole frame, so that tiles agree on what they draw. Out of memory? The tiles get smaller, and it says so.
@@ -7,13 +7,14 @@ one, and the noise is that of the whole frame, so that tiles agree on what they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.model import NOTHING, Condition, Model
 from teasr.restore.tiling import Plan, Tile
 from teasr.util.meter import Meter, free_memory
 
@@ -26,23 +27,22 @@ T = TypeVar("T")
 
 
 class Tiled:
-    """What `sampler.sample` needs of a backbone, and encoding and decoding between whole frames [H, W, 3] and latents."""
+    """What a sampler needs of a model, and encoding and decoding between whole frames [H, W, 3] and latents."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        model: Model,
         height_px: int,
         width_px: int,
         tile_px: int,
         device: torch.device,
         say: Callable[[str], None] = print,
         on_tile: Callable[[], None] = lambda: None,
-        autocast: torch.dtype | None = None,
     ):
-        """Sides are multiples of `backbone.pixel_multiple`. `on_tile` is called after each tile of each stage; `autocast` is of the transformer."""
-        self.backbone, self.device, self.say, self.on_tile, self.autocast = backbone, device, say, on_tile, autocast
-        self.unit = backbone.pixel_multiple
-        self.places = self.unit // backbone.downsample  # latent pixels of a unit
+        """Sides are multiples of `model.pixel_multiple`. `on_tile` is called after each tile of each stage."""
+        self.model, self.device, self.say, self.on_tile = model, device, say, on_tile
+        self.unit = model.pixel_multiple
+        self.places = self.unit // model.backbone.downsample  # latent pixels of a unit
         self.height, self.width = height_px // self.unit, width_px // self.unit
         self._plan(max(SMALLEST, tile_px // self.unit))
 
@@ -51,35 +51,45 @@ class Tiled:
         self.plan = Plan.of(self.height, self.width, size, max(3, int(size * OVERLAP)), int(size * MARGIN))
 
     def snap(self, t: Tensor) -> Tensor:
-        """As the backbone's."""
-        return self.backbone.snap(t)
+        """As the model's."""
+        return self.model.snap(t)
 
     def encode(self, frame: np.ndarray) -> Tensor:
         """[H, W, 3] uint8 or uint16 -> latents [1, C, h, w] in host memory."""
 
+        def of_tile(tile: Tile) -> Tensor:
+            pixels = torch.from_numpy(self._pixels(frame, tile)).to(self.device).float()
+            return self.model.encode((pixels / (np.iinfo(frame.dtype).max / 2) - 1).permute(2, 0, 1)[None])
+
+        return self._tile_by_tile(of_tile)
+
+    def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor:
+        """As the model's, of latents in host memory."""
+        return self._tile_by_tile(lambda tile: self.model.adapt(self._part(z_lq, tile), t.to(self.device)))
+
+    def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor:
+        """As the model's, of latents in host memory."""
+        t = t_cur.to(self.device)
+        r = None if condition.t_tar is None else condition.t_tar.to(self.device)
+
+        def of_tile(tile: Tile) -> Tensor:
+            z_lq = None if condition.z_lq is None else self._part(condition.z_lq, tile)
+            return self.model.velocity(self._part(z_t, tile), t, replace(condition, z_lq=z_lq, t_tar=r))
+
+        return self._tile_by_tile(of_tile)
+
+    def _part(self, z: Tensor, tile: Tile) -> Tensor:
+        """The latents of a tile, on the device."""
+        return tile.of(z, self.places).to(self.device).contiguous()
+
+    def _tile_by_tile(self, of_tile: Callable[[Tile], Tensor]) -> Tensor:
+        """Latents of the whole frame from those of its tiles, blended where they overlap."""
+
         def all_tiles() -> Tensor:
-            z = self._latents()
+            whole = self._latents()
             for tile in self.plan:
-                pixels = torch.from_numpy(self._pixels(frame, tile)).to(self.device).float()
-                x = (pixels / (np.iinfo(frame.dtype).max / 2) - 1).permute(2, 0, 1)[None]
-                self._add(z, tile, self.backbone.encode(x), self.places)
-            return z
-
-        return self._with_room(all_tiles)
-
-    def velocity(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
-        """As the backbone's, of latents in host memory."""
-        t, r = t_cur.to(self.device), t_tar.to(self.device)
-
-        def all_tiles() -> Tensor:
-            v = self._latents()
-            for tile in self.plan:
-                parts = (tile.of(z, self.places).to(self.device) for z in (z_t, z_lq))
-                z_tile, lq_tile = (part.contiguous() for part in parts)
-                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                    v_tile = self.backbone.velocity(z_tile, t, lq_tile, r)
-                self._add(v, tile, v_tile, self.places)
-            return v
+                self._add(whole, tile, of_tile(tile), self.places)
+            return whole
 
         return self._with_room(all_tiles)
 
@@ -90,7 +100,7 @@ class Tiled:
             tops = [*self.plan.rows.starts, self.height]
             band = torch.zeros(3, self.plan.rows.size * self.unit, self.width * self.unit)
             for tile in self.plan:
-                x = self.backbone.decode(tile.of(z, self.places).to(self.device).contiguous())[0]
+                x = self.model.decode(self._part(z, tile))[0]
                 inside = slice(tile.left * self.unit, (tile.left + tile.width) * self.unit)
                 band[:, :, inside] += x.float().cpu() * self.plan.weight(tile, self.unit)
                 self.on_tile()
@@ -103,7 +113,7 @@ class Tiled:
         self._with_room(all_tiles)
 
     def _latents(self) -> Tensor:
-        return torch.zeros(1, self.backbone.latent_channels, self.height * self.places, self.width * self.places)
+        return torch.zeros(1, self.model.backbone.latent_channels, self.height * self.places, self.width * self.places)
 
     def _pixels(self, frame: np.ndarray, tile: Tile) -> np.ndarray:
         rows = slice(tile.top * self.unit, (tile.top + tile.height) * self.unit)
@@ -141,17 +151,18 @@ class Tiled:
 
 
 @torch.no_grad()
-def bytes_of_unit(backbone: Backbone, device: torch.device) -> float:
+def bytes_of_unit(model: Model, device: torch.device) -> float:
     """What one unit of a tile's area takes on the device, counted on a tile of PROBE units; linear in the area, attention being fused.
 
     Infinite when not even that fits.
     """
-    side = PROBE * backbone.pixel_multiple
+    side = PROBE * model.pixel_multiple
     try:
         with Meter(device.type) as meter:
-            z = backbone.encode(torch.zeros(1, 3, side, side, device=device))
-            t, r = (backbone.snap(torch.full((1,), time, device=device)) for time in (1.0, 0.0))
-            backbone.decode(z - backbone.velocity(z, t, z, r))
+            z = model.encode(torch.zeros(1, 3, side, side, device=device))
+            t, r = (model.snap(torch.full((1,), time, device=device)) for time in (1.0, 0.0))
+            dual = model.role.branches == "dual"
+            model.decode(z - model.velocity(z, t, Condition(z, r) if dual else NOTHING))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ upscaler(picture, steps=4).save("restored.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from teasr import assets
-from teasr.backbones.base import Backbone
+from teasr.backbones.model import Model
 from teasr.imaging import color, images
 from teasr.imaging.picture import Picture, from_pil, to_pil
-from teasr.methods.sampler import sample
+from teasr.methods.sampler import AnyStep, Dial, Sampler
 from teasr.restore import auto_steps, pretrained
 from teasr.restore.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
-from teasr.run_config import Recipe
+from teasr.run_config import RunConfig
 
 MAX_SCALE = 16.0
 LATENT_COPIES = 6  # of a frame's latents in host memory while it is sampled, at most
@@ -40,6 +40,8 @@ class Descriptor:
     min_tile_px: int
     tile_px: int  # what large pictures are cut into, memory permitting
     precisions: tuple[str, ...]  # for `dtype` of from_pretrained
+    step_counts: tuple[int, ...] | None  # None: any number of steps
+    dials: tuple[Dial, ...]  # trades that may be chosen at each call
     dtypes: tuple[str, ...] = ("uint8", "uint16")  # of pictures, in and out
     channels: tuple[str, ...] = ("grey", "RGB", "RGBA")
 
@@ -49,21 +51,23 @@ class Upscaler:
 
     def __init__(
         self,
-        backbone: Backbone,
+        model: Model,
+        sampler: Sampler | None = None,
         scale: int = 4,
-        recipe: Recipe | None = None,
+        config: RunConfig | None = None,
         device: torch.device | None = None,
-        autocast: torch.dtype | None = None,
     ):
-        """`device`: where the backbone computes, if not where its weights are; `autocast`: of its transformer."""
+        """sampler: how its method restores (default: in any number of steps). device: where the model computes, if not where its weights are."""
+        backbone = model.backbone
         if not backbone.restores:
             raise ValueError(
                 "this is an unconditional prior: training starts from it (backbone.base), it restores nothing"
             )
-        self.backbone, self.scale, self.recipe, self.autocast = backbone, scale, recipe, autocast
+        self.model, self.backbone, self.sampler = model, backbone, sampler or AnyStep()
+        self.scale, self.config = scale, config
         self.device = device or next(backbone.net.parameters()).device
         self._unit_bytes = float("inf")  # of a tile's area; counted when first needed
-        self._exported = backbone.exported_names()
+        self._exported = list(backbone.exported(model.role.name))
         backbone.net.requires_grad_(False).eval()
 
     @classmethod
@@ -84,25 +88,25 @@ class Upscaler:
         if path is None:
             path = assets.DEFAULT
             logging.getLogger(__name__).warning(assets.NOTE)
-        backbone, recipe, place = pretrained.load(path, weights, device, dtype, offload)
-        autocast = None if backbone.own_dtype else pretrained.AUTOCAST.get(dtype)
-        return cls(backbone, recipe=recipe, device=place, autocast=autocast)
+        model, sampler, config, place = pretrained.load(path, weights, device, dtype, offload)
+        return cls(model, sampler, config=config, device=place)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> Path:
         """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder. dtype: weights rounded to it.
 
         ValueError when the folder holds something else already.
         """
-        if self.recipe is None:
-            raise ValueError("a model without a recipe cannot be saved: make it by from_pretrained")
-        pretrained.save(self.backbone, self._exported, self.recipe, Path(folder), dtype)
+        if self.config is None:
+            raise ValueError("a model without its run's configuration cannot be saved: make it by from_pretrained")
+        pretrained.save(self.backbone, self._exported, self.config, Path(folder), dtype)
         return Path(folder)
 
     @property
     def descriptor(self) -> Descriptor:
         """Scale, multiples, tiles and types."""
         unit = self.backbone.pixel_multiple
-        return Descriptor(self.scale, unit, SMALLEST * unit, self.backbone.tile_px, self.backbone.dtypes)
+        sizes = (self.scale, unit, SMALLEST * unit, self.backbone.tile_px)
+        return Descriptor(*sizes, self.backbone.dtypes, self.sampler.step_counts, self.sampler.dials)
 
     def __call__(
         self,
@@ -110,7 +114,8 @@ class Upscaler:
         steps: int | Literal["auto"] = 1,
         seed: int | torch.Generator = 0,
         *,
-        fidelity: float = 0.0,
+        fidelity: float | None = None,
+        dials: Mapping[str, float] | None = None,
         scale: float | None = None,
         size: tuple[int, int] | None = None,
         color_fix: str = "none",
@@ -122,17 +127,24 @@ class Upscaler:
         """Restore a picture in `steps` steps; what comes in comes out: PIL of any mode, [H, W, 3] uint8 or uint16, or a tensor [3, H, W] or
         [B, 3, H, W] in [0, 1].
 
-        steps: `auto` takes as few as give what twice as many would (`teasr.restore.auto_steps`). fidelity: 0 to 1, takes back detail that several
-        steps invented (`sampler.sample`). scale: of the sides (default: the model's, 4), at least 1; or size: (width, height) in pixels.
+        steps: `auto` takes as few as give what twice as many would (`teasr.restore.auto_steps`). fidelity: 0 to 1, blends the result of several
+        steps with the one-step result; short for dials={"fidelity": ..}. dials: trades that the model's method offers, as `descriptor` lists them. scale: of the sides (default: the model's, 4), at least 1; or size: (width, height) in pixels.
         color_fix: none, wavelet, adain or lab (`teasr.imaging.color`). tile_px: side of the tiles of large pictures (default: the backbone's, or
         what fits in free memory); device memory is that of one tile, host memory that of the picture and six times its latents.
-        on_progress(done, all) counts tiles; on_step as in `sampler.sample`, with latents [1, C, h, w] of the whole frame in host memory; `say` is
+        on_progress(done, all) counts tiles; on_step as in `Sampler.sample`, with latents [1, C, h, w] of the whole frame in host memory; `say` is
         told when tiles shrink and what `auto` chose. ValueError for what cannot be restored, MemoryError when not even a small tile fits.
         """
         if isinstance(picture, Image.Image):
             given = from_pil(picture)
         elif isinstance(picture, Tensor):
-            how = {"fidelity": fidelity, "scale": scale, "size": size, "color_fix": color_fix, "tile_px": tile_px}
+            how = {
+                "fidelity": fidelity,
+                "dials": dials,
+                "scale": scale,
+                "size": size,
+                "color_fix": color_fix,
+                "tile_px": tile_px,
+            }
             how |= {"on_progress": on_progress, "on_step": on_step, "say": say}
             return self._tensor(picture, lambda frame: self(frame, steps, seed, **how))
         else:
@@ -146,7 +158,9 @@ class Upscaler:
             raise ValueError(f"color_fix = {color_fix}: {', '.join(color.KINDS)}")
         frame = images.resize(array, *self._size(array, scale, size))
         source = frame.copy() if color_fix != "none" else None
-        restored = self._restore(frame, steps, seed, fidelity, tile_px, on_progress, on_step, say)
+        dials = dict(dials or {}) | ({} if fidelity is None else {"fidelity": fidelity})
+        self.sampler.check(2 if steps == "auto" else steps, dials)
+        restored = self._restore(frame, steps, seed, dials, tile_px, on_progress, on_step, say)
         if source is not None:
             color.correct(color_fix, restored, source)
         if isinstance(picture, np.ndarray):
@@ -185,7 +199,7 @@ class Upscaler:
         return out[0] if x.ndim == 3 else out
 
     @torch.no_grad()
-    def _restore(self, frame, steps, seed, fidelity, tile_px, on_progress, on_step, say) -> np.ndarray:
+    def _restore(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
         """A frame [H, W, 3] that was brought to its size already; the result may take its place in memory."""
         height, width = frame.shape[:2]
         m = self.backbone.pixel_multiple
@@ -194,12 +208,16 @@ class Upscaler:
         side = tile_px or self._fitting_tile(frame.shape[:2])
         if steps == "auto":
             part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m)
-            steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, 0.0, side, None, None, say))
+            if self.sampler.step_counts is not None:
+                raise ValueError(
+                    f"steps = auto: this model's method restores in {self.sampler.step_counts} step(s) alone"
+                )
+            steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
             say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change {change:.1f} levels")
-            fidelity = fidelity if steps > 1 else 0.0
-        return self._frame(frame, steps, seed, fidelity, side, on_progress, on_step, say)[:height, :width]
+            dials = dials if steps > 1 else {}
+        return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say)[:height, :width]
 
-    def _frame(self, frame, steps, seed, fidelity, tile_px, on_progress, on_step, say) -> np.ndarray:
+    def _frame(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
         """A frame whose sides are multiples of `pixel_multiple`; the result takes its place in memory."""
         done = 0
 
@@ -209,11 +227,11 @@ class Upscaler:
             if on_progress:
                 on_progress(done, len(tiled.plan) * (steps + 2))
 
-        tiled = Tiled(self.backbone, *frame.shape[:2], tile_px, self.device, say, on_tile, self.autocast)
+        tiled = Tiled(self.model, *frame.shape[:2], tile_px, self.device, say, on_tile)
         z_lq = tiled.encode(frame)
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         eps = torch.randn(z_lq.shape, generator=generator, device=generator.device).cpu()
-        z = sample(tiled, z_lq, eps, steps, fidelity, on_step)
+        z = self.sampler.sample(tiled, z_lq, eps, steps, dials, on_step)
         del z_lq, eps
         tiled.decode(z, frame)
         return frame
@@ -225,6 +243,6 @@ class Upscaler:
             places = size[0] * size[1] // self.backbone.downsample**2
             kept = LATENT_COPIES * 4 * self.backbone.latent_channels * places
         if self._unit_bytes == float("inf"):
-            self._unit_bytes = bytes_of_unit(self.backbone, self.device)
+            self._unit_bytes = bytes_of_unit(self.model, self.device)
         units = units_that_fit(self._unit_bytes, self.device, kept)
         return min(self.backbone.tile_px, units * self.backbone.pixel_multiple)

@@ -36,7 +36,7 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
                 before,
                 steps,
                 int(seed),
-                fidelity=fidelity if steps > 1 else 0.0,
+                fidelity=fidelity if steps > 1 else None,
                 color_fix=color_fix,
                 on_progress=lambda done, of: progress(done / of),
             )

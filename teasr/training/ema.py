@@ -16,12 +16,17 @@ def local(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 class Ema:
-    """Exponential moving average of the trained parameters, each rank averaging only the part it holds."""
+    """Exponential moving average of parameters, each rank averaging only the part it holds."""
 
-    def __init__(self, net: torch.nn.Module, decay: float, world: World, device: torch.device | None = None):
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        decay: float,
+        world: World,
+        device: torch.device | None = None,
+    ):
         """`device`: where the average lies; by default where the weights do."""
-        self.decay, self.world = decay, world
-        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.decay, self.world, self.parameters = decay, world, parameters
         self.shadow = {
             name: local(p).detach().to(device, torch.float32, copy=True) for name, p in self.parameters.items()
         }

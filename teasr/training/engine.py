@@ -1,4 +1,4 @@
-"""Networks in DeepSpeed: sharding, one optimiser step of several backward passes, and the optimiser's state in a form of our own.
+"""Networks in DeepSpeed: one engine a base, one parameter group a role; and the optimiser's state in a form of our own.
 
 The only file that imports deepspeed. State goes out and comes in as whole tensors by parameter name, so that a checkpoint fits any ZeRO
 stage, offload and number of ranks, and nothing is ever unpickled.
@@ -108,20 +108,35 @@ def check_nvme(settings: dict, world: World) -> None:
 
 
 def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
-    """A DeepSpeed engine around the network, on the rank's device; it takes the place of `backbone.net`."""
+    """A DeepSpeed engine around a base, on the rank's device; it takes the place of `backbone.net`. Each trained role is a parameter group.
+
+    Several roles on one engine are clipped one by one before the step (`update.py`), since DeepSpeed only clips their joint norm.
+    """
     import deepspeed
 
     backbone.to(world.device, each=_cutter(settings))
-    parameters = [p for p in backbone.net.parameters() if p.requires_grad]
+    roles = [role for role in backbone.roles if role.trains != "nothing"]
+    groups = [
+        {"params": list(backbone.trained(role.name).values()), "lr": train.learning_rate * role.rate, "rate": role.rate}
+        for role in roles
+    ]
     optimizer = torch.optim.AdamW(
-        parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
+        groups, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
         fused=torch.cuda.is_available() and "offload_optimizer" not in settings["zero_optimization"],
     )  # fmt: skip
+    clip = (roles[0].clip_norm or train.clip_norm) if len(roles) == 1 else 0.0
     engine, *_ = deepspeed.initialize(
-        model=backbone.net, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+        model=backbone.net, model_parameters=[p for group in groups for p in group["params"]], optimizer=optimizer,
+        config=settings | {"gradient_clipping": clip}, dist_init_required=False,
+    )  # fmt: skip
     backbone.net = engine
     return engine
+
+
+def set_rate(engine, rate: float) -> None:
+    """The learning rate of the step to come; each role has its factor on it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
 
 
 def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
@@ -133,26 +148,25 @@ def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
     return lambda part: deepspeed.zero.Init(part, config_dict_or_path=settings, mem_efficient_linear=False)
 
 
-def gather(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """What the backbone wants exported, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
+def gather(backbone: Backbone, role: str) -> dict[str, torch.Tensor]:
+    """The weight file of a role, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
     import deepspeed
 
-    net, state = backbone.net.module, {}
-    main = World.from_environment().main
-    for name, parameter in net.named_parameters():
-        if backbone.exports(name, parameter):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if main:
-                    state[name] = parameter.detach().cpu().clone()
+    state, main = {}, World.from_environment().main
+    for name, parameter in backbone.exported(role).items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if main:
+                state[name] = parameter.detach().cpu().clone()
     return state
 
 
-def optimiser_state(engine, world: World) -> dict[str, Tensor]:
-    """AdamW's moments of every trained parameter, whole and on the CPU, as "name|moment"; every rank must call it, rank 0 gets them."""
+def optimiser_state(backbone: Backbone, role: str, world: World) -> dict[str, Tensor]:
+    """AdamW's moments of what a role trains, whole and on the CPU, as "name|moment"; every rank must call it, rank 0 gets them."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link_moments(backbone.net.optimizer)
     state = {}
-    for name, parameter in _trained(engine):
+    for name, parameter in backbone.trained(role).items():
         for moment in MOMENTS:
             whole = safe_get_full_optimizer_state(parameter, moment)
             if world.main:
@@ -160,8 +174,18 @@ def optimiser_state(engine, world: World) -> dict[str, Tensor]:
     return state
 
 
+def _link_moments(zero) -> None:
+    """Tell each parameter where its moments lie in the flat ones (ZeRO-1 and 2).
+
+    DeepSpeed does it once, after the step of the first parameter group, when later groups have no moments yet.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
 def load_optimiser_state(engine, state: dict[str, Tensor], steps: int, world: World) -> None:
-    """Take back what `optimiser_state` gave after so many steps, under whatever stage and number of ranks this is."""
+    """Take back what `optimiser_state` gave for all roles of an engine after so many steps, under whatever stage and number of ranks this is."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     zero = engine.optimizer
@@ -170,9 +194,8 @@ def load_optimiser_state(engine, state: dict[str, Tensor], steps: int, world: Wo
         fused = zero.optimizer.param_groups[0]["fused"]
         step = torch.tensor(float(steps), device=flat.device if fused else "cpu")
         zero.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
-    if not sharded:
-        zero._lazy_init_hp_params_optimizer_state()  # links each parameter with its part of the flat moments
-    for name, parameter in _trained(engine):
+    _link_moments(zero)
+    for name, parameter in ((n, p) for n, p in engine.module.named_parameters() if p.requires_grad):
         for moment in MOMENTS:
             whole = state[f"{name}|{moment}"].to(world.device)
             if sharded:
@@ -183,10 +206,6 @@ def load_optimiser_state(engine, state: dict[str, Tensor], steps: int, world: Wo
                 safe_set_local_optimizer_state(parameter, part, moment)
             else:
                 safe_set_full_optimizer_state(parameter, whole, moment)
-
-
-def _trained(engine) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:

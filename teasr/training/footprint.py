@@ -1,6 +1,6 @@
 """What one update costs in memory and FLOPs, counted before anything is bought or rented: `launch/train.py --dry-run`.
 
-The backbone is built on the meta device, where tensors have sizes and no memory, and the method's terms run on it forwards and backwards. Every
+The backbone is built on the meta device, where tensors have sizes and no memory, and the method's losses run on it forwards and backwards. Every
 tensor that would come into being is counted while it lives, attention as the fused kernels of a GPU keep it. Only two numbers are
 not counted: what DeepSpeed holds for each trained parameter (its rules are below) and an allowance for CUDA itself.
 """
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from teasr.backbones.base import Backbone
+from teasr.backbones.roles import FIRST
 from teasr.data.batch import Batch
 from teasr.methods.base import Method, Progress
-from teasr.run_config import Recipe
+from teasr.run_config import RunConfig
+from teasr.training.networks import Networks
+from teasr.training.update import backpropagate
 from teasr.util.meter import Meter
-from teasr.util.randomness import Draws
 
 GIB = 2**30
 CUDA_BYTES = int(1.5 * GIB)  # context, cuBLAS and NCCL workspaces, fragmentation: assumed
@@ -40,7 +42,7 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 @dataclass
 class Footprint:
-    """Counts of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by term.
+    """Counts of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by loss.
 
     `parameters` are those of the model as it comes, before tables and quantisation.
     """
@@ -58,39 +60,43 @@ class Footprint:
         return sum(self.gpu.values())
 
 
-def count(recipe: Recipe, settings: dict, size_px: int, ranks: int = 1) -> Footprint:
-    """Count one update of a recipe on pictures of size_px; `settings`: DeepSpeed's config. ValueError for a wrong size."""
-    recipe, meta, zero = recipe.weightless(), torch.device("meta"), settings["zero_optimization"]
-    accumulation = recipe.train.accumulation(ranks)
-    if recipe.train.dtype == "bf16":
+def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Footprint:
+    """Count one update of a run on pictures of size_px; `settings`: DeepSpeed's config. ValueError for a wrong size."""
+    config, meta, zero = config.with_random_weights(), torch.device("meta"), settings["zero_optimization"]
+    accumulation = config.train.accumulation(ranks)
+    if config.train.dtype == "bf16":
         raise ValueError("autocast (train.dtype = bf16) cannot be counted on the meta device: add train.dtype=fp32")
-    method = recipe.build_method()
+    method = config.build_method()
     method.check(accumulation)
+    method.load()
     method.to(meta)
-    networks = {name: recipe.build_backbone() for name in method.networks}
-    result, trained = Footprint(size_px), 0
-    for name, network in networks.items():
-        if name in method.frozen:
-            network.net.requires_grad_(False)
-        for group, tensors in network.memory_groups().items():
+    networks, result = Networks(config, method), Footprint(size_px)
+    for place, base in networks.bases.items():
+        for group, tensors in base.memory_groups().items():
             _put(result.parameters, group, sum(x.numel() for x in tensors))
-        network.to(meta)
-        network.check_size(size_px, size_px)
-        _add_frozen(result, network, zero, ranks)
-        trained += sum(p.numel() for p in network.net.parameters() if p.requires_grad)
-    result.parameters["trained"] = trained
+        base.to(meta)
+        base.check_size(size_px, size_px)
+        # without an engine a base stays whole on every rank
+        _add_frozen(result, base, zero if place in networks.trained_bases else {"stage": 0}, ranks)
+    trained = {role.name: _numel(networks.base(role.name).trained(role.name)) for role in networks.trained_roles}
+    for role, n in trained.items():
+        result.parameters["trained" if len(trained) == 1 else f"trained by {role}"] = n
     for group, tensors in method.memory_groups().items():
         _put(result.gpu, group, sum(x.nbytes for x in tensors))
-    _add_trained(result, trained, zero, ranks, recipe.train.ema is not None)
-    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * (len(networks) - len(method.frozen))
+    _add_trained(result, sum(trained.values()), zero, ranks, trained[FIRST] if config.train.ema else 0)
+    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * len(networks.trained_bases)
     if zero["stage"] == 3:
         _put(result.gpu, "reduction bucket", bucket)
-    _run(result, recipe, method, networks, accumulation)
+    _run(result, config, method, networks, accumulation)
     # when no graph is alive: the flat copy of the gradients that the optimiser takes, and ZeRO-1 and 2's bucket
-    step = trained * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
     result.gpu["activations or optimiser step, the larger"] = max(step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
+
+
+def _numel(parameters: dict[str, torch.nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters.values())
 
 
 def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) -> None:
@@ -108,20 +114,21 @@ def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) ->
         _put(result.gpu, "weights gathered by ZeRO-3", gathered)
 
 
-def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, ema: bool) -> None:
-    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments."""
+def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, averaged: int) -> None:
+    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments; and the average of the student's."""
     share = trained * 4 // ranks
     weights = share if zero["stage"] == 3 else trained * 4
     weights_at = result.host if _offloads(zero, "param") else result.gpu
     states_at = result.host if _offloads(zero, "optimizer") else result.gpu
     _put(weights_at, "trained weights", weights)
-    _put(result.gpu, "their gradients", trained * 4)  # whole until all terms are through (coalesce_grad_reduction)
+    _put(result.gpu, "their gradients", trained * 4)  # whole until all losses are through (coalesce_grad_reduction)
     # a partition of the gradients stays allocated under ZeRO-3 and beside offloaded states
     copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
     _put(states_at, "their fp32 copy and Adam's moments", share * copies)
-    if ema:
+    if averaged:
         away = _offloads(zero, "param") or _offloads(zero, "optimizer")
-        _put(result.host if away else result.gpu, "their moving average", weights)
+        n = averaged * 4 // ranks if zero["stage"] == 3 else averaged * 4
+        _put(result.host if away else result.gpu, "their moving average", n)
 
 
 def _offloads(zero: dict, what: str) -> bool:
@@ -134,30 +141,29 @@ def _put(place: dict[str, int], item: str, n: int) -> None:
         place[item] = place.get(item, 0) + n
 
 
-def _run(result: Footprint, recipe: Recipe, method: Method, networks: dict[str, Backbone], accumulation: int) -> None:
-    """The terms of an update, forwards and backwards on the meta device, each with its FLOPs and its peak."""
-    micros = method.cycle
-    b, n = recipe.train.micro_batch, result.size_px
+def _run(result: Footprint, config: RunConfig, method: Method, networks: Networks, accumulation: int) -> None:
+    """The losses of an update, forwards and backwards on the meta device, each with its FLOPs and its peak."""
+    b, n = config.train.micro_batch, result.size_px
     picture = torch.empty(b, 3, n, n, device="meta")
     meter = Meter("meta")
-    for network in networks.values():
-        for p in network.net.parameters():
+    for base in networks.bases.values():
+        for p in base.net.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
-        meter.ignore(*network.net.parameters(), *(p.grad for p in network.net.parameters() if p.grad is not None))
-    for holder in (*networks.values(), method):
+        meter.ignore(*base.net.parameters(), *(p.grad for p in base.net.parameters() if p.grad is not None))
+    for holder in (*networks.bases.values(), method):
         meter.ignore(*(x for tensors in holder.memory_groups().values() for x in tensors))
+
+    def freed(name: str) -> None:
+        result.flops[name] = result.flops.get(name, 0) + meter.flops * accumulation // method.cycle
+        result.peaks[name] = max(result.peaks.get(name, 0), meter.peak)
+        meter.flops, meter.peak = 0, meter.now()
+
+    batches = [Batch(picture, picture, [""] * b)] * method.cycle
+    progress = Progress(config.train.updates - 1, config.train.updates)
     with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), meter:
-        for micro in range(micros):
-            batch = Batch(picture, picture, [""] * b)
-            draws = Draws(recipe.seed, 0, tuple(range(b)), "meta")
-            progress = Progress(recipe.train.updates - 1, recipe.train.updates, micro, micros)
-            for term in method.terms(networks, batch, draws, progress):
-                term.loss.backward()
-                name = term.name
-                del term
-                result.flops[name] = result.flops.get(name, 0) + meter.flops * accumulation // micros
-                result.peaks[name] = max(result.peaks.get(name, 0), meter.peak)
-                meter.flops, meter.peak = 0, meter.now()
+        backpropagate(
+            method, networks.models, batches, config.seed, progress, lambda role, value: value.backward(), freed=freed
+        )
 
 
 def table(result: Footprint) -> str:
@@ -171,7 +177,7 @@ def table(result: Footprint) -> str:
         if items:
             lines += ["", title] + [f"  {name:44s}{n / GIB:12.2f} GiB" for name, n in items.items()]
             lines.append(f"  {'together':44s}{sum(items.values()) / GIB:12.2f} GiB")
-    lines += ["", f"{'term':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
+    lines += ["", f"{'loss':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
     for name, n in result.flops.items():
         lines.append(f"  {name:44s}{n / 1e12:14,.1f} TFLOP{result.peaks[name] / GIB:12.2f} GiB")
     lines.append(f"  {'together':44s}{sum(result.flops.values()) / 1e12:14,.1f} TFLOP")

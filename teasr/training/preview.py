@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.model import Model
 from teasr.config.settings import PreviewConfig
 from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
 from teasr.imaging import images
 from teasr.imaging.exact_metrics import psnr, ssim
-from teasr.methods.sampler import restore
+from teasr.methods.sampler import Sampler, restore
 from teasr.util.seed import seed_of
 
 SCORES = {"psnr_y": psnr, "ssim_y": ssim}
@@ -49,14 +49,16 @@ class Preview:
         every = self.config.every_updates
         return saves if every is None else update % every == 0
 
-    def make(self, backbone: Backbone, device: torch.device) -> tuple[bytes, dict[str, float]]:
+    def make(self, model: Model, sampler: Sampler, device: torch.device) -> tuple[bytes, dict[str, float]]:
         """A PNG (LQ | restored in every number of steps | HQ, a picture a row) and mean scores by metric and steps."""
         rows, sums = [], {}
         for sample in self.samples:
             x_lq = images.to_tensor(sample.lq_up)[None].to(device)
             row = [sample.lq_up]
             for steps in self.config.steps:
-                made = images.to_uint8(restore(backbone, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0])
+                made = images.to_uint8(
+                    restore(model, sampler, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0]
+                )
                 row.append(made)
                 for name, metric in SCORES.items():
                     sums.setdefault(f"preview/{name}_{steps}", []).append(metric(made, sample.hq))

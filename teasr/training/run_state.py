@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.roles import FIRST
 from teasr.config.strict_yaml import diff
-from teasr.run_config import Recipe, load
+from teasr.run_config import RunConfig, load
 from teasr.tracking.environment import git_commit
 from teasr.training import checkpoint
 from teasr.training.ema import Ema
 from teasr.training.engine import gather, load_optimiser_state, optimiser_state
+from teasr.training.networks import Networks
 from teasr.util import checkpoint_folder
 from teasr.util.distributed import World
 
@@ -32,13 +33,13 @@ MAY_CHANGE = (  # without a word of consent: what does not change the numbers, a
 class RunState:
     """The position of a run (`update`, optimiser `steps`) and its checkpoints."""
 
-    def __init__(self, recipe: Recipe, world: World, networks: dict[str, Backbone], say: Callable[[str], None]):
-        """The first of `networks` is the student; they are not engines yet."""
-        self.recipe, self.world, self.networks, self.say = recipe, world, networks, say
-        self.root = Path(recipe.run_dir) / "checkpoints"
+    def __init__(self, config: RunConfig, world: World, networks: Networks, say: Callable[[str], None]):
+        """The bases of `networks` are not engines yet."""
+        self.config, self.world, self.networks, self.say = config, world, networks, say
+        self.root = Path(config.run_dir) / "checkpoints"
         self.found: Path | None = None
         self.update = self.steps = self.saved = 0  # saved: the update of the newest checkpoint
-        self.student = next(iter(networks.values()))
+        self.roles = [role.name for role in networks.trained_roles]
         self.bytes = self._bytes()
 
     @property
@@ -58,7 +59,7 @@ class RunState:
             raise ValueError(
                 f"{self.found} was written by an older version of teasr (no {error}): choose another run_dir"
             ) from None
-        changes = diff(load(self.found / "config.yaml").to_dict(), self.recipe.to_dict())
+        changes = diff(load(self.found / "config.yaml").to_dict(), self.config.to_dict())
         fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
         if fatal and not accept_changes:
             raise ValueError(
@@ -76,18 +77,21 @@ class RunState:
         """Weights and fixed parts of the found checkpoint, before the networks become engines."""
         if self.found is None:
             return
-        fixed = load_file(self.found / "fixed.safetensors")
-        for name, network in self.networks.items():
-            network.load_fixed_state(fixed)
-            network.load_weights(load_file(self.found / self._file("weights", name)))
+        self.networks.student.load_fixed_state(load_file(self.found / "fixed.safetensors"))
+        for role in self.roles:
+            self.networks.base(role).load_weights(load_file(self.found / file_of("weights", role)), role)
 
     def load_rest(self, engines: dict, ema: Ema | None) -> None:
         """Optimisers and average of the found checkpoint; from now on `save` can be called."""
-        self.engines, self.ema = engines, ema
+        self.ema = ema
         if self.found is None:
             return
-        for name, engine in engines.items():
-            load_optimiser_state(engine, load_file(self.found / self._file("optimiser", name)), self.steps, self.world)
+        for place, engine in engines.items():
+            here = [role for role in self.roles if self.networks.roles[role].place == place]
+            moments = {}
+            for role in here:
+                moments |= load_file(self.found / file_of("optimiser", role))
+            load_optimiser_state(engine, moments, self.steps, self.world)
         average = self.found / "ema.safetensors"
         if ema and average.is_file():  # without one (train.ema was null) it starts at the weights
             ema.load(load_file(average))
@@ -107,8 +111,8 @@ class RunState:
         if writer:
             state = {"update": self.update, "steps": self.steps, "world_size": self.world.size, "commit": git_commit()}
             writer.text("state.json", json.dumps(state | ({} if score is None else {"score": score}), indent=1))
-            writer.text("config.yaml", self.recipe.to_yaml())
-            writer.commit(self.recipe.train.keep_checkpoints)
+            writer.text("config.yaml", self.config.to_yaml())
+            writer.commit(self.config.train.keep_checkpoints)
         problem = self.world.from_main(writer.problem if writer else None)
         if problem is None:
             self.saved = self.update
@@ -118,30 +122,32 @@ class RunState:
             f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, lower "
             "train.keep_checkpoints, or choose a run_dir on another disk"
         )
-        if self.recipe.train.on_full_disk == "stop":
+        if self.config.train.on_full_disk == "stop":
             raise OSError(message)
         self.say(f"warning: {message}")
 
-    def _file(self, kind: str, network: str) -> str:
-        """Name of a file of a checkpoint; the student's have no name of their own, for those who only want to use it."""
-        return f"{kind}.safetensors" if self.networks[network] is self.student else f"{kind}-{network}.safetensors"
-
     def _tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """The safetensors files of a checkpoint, one at a time; rank 0 gets the tensors."""
-        for name, network in self.networks.items():
-            yield self._file("weights", name), gather(network)
-            yield self._file("optimiser", name), optimiser_state(self.engines[name], self.world)
+        for role in self.roles:
+            base = self.networks.base(role)
+            yield file_of("weights", role), gather(base, role)
+            yield file_of("optimiser", role), optimiser_state(base, role, self.world)
         if self.ema:
             with self.ema.swapped():
-                averaged = gather(self.student)
+                averaged = gather(self.networks.student, FIRST)
             yield "ema.safetensors", averaged
-        yield "fixed.safetensors", self.student.fixed_state()
+        yield "fixed.safetensors", self.networks.student.fixed_state()
 
     def _bytes(self) -> int:
         """About what a checkpoint takes."""
         total = 0
-        for network in self.networks.values():
-            for name, p in network.net.named_parameters():
-                copies = 1 + (self.recipe.train.ema is not None and network is self.student)
-                total += p.numel() * (p.element_size() * copies * network.exports(name, p) + 8 * p.requires_grad)
+        for role in self.roles:
+            copies = 1 + (self.config.train.ema is not None and role == FIRST)
+            for p in self.networks.base(role).exported(role).values():
+                total += p.numel() * (p.element_size() * copies + 8 * p.requires_grad)
         return total
+
+
+def file_of(kind: str, role: str) -> str:
+    """Name of a file of a checkpoint; the student's carry no name, for those who only want to use it."""
+    return f"{kind}.safetensors" if role == FIRST else f"{kind}-{role}.safetensors"

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import ROOT, partitioning, small_recipe
+import warm
+from conftest import ROOT, partitioning, small_recipe, velocity
 from test_training import start
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,7 +77,7 @@ def test_the_contract(model):
     z = b.encode(x)
     assert z.shape == (2, 16, 8, 6) and b.decode(z).shape == x.shape
     t = torch.tensor([0.7, 0.2])
-    v = b.velocity(z, t, z, -t)
+    v = velocity(b, z, t, z, -t)
     assert v.shape == z.shape and v.dtype == torch.float32
     with pytest.raises(ValueError, match="multiples of 16"):
         b.encode(torch.zeros(1, 3, 40, 48))
@@ -129,7 +129,7 @@ def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
     saved = upscaler.save_pretrained(tmp_path / "saved")
     assert np.array_equal(Upscaler.from_pretrained(saved)(lq, steps=2), restored)
     scoring = ["--data", str(shards), "--steps", "1", "--out", str(tmp_path / "scores")]
-    done = subprocess.run([sys.executable, str(ROOT / "eval/benchmark.py"), str(tmp_path / "zero3-whole"), *scoring])
+    done = warm.run([sys.executable, str(ROOT / "eval/benchmark.py"), str(tmp_path / "zero3-whole"), *scoring])
     assert done.returncode == 0 and (tmp_path / "scores/scores.json").is_file()
 
 
@@ -153,9 +153,7 @@ def test_the_preset_runs_on_random_weights(shards, tmp_path):
     preset = ["launch/train.py", "--config", "launch/presets/qwen_teasr.yaml", "--random-init", "tracking.mlflow=false"]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = warm.run([*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     _, first, _ = rows(tmp_path / "run")  # the preview before the first update has a row too
     assert first["lpips"] > 0 and len(list((tmp_path / "run/previews").iterdir())) == 2
@@ -205,7 +203,7 @@ def velocity_and_gradients(b):
     generator = torch.Generator().manual_seed(3)
     z, z_lq = (torch.randn(2, 16, 8, 6, generator=generator) for _ in range(2))
     t, r = torch.tensor([0.7, 0.25]), torch.tensor([-0.7, 0.0])
-    v = b.velocity(z, t, z_lq, r)
+    v = velocity(b, z, t, z_lq, r)
     v.square().mean().backward()
     return v.detach(), {n: p.grad for n, p in b.net.named_parameters() if p.requires_grad}
 
@@ -233,7 +231,7 @@ def test_times_off_the_table_are_refused_and_snap_brings_them_on():
     z = torch.randn(1, 16, 4, 4)
     for t, r in ((0.123, 0.0), (1.0, -1.1)):
         with pytest.raises(ValueError, match="not in the modulation table of 10 steps"):
-            b.velocity(z, torch.tensor([t]), z, torch.tensor([r]))
+            velocity(b, z, torch.tensor([t]), z, torch.tensor([r]))
     t = b.snap(torch.tensor([0.123, -0.77, 1.0, 0.0]))
     assert t.tolist() == pytest.approx([0.1, -0.8, 1.0, 0.0])
     assert torch.equal(random_backbone(modulation_table=None).snap(t), t)
@@ -356,7 +354,7 @@ def test_two_ranks_compute_the_same_and_no_rank_holds_all_weights(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(settings))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = ["--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "tests/run_on_ranks.py")]
-    done = subprocess.run(
+    done = warm.run(
         [str(Path(sys.executable).parent / "deepspeed"), *command, str(tmp_path / "recipe.json"), str(tmp_path / "large")],
         env=clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,

@@ -5,8 +5,11 @@ import pytest
 import skimage.data
 import torch
 import torch.nn.functional as F
+from conftest import velocity
 
 from teasr.backbones.lora import add_branch_lora, inject_peft_lora
+from teasr.backbones.model import Model
+from teasr.backbones.roles import STUDENT
 from teasr.backbones.tiny import DualBlock, PCACodec, Tiny, TinyConfig, TinyDiT, attend, precondition
 from teasr.data.batch import Batch
 from teasr.degradation import degrade, preset
@@ -17,7 +20,7 @@ from teasr.methods.base import Progress
 from teasr.methods.teasr import Teasr, TeasrConfig
 from teasr.restore.pretrained import save
 from teasr.restore.upscaler import Upscaler
-from teasr.run_config import Recipe, parse
+from teasr.run_config import RunConfig, parse
 from teasr.util.randomness import Draws
 
 SMALL = {"width": 32, "depth": 3, "heads": 2, "latent_channels": 16, "lora_rank": 4}
@@ -45,7 +48,7 @@ def make(randomise=True, **settings) -> Tiny:
     return backbone
 
 
-def a_recipe(backbone: dict) -> Recipe:
+def a_recipe(backbone: dict) -> RunConfig:
     train = {"updates": 1, "batch": 1, "micro_batch": 1, "learning_rate": 1}
     return parse(
         {"run_dir": "r", "backbone": backbone, "method": {"name": "teasr"}, "data": {"shards": "s"}, "train": train}
@@ -71,7 +74,7 @@ def seen_by_first_attention(backbone: Tiny, *arguments) -> torch.Tensor:
     layer = backbone.net.blocks[0].to_v.base_layer
     handle = layer.register_forward_hook(lambda _module, args, _out: seen.append(args[0][:, 0].detach().clone()))
     with torch.no_grad():
-        backbone.velocity(*arguments)
+        velocity(backbone, *arguments)
     handle.remove()
     return seen[0]
 
@@ -101,7 +104,7 @@ def test_velocity_tells_the_sign_and_value_of_the_target_time(decoupled):
     backbone = make(decoupled_timestep=decoupled)
     z_t, s, z_lq = inputs()
     with torch.no_grad():
-        real, fake, zero = (backbone.velocity(z_t, s, z_lq, r) for r in (s, -s, 0 * s))
+        real, fake, zero = (velocity(backbone, z_t, s, z_lq, r) for r in (s, -s, 0 * s))
     scale = real.std()
     assert (real - fake).abs().mean() > 1e-3 * scale and (real - zero).abs().mean() > 1e-3 * scale
 
@@ -110,11 +113,11 @@ def test_condition_and_lora_do_reach_the_output():
     backbone = make()
     z_t, t, z_lq = inputs()
     with torch.no_grad():
-        before = backbone.velocity(z_t, t, z_lq, t)
+        before = velocity(backbone, z_t, t, z_lq, t)
         for name, parameter in backbone.net.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-        assert not torch.allclose(backbone.velocity(z_t, t, z_lq, t), before, atol=1e-4)
+        assert not torch.allclose(velocity(backbone, z_t, t, z_lq, t), before, atol=1e-4)
 
 
 def test_starts_at_the_lq_picture():
@@ -123,7 +126,7 @@ def test_starts_at_the_lq_picture():
     z_t, _, z_lq = inputs()
     one = torch.ones(2)
     with torch.no_grad():
-        z_hat = flow.z0_from_velocity(z_t, backbone.velocity(z_t, one, z_lq, 0 * one), one)
+        z_hat = flow.z0_from_velocity(z_t, velocity(backbone, z_t, one, z_lq, 0 * one), one)
     assert torch.allclose(z_hat, z_lq, atol=1e-5)
 
 
@@ -141,7 +144,7 @@ def test_preconditioning_is_the_posterior_mean_of_the_velocity():
     slope = (y @ v) / (y @ y)
     ones = torch.ones(1, 16, 1, 1)
     with torch.no_grad():
-        out = backbone.velocity(ones, torch.tensor([t]), 0 * ones, torch.tensor([t]))[0, 0, 0, 0]
+        out = velocity(backbone, ones, torch.tensor([t]), 0 * ones, torch.tensor([t]))[0, 0, 0, 0]
     assert out.item() == pytest.approx(slope.item(), abs=0.01)
 
 
@@ -150,7 +153,7 @@ def test_checkpointing_changes_nothing():
     grads = []
     for on in (False, True):
         backbone = make(gradient_checkpointing=on)
-        backbone.velocity(z_t, t, z_lq, -t).square().mean().backward()
+        velocity(backbone, z_t, t, z_lq, -t).square().mean().backward()
         grads.append([p.grad for p in backbone.net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -160,7 +163,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(train):
     """A parameter that never gets one would break data-parallel training; a frozen base must stay frozen."""
     backbone = make(train=train, base="random")
     z_t, t, z_lq = inputs()
-    backbone.velocity(z_t, t, z_lq, t / 2).square().mean().backward()
+    velocity(backbone, z_t, t, z_lq, t / 2).square().mean().backward()
     for name, parameter in backbone.net.named_parameters():
         wanted = train == "full" or "lora_" in name
         assert parameter.requires_grad == wanted, name
@@ -190,10 +193,10 @@ def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tm
     prior = make(conditional=False)
     z_t, t, z_lq = inputs()
     with torch.no_grad():
-        assert torch.equal(prior.velocity(z_t, t, z_lq, t), prior.velocity(z_t, t, -z_lq, -t))
+        assert torch.equal(velocity(prior, z_t, t, z_lq, t), velocity(prior, z_t, t, -z_lq, -t))
     assert not any("lora" in name for name, _ in prior.net.named_parameters())
     with pytest.raises(ValueError, match="unconditional prior"):
-        Upscaler(prior)
+        Upscaler(Model(prior))
     with pytest.raises(ValueError, match=r"leave backbone\.base"):
         TinyConfig(conditional=False, base="elsewhere")
     settings = {"name": "tiny", **SMALL}
@@ -214,19 +217,19 @@ def test_a_lora_can_start_at_the_prior_instead_of_the_lq_picture(tmp_path):
     mean = flow.z0_from_velocity(z_t, precondition(out, z_t, one, out, prior.net.spread), one)
     assert torch.allclose(mean, out, atol=1e-5)
     with torch.no_grad():
-        assert not torch.equal(backbone.velocity(z_t, t, z_lq, t), backbone.velocity(z_t, t, -z_lq, t))
+        assert not torch.equal(velocity(backbone, z_t, t, z_lq, t), velocity(backbone, z_t, t, -z_lq, t))
 
 
 def test_the_share_of_its_own_place_is_zero_or_learnt(tmp_path):
     """Zero is the network without it; the share acts token by token, is trained also with a frozen base, and no prior has it."""
     z_t, t, z_lq = inputs()
     with torch.no_grad():
-        without, zero, half = (make(pair=share).velocity(z_t, t, z_lq, 0 * t) for share in (None, 0.0, 0.5))
+        without, zero, half = (velocity(make(pair=share), z_t, t, z_lq, 0 * t) for share in (None, 0.0, 0.5))
     assert torch.allclose(zero, without, atol=1e-6) and not torch.allclose(half, without, atol=1e-3)
     saved_prior(tmp_path / "prior")
     backbone = Tiny(TinyConfig(**SMALL, train="lora", base=str(tmp_path / "prior"), pair=0.5))
     backbone.fit(pairs())
-    backbone.velocity(z_t, t, z_lq, 0 * t).square().mean().backward()
+    velocity(backbone, z_t, t, z_lq, 0 * t).square().mean().backward()
     shares = [p for name, p in backbone.net.named_parameters() if name.endswith(".pair")]
     assert len(shares) == 3 and all(bool((p.grad != 0).all()) for p in shares)
     with pytest.raises(ValueError, match=r"backbone\.pair"):
@@ -251,8 +254,8 @@ def test_positions_are_shared_between_branches():
     backbone = make()
     z_t, t, z_lq = inputs()
     with torch.no_grad():
-        v = backbone.velocity(z_t, t, z_lq, t)
-        rolled = backbone.velocity(z_t.roll(1, -1), t, z_lq.roll(1, -1), t)
+        v = velocity(backbone, z_t, t, z_lq, t)
+        rolled = velocity(backbone, z_t.roll(1, -1), t, z_lq.roll(1, -1), t)
     assert not torch.allclose(v.roll(1, -1), rolled, atol=1e-3)
 
 
@@ -288,10 +291,10 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_last_block_reads_condition_tokens_only_through_keys_and_values():
-    block = DualBlock(16, 2, 2, last=True)
+    block = DualBlock(16, 2, 2)
     x = torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     angles = torch.zeros(8, 4)
-    out = block(x, torch.zeros(1, 2, 16), angles.cos(), angles.sin())
+    out = block(x, torch.zeros(1, 2, 16), angles.cos(), angles.sin(), STUDENT.adapters, last=True)
     assert out.shape == (1, 4, 16)
 
 
@@ -309,14 +312,14 @@ def test_overfitting_one_batch_at_one_step_exceeds_bicubic_by_3_db():
     method = Teasr(TeasrConfig(lambda_lpips=0.0, lambda_mse=10.0, ramps={}, w_cap=10.0))
     optimizer = torch.optim.Adam(backbone.net.parameters(), lr=3e-3)
     for update in range(260):
-        for term in method.terms(
-            {"student": backbone}, batch, Draws(0, update, tuple(range(8))), Progress(update, 260)
+        for loss in method.losses(
+            {"student": Model(backbone)}, batch, Draws(0, update, tuple(range(8))), Progress(update, 260)
         ):
-            term.loss.backward()
+            loss.value.backward()
         torch.nn.utils.clip_grad_norm_(backbone.net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    upscaler = Upscaler(backbone)
+    upscaler = Upscaler(Model(backbone))
     ours = [psnr_y(upscaler(x, steps=1), y) for x, y in zip(lq, hq, strict=True)]
     bicubic = [psnr_y(x, y) for x, y in zip(up, hq, strict=True)]
     assert np.mean(ours) >= np.mean(bicubic) + 3, (np.mean(ours), np.mean(bicubic))
@@ -328,7 +331,7 @@ def test_lora_starts_and_acts_as_pefts():
     for add in (add_branch_lora, inject_peft_lora):
         torch.manual_seed(0)
         net = TinyDiT(TinyConfig(width=32, depth=2, heads=2))
-        add(net, net.lora_targets(), 4, 8)
+        add(net, net.lora_targets(STUDENT), 4, 8)
         starts.append({name: x.clone() for name, x in net.state_dict().items()} | {"next draw": torch.randn(3)})
         for name, parameter in net.named_parameters():
             if "lora_B" in name or "proj_out" in name:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, make_shards
 from test_shards import rewrite
 
@@ -160,12 +161,12 @@ def test_killed_it_goes_on(shards, vae, whole, tmp_path):
     """kill -9 as soon as the first sidecar is there, in the middle of a later one; then the same command."""
     command = [sys.executable, "data_prep/cache_latents.py", f"shards={shards}", f"vae={vae}", f"out={tmp_path}"]
     command += ["dtype=fp32", "device=cpu"]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    job = warm.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     while not (tmp_path / "shard-000000.tar").exists() and job.poll() is None:
         time.sleep(0.002)
     os.killpg(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL and not (tmp_path / "index.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    warm.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert tars(tmp_path) == tars(whole) and set_hash(tmp_path) == set_hash(whole)
     assert not list(tmp_path.glob(".*.tmp"))
 

@@ -1,12 +1,10 @@
 """eval/ablate.py: the rows are trained and scored once, and what is told of them follows from the numbers."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from conftest import ROOT, small_recipe
 
@@ -23,32 +21,31 @@ def ablate():
     return ablate
 
 
-def test_rows_are_trained_and_scored_once(shards, tmp_path):
+def test_rows_are_trained_and_scored_once(ablate, shards, tmp_path, monkeypatch, capsys):
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(small_recipe(shards, tmp_path / "unused", "zero1", train__updates=2)))
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    launcher = f"deepspeed --num_gpus 1 --master_port {free_port()}"
     command = [
-        sys.executable,
-        str(ROOT / "eval/ablate.py"),
         "--config",
-        str(config),
+        config,
         "--data",
-        str(shards),
+        shards,
         "--seeds",
-        "3",
-    ]
-    command += [
+        3,
         "--steps",
-        "1",
+        1,
         "--launcher",
-        f"deepspeed --num_gpus 1 --master_port {free_port()}",
+        launcher,
         "--out",
-        str(tmp_path / "out"),
+        tmp_path / "out",
     ]
+    command = [str(part) for part in command]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ablate.subprocess, "run", warm.run)
     for round_ in range(2):
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert done.stdout.count("already trained") == done.stdout.count("already evaluated") == 3 * round_
+        assert ablate.main(command) == 0
+        out = capsys.readouterr().out
+        assert out.count("already trained") == out.count("already evaluated") == 3 * round_
     runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in (tmp_path / "out").iterdir() if p.is_dir()}
     assert {name: (r["backbone"]["decoupled_timestep"], r["method"]["time_aware"], r["seed"]) for name, r in runs.items()} == {
         "fused_timesteps-seed3": (False, False, 3), "plus_DTC-seed3": (True, False, 3), "plus_DTC_plus_TAR-seed3": (True, True, 3),
@@ -57,8 +54,8 @@ def test_rows_are_trained_and_scored_once(shards, tmp_path):
     assert list(told["rows"]) == ["fused timesteps", "+ DTC", "+ DTC + TAR"] and len(told["comparisons"]) == 2
     assert "| + DTC + TAR | 1 step |" in (tmp_path / "out/ablation.md").read_text()
     assert "| + DTC + TAR | 0 | " in (tmp_path / "out/ablation.md").read_text(), "no update was skipped"
-    bad = subprocess.run([*command, "train.updatez=3"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
-    assert bad.returncode == 2 and "updatez" in bad.stderr
+    assert ablate.main([*command, "train.updatez=3"]) == 2
+    assert "updatez" in capsys.readouterr().err
 
 
 def test_steadiness_is_read_from_the_log(ablate, tmp_path):

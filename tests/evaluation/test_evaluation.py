@@ -3,12 +3,12 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import skimage.data
+import warm
 from conftest import ROOT
 from PIL import Image
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 
 
 def benchmark(*arguments, **environment):
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, BENCHMARK, *map(str, arguments)],
         cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_a_model_on_one_rank_and_on_two(untrained, folders, tmp_path):
         BENCHMARK,
     ]
     command += [*map(str, common), "--steps", "1", "2", "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in ("scores.json", "scores_by_picture.csv", "comparison.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
+import warm
 import yaml
 from conftest import ROOT
 from test_evaluation import benchmark, folders  # noqa: F401 - a fixture
@@ -34,7 +34,7 @@ def results(untrained, folders, tmp_path_factory):  # noqa: F811
 
 def report(*arguments):
     command = [sys.executable, str(ROOT / "eval/report.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout, done.stderr
 
 

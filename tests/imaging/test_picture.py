@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import warm
 from conftest import ROOT
 from PIL import Image, ImageCms
 
@@ -181,7 +182,7 @@ def test_stopped_at_any_moment_no_half_written_file_is_left(untrained, tmp_path,
     for i in range(60):
         Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(source / f"{i:02d}.png")
     command = [sys.executable, "-m", "teasr.cli", "upscale", str(source), "-o", str(out), "--model", str(untrained)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = warm.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     while len(list(out.glob("*.png"))) < 2:
         assert process.poll() is None and time.monotonic() < until

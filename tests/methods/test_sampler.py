@@ -3,28 +3,24 @@
 import pytest
 import torch
 
-from teasr.backbones.base import Backbone
 from teasr.diffusion.flow import per_sample
-from teasr.methods.sampler import sample
+from teasr.methods.sampler import AnyStep, Dial
 
 SIGMA = 0.4
+sample = AnyStep().sample
 
 
-class GaussianField(Backbone):
+class GaussianField:
     """Data z0 ~ N(z_lq, sigma^2): the probability flow z_t - (1 - t) z_lq scales with its standard deviation."""
-
-    latent_channels, downsample, pixel_multiple, patch_px = 2, 1, 1, 1
 
     def __init__(self, average: bool):
         self.average, self.calls = average, []
 
-    def encode(self, x):
-        return x
+    def snap(self, t):
+        return t
 
-    def decode(self, z):
-        return z
-
-    def velocity(self, z_t, t_cur, z_lq, t_tar):
+    def velocity(self, z_t, t_cur, condition):
+        z_lq, t_tar = condition.z_lq, condition.t_tar
         self.calls.append((t_cur[0].item(), t_tar[0].item()))
         t, r = per_sample(t_cur.double(), z_t), per_sample(t_tar.double(), z_t)
         y = z_t - (1 - t) * z_lq
@@ -75,8 +71,27 @@ def test_fidelity_goes_from_the_sample_to_the_mean(pair):
     end = sample(GaussianField(average=False), z_lq, eps, 4)
     for fidelity in (0.0, 0.25, 1.0):
         field = GaussianField(average=False)
-        z = sample(field, z_lq, eps, 4, fidelity)
+        z = sample(field, z_lq, eps, 4, {"fidelity": fidelity})
         assert torch.allclose(z, (1 - fidelity) * end + fidelity * z_lq, atol=1e-6) and len(field.calls) == 4
     for fidelity, steps in ((1.5, 4), (-0.1, 4), (0.5, 1)):
         with pytest.raises(ValueError, match="fidelity"):
-            sample(GaussianField(average=True), z_lq, eps, steps, fidelity)
+            sample(GaussianField(average=True), z_lq, eps, steps, {"fidelity": fidelity})
+
+
+class OneStep(AnyStep):
+    """As of a method that restores in one step, with a dial of its own."""
+
+    step_counts = (1,)
+    dials = (Dial("strength", 0.6, "from faithful to realistic"),)
+
+
+def test_step_counts_and_dials_that_a_method_does_not_have_are_errors():
+    assert AnyStep().check(4) == {"fidelity": 0.0} and AnyStep().check(4, {"fidelity": 0.5}) == {"fidelity": 0.5}
+    with pytest.raises(ValueError, match="steps = 0"):
+        AnyStep().check(0)
+    with pytest.raises(ValueError, match="no strength: its dials are fidelity"):
+        AnyStep().check(4, {"strength": 0.5})
+    check = super(AnyStep, OneStep()).check
+    assert check(1) == {"strength": 0.6} and check(1, {"strength": 0.1}) == {"strength": 0.1}
+    with pytest.raises(ValueError, match=r"restores in 1 step\(s\)"):
+        check(4)

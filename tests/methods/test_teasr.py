@@ -8,6 +8,7 @@ import pytest
 import torch
 from peer_update import joint_loss
 
+from teasr.backbones.model import Model
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.batch import Batch
 from teasr.diffusion import losses
@@ -66,10 +67,10 @@ def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
     config = TeasrConfig(**(PLAIN | change))
     lpips = losses.load_lpips("alex", weights=False).double() if config.lambda_lpips else None
     backbone = tiny(**net)
-    for term in Teasr(config, lpips).terms({"student": backbone}, batch(), draws(), NOW):
-        term.loss.backward()
+    for loss in Teasr(config, lpips).losses({"student": Model(backbone)}, batch(), draws(), NOW):
+        loss.value.backward()
     lean = gradients(backbone)
-    joint_loss(config, backbone, batch(), draws(), lpips).backward()
+    joint_loss(config, Model(backbone), batch(), draws(), lpips).backward()
     joint = gradients(backbone)
     assert lean.keys() == joint.keys() and len(lean) > 20
     worst = max((lean[n] - joint[n]).abs().max().item() for n in joint)
@@ -78,33 +79,33 @@ def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
 
 
 class Counting:
-    """Wraps a backbone's velocity: batch sizes with and without graph, and whether an older graph is still alive."""
+    """Wraps a backbone's network: batch sizes with and without graph, and whether an older graph is still alive."""
 
     def __init__(self, backbone: Tiny):
         self.plain, self.graph, self.alive = [], [], []
         self.refs: list[weakref.ref] = []
-        velocity = backbone.velocity
+        call = backbone.call
 
-        def counted(z_t, t_cur, z_lq, t_tar):
+        def counted(role, part, z_t, *rest):
             if torch.is_grad_enabled():
                 gc.collect()
                 self.alive.append(sum(ref() is not None for ref in self.refs))
-            v = velocity(z_t, t_cur, z_lq, t_tar)
+            v = call(role, part, z_t, *rest)
             (self.graph if v.requires_grad else self.plain).append(len(z_t))
             if v.requires_grad:
                 self.refs.append(weakref.ref(v))
             return v
 
-        backbone.velocity = counted
+        backbone.call = counted
 
 
 def run(config: TeasrConfig, n=3) -> tuple[Counting, dict]:
     backbone = tiny(torch.float32)
     counting, logs = Counting(backbone), {}
-    for term in Teasr(config).terms({"student": backbone}, batch(n, torch.float32), draws(n), NOW):
-        term.loss.backward()
-        logs |= term.logs
-        del term
+    for loss in Teasr(config).losses({"student": Model(backbone)}, batch(n, torch.float32), draws(n), NOW):
+        loss.value.backward()
+        logs |= loss.logs
+        del loss
     return counting, logs
 
 
@@ -155,8 +156,8 @@ def test_ramps_in_updates_and_fractions():
 
 def test_rectification_waits_for_its_ramp():
     method = Teasr(TeasrConfig(lambda_lpips=0.0, ramps={"rectify": Ramp(6, 4)}))
-    assert method.weights(NOW)["rectify"] == 0
-    assert method.weights(Progress(8, 10))["rectify"] == pytest.approx(0.25)
+    assert method.loss_weights(NOW)["rectify"] == 0
+    assert method.loss_weights(Progress(8, 10))["rectify"] == pytest.approx(0.25)
 
 
 def test_consistency_times_follow_the_mix():
@@ -177,7 +178,7 @@ def test_consistency_times_follow_the_mix():
 
 def test_scores_stay_in_their_range():
     config = TeasrConfig(**PLAIN, s_range=(0.1, 0.6))
-    times = Times.draw(config, Draws(0, 0, tuple(range(500))), tiny())
+    times = Times.draw(config, Draws(0, 0, tuple(range(500))), Model(tiny()))
     for t in (times.score, times.fake):
         assert t.min() >= 0.1 and t.max() <= 0.6
 
@@ -186,13 +187,13 @@ def test_cycle_over_four_micro_batches_sums_to_the_whole():
     """Each graph on its micro-batch, four times the weight: the mean over the update is the full objective."""
     base = TeasrConfig(**PLAIN)
     backbone, b = tiny(), batch()
-    for term in Teasr(base).terms({"student": backbone}, b, draws(), NOW):
-        term.loss.backward()
+    for loss in Teasr(base).losses({"student": Model(backbone)}, b, draws(), NOW):
+        loss.value.backward()
     whole = gradients(backbone)
     cycle = Teasr(dataclasses.replace(base, mode="cycle"))
     for micro in range(4):
-        for term in cycle.terms({"student": backbone}, b, draws(), Progress(5, 10, micro, 4)):
-            (term.loss / 4).backward()
+        for loss in cycle.losses({"student": Model(backbone)}, b, draws(), Progress(5, 10, micro, 4)):
+            (loss.value / 4).backward()
     cycled = gradients(backbone)
     assert max((whole[n] - cycled[n]).abs().max().item() for n in whole) < 1e-12
     with pytest.raises(ValueError, match="multiple of 4"):
@@ -204,7 +205,7 @@ def test_alternate_base_takes_one_of_two_at_twice_the_weight():
     method, seen = Teasr(TeasrConfig(**PLAIN, mode="alternate_base")), []
     for update in range(40):
         d = Draws(0, update, (0, 1))
-        weight = method._select(method.weights(NOW), d, NOW)
+        weight = method._select(method.loss_weights(NOW), d, NOW)
         assert sorted((weight["flow"], weight["cons"])) == [0, 2]
         seen.append(weight["flow"] > 0)
         assert d.shared_uniform("x") == Draws(0, update, (7,)).shared_uniform("x")  # all ranks agree

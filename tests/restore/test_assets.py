@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import skimage.data
+import warm
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -50,7 +51,7 @@ def test_a_folder_of_the_users_wins_over_a_shipped_name(tmp_path, monkeypatch):
     assert assets.find("small") == assets.HERE / "small" and assets.find("large") is None
     (tmp_path / "small").mkdir()
     assert assets.find("small") is None
-    assert Upscaler.from_pretrained().recipe.run_dir == "runs/small"  # it is not meant where none is named
+    assert Upscaler.from_pretrained().config.run_dir == "runs/small"  # it is not meant where none is named
 
 
 def test_the_first_picture_does_not_wait_for_what_it_does_not_need():
@@ -123,7 +124,7 @@ def test_scores_of_a_shipped_model_do_not_land_beside_it(shards, tmp_path, model
         "--metrics",
         "psnr",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs/small/eval" / shards.name / "scores.json").is_file()
     assert {p.name for p in assets.HERE.rglob("*") if p.suffix in (".json", ".db")} == {"MANIFEST.json"}

@@ -80,7 +80,7 @@ def test_switches(pipe, untrained, tmp_path, capsys):
     assert 0 < np.abs(tiled - whole).mean() < 3
     pipe.save_pretrained(tmp_path / "saved")
     again = TeasrPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16).to("cpu")
-    assert again.device.type == "cpu" and again.upscaler.autocast == torch.bfloat16
+    assert again.device.type == "cpu" and again.upscaler.backbone.autocast == torch.bfloat16
     capsys.readouterr()
     again(PIL, 2)
     assert "restore   2/2 steps" in capsys.readouterr().out

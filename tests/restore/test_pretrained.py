@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from conftest import velocity
 from test_lora_file import export, run  # noqa: F401 - fixtures
 from test_qwen_image import backbone, model  # noqa: F401 - model is a fixture
 
@@ -64,10 +65,10 @@ def test_an_exported_lora_restores_as_its_run(run, export, tmp_path):  # noqa: F
     wanted = Upscaler.from_pretrained(run)
     made = Upscaler.from_pretrained(tmp_path / "exported")
     assert np.array_equal(made(PHOTO, steps=2), wanted(PHOTO, steps=2))
-    config = wanted.recipe.backbone
+    config = wanted.config.backbone
     saved = wanted.save_pretrained(tmp_path / "saved")
     for folder in (tmp_path / "exported", saved):
-        assert QwenImage.for_use(config, None, folder).prompt == str(folder / "prompt.safetensors")
+        assert QwenImage.inference_config(config, None, folder).prompt == str(folder / "prompt.safetensors")
     assert np.array_equal(Upscaler.from_pretrained(saved)(PHOTO, steps=2), wanted(PHOTO, steps=2))
     for dtype, at_most in (("bf16", 3), ("fp8", 8), ("nf4", 20)):
         other = Upscaler.from_pretrained(saved, dtype=dtype)(PHOTO, steps=2)
@@ -85,7 +86,7 @@ def test_offloaded_blocks_compute_the_same(model, untrained):  # noqa: F811
         whole.to(cpu)
         parts.offload(cpu)
         with torch.no_grad():
-            assert torch.equal(parts.velocity(z, t, z, r), whole.velocity(z, t, z, r))
+            assert torch.equal(velocity(parts, z, t, z, r), velocity(whole, z, t, z, r))
         blocks = parts.net.transformer.transformer_blocks
         assert all("group_offloading" in block._diffusers_hook.hooks for block in blocks)
     whole, parts = (Upscaler.from_pretrained(untrained) for _ in range(2))

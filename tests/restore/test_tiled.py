@@ -6,9 +6,10 @@ import skimage.data
 import torch
 from PIL import Image
 
+from teasr.backbones.model import Model
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.imaging import images
-from teasr.methods.sampler import restore
+from teasr.methods.sampler import AnyStep, restore
 from teasr.restore.upscaler import Upscaler
 
 
@@ -21,7 +22,7 @@ def upscaler():
     for parameter in backbone.net.proj_out.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05, generator=torch.Generator().manual_seed(0))
     backbone.to(torch.device("cpu"))
-    return Upscaler(backbone)
+    return Upscaler(Model(backbone))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def lq():
 def test_one_tile_is_the_sampler_itself(upscaler, lq):
     x = images.to_tensor(images.upsample(lq, 4))[None]
     for steps in (1, 3):
-        wanted = images.to_uint8(restore(upscaler.backbone, x, steps, seed=7)[0])
+        wanted = images.to_uint8(restore(upscaler.model, AnyStep(), x, steps, seed=7)[0])
         assert np.array_equal(upscaler(lq, steps=steps, seed=7, tile_px=4096), wanted)
 
 
@@ -54,11 +55,11 @@ def test_memory_is_that_of_a_tile_and_shrinks_when_there_is_none(upscaler, lq, m
     wanted = upscaler(lq, steps=2, tile_px=96)
     seen, whole = [], upscaler.backbone.net.forward
 
-    def forward(z_t, *rest):
+    def forward(z_t, *rest, **how):
         seen.append(z_t.shape[-2:])
         if z_t.shape[-1] > 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return whole(z_t, *rest)
+        return whole(z_t, *rest, **how)
 
     monkeypatch.setattr(upscaler.backbone.net, "forward", forward)
     made = upscaler(lq, steps=2, tile_px=192)

@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, partitioning
 from torch.profiler import ProfilerActivity, profile
 
 from teasr import run_config as recipe
+from teasr.backbones.model import Model
 from teasr.data.batch import Batch
 from teasr.methods.base import Progress
 from teasr.training import footprint
@@ -24,7 +25,7 @@ TRANSFORMER = {
 }  # fmt: skip
 
 
-def tiny_qwen(train=(), method=(), **backbone) -> recipe.Recipe:
+def tiny_qwen(train=(), method=(), **backbone) -> recipe.RunConfig:
     sizes = {"transformer": TRANSFORMER, "vae": {"base_dim": 16, "num_res_blocks": 1}}
     common = {"name": "qwen_image", "model": "random", "prompt": "random", "lora_rank": 16, "lora_alpha": 16} | sizes
     return recipe.parse(
@@ -65,9 +66,11 @@ def test_meta_counts_what_real_tensors_take(checkpointing, quantise):
     meter.ignore(x, *(t for group in network.memory_groups().values() for t in group))
 
     def run():
-        for term in method.terms({"student": network}, Batch(x, x, ["", ""]), Draws(0, 0, (0, 1)), Progress(4, 5)):
-            term.loss.backward()
-            del term
+        for loss in method.losses(
+            {"student": Model(network)}, Batch(x, x, ["", ""]), Draws(0, 0, (0, 1)), Progress(4, 5)
+        ):
+            loss.value.backward()
+            del loss
 
     with meter:
         run()
@@ -97,7 +100,7 @@ def test_deepspeed_holds_what_the_rules_say(zero, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(settings.to_dict()))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = [sys.executable, str(ROOT / "tests/run_metered.py"), str(tmp_path / "recipe.json")]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, env=clean, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     print(zero, int(done.stdout.split()[-1]) / counted.parameters["trained"], wanted / counted.parameters["trained"])
     assert int(done.stdout.split()[-1]) == pytest.approx(wanted, rel=0.1)

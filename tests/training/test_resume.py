@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import warm
 import yaml
 from conftest import ROOT, make_shards, partitioning, small_recipe
 from safetensors.torch import load_file
@@ -22,8 +23,8 @@ from teasr.util.distributed import free_port
 FILES = ("weights.safetensors", "ema.safetensors", "optimiser.safetensors", "fixed.safetensors")
 
 
-def begin(data: dict, folder: Path, ranks: int) -> subprocess.Popen:
-    """`launch/train.py` as a user starts it, in a process group of its own."""
+def begin(data: dict, folder: Path, ranks: int, real: bool = False) -> subprocess.Popen:
+    """`launch/train.py` as a user starts it, in a process group of its own. real: by DeepSpeed's own launcher, not the forked one (warm.py)."""
     path = folder / f"{Path(data['run_dir']).name}.yaml"
     path.write_text(yaml.safe_dump(data))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -38,7 +39,7 @@ def begin(data: dict, folder: Path, ranks: int) -> subprocess.Popen:
             str(free_port()),
         ]
     command = [*launcher, str(ROOT / "launch/train.py"), "--config", str(path)]
-    return subprocess.Popen(
+    return (subprocess if real else warm).Popen(
         command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
@@ -122,7 +123,7 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(shards, tmp_path, stag
 def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path, ranks):
     """SIGTERM to every process, as Slurm and launchers send it, twice in a row; afterwards the same command goes on."""
     common = {"train__updates": 60, "train__save_every_updates": 1000}
-    process = begin(small_recipe(shards, tmp_path / "stopped", **common), tmp_path, ranks)
+    process = begin(small_recipe(shards, tmp_path / "stopped", **common), tmp_path, ranks, real=ranks == 2)
     run = tmp_path / "stopped"
     wait_for(process, lambda: updates(run) >= 3)
     for _ in range(2):

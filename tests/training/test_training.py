@@ -3,16 +3,17 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, make_shards, partitioning, small_recipe
 from safetensors.torch import load_file
 
+from teasr.backbones.model import Model
 from teasr.data.config import DataConfig
 from teasr.data.shards import ShardSet
 from teasr.data.stream import PairStream, batches
@@ -46,7 +47,7 @@ def start(jobs: list[dict], folder: Path, ranks: int) -> None:
             "--master_port",
             str(free_port()),
         ]
-    done = subprocess.run(
+    done = warm.run(
         [*launcher, str(ROOT / "tests/run_jobs.py"), str(path)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -101,9 +102,11 @@ def plain_torch(data: dict) -> tuple[list[dict], dict]:
         micros = train.batch // n
         for i, (batch, _) in enumerate(islice(stream, micros)):
             draws = Draws(recipe.seed, update, tuple(range(i * n, (i + 1) * n)))
-            for term in method.terms({"student": backbone}, batch, draws, Progress(update, train.updates, i, micros)):
-                (term.loss / micros).backward()
-                for name, value in term.logs.items():
+            for loss in method.losses(
+                {"student": Model(backbone)}, batch, draws, Progress(update, train.updates, i, micros)
+            ):
+                (loss.value / micros).backward()
+                for name, value in loss.logs.items():
                     sums.setdefault(name, []).append(float(value))
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         optimizer.step()

@@ -9,7 +9,7 @@ Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +24,13 @@ from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
 from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linears
 from teasr.backbones.offloading import offload_blocks
+from teasr.backbones.parts import RoleNet
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.backbones.quantised import KINDS
 from teasr.backbones.qwen_image.modulation import ModulationTable
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image.vae import QwenCodec
+from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
 from teasr.util.seed import seed_of
 
 PROMPT = "prompt.safetensors"  # beside the weights of a saved model
@@ -73,29 +75,43 @@ class QwenImageConfig:
             raise ValueError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'")
 
 
-class QwenNet(nn.Module):
-    """The network that is trained: latents and two times -> velocity. Holds the transformer and the prompt."""
+class QwenNet(RoleNet):
+    """The network: latents and two times -> velocity. Holds the transformer and the prompt."""
 
     def __init__(self, transformer: DualBranchTransformer, prompt_TD: Tensor, config: QwenImageConfig):
         super().__init__()
         self.transformer, self.config = transformer, config
         self.register_buffer("prompt", prompt_TD, persistent=False)
 
-    def forward(self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor, t_tar: Tensor) -> Tensor:
+    def predict(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Tensor:
         """z [B, C, h, w], times [B] fp32 -> v [B, C, h, w]."""
-        h, w = z_t.shape[-2] // 2, z_t.shape[-1] // 2
+        v = self._tokens(z_t, t_cur, z_lq, t_tar, text, role)
+        return unpack(v, z_t.shape[-2] // 2, z_t.shape[-1] // 2)
+
+    def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
+        """[B, D, h / 2, w / 2]."""
+        blocks = role.blocks or len(self.transformer.transformer_blocks)
+        x = self._tokens(z_t, t_cur, None, None, text, role, blocks)
+        return x.transpose(1, 2).unflatten(2, (z_t.shape[-2] // 2, z_t.shape[-1] // 2))
+
+    def _tokens(self, z_t, t_cur, z_lq, t_tar, text, role: Role, blocks: int | None = None) -> Tensor:
+        """Velocity tokens [B, L, P], or those after so many blocks [B, L, D]."""
         dtype = self.prompt.dtype
-        v = self.transformer(
+        text = self.prompt if text is None else text.to(dtype)
+        return self.transformer(
             pack(z_t).to(dtype),
             t_cur,
-            self.prompt.expand(z_t.shape[0], -1, -1),
-            (h, w),
-            cond=pack(z_lq).to(dtype),
+            text.expand(z_t.shape[0], -1, -1),
+            (z_t.shape[-2] // 2, z_t.shape[-1] // 2),
+            cond=None if z_lq is None else pack(z_lq).to(dtype),
             t_tar=t_tar,
             rope=self.config.rope,
             cond_attention=self.config.cond_attention,
+            adapters=role.adapters,
+            blocks=blocks,
         )
-        return unpack(v, h, w)
 
 
 def pack(z: Tensor) -> Tensor:
@@ -116,11 +132,12 @@ class QwenImage(Backbone):
     """The backbone: `QwenNet` and the VAE's codec."""
 
     own_dtype = True
+    takes_text = True
     dtypes = ("bf16", "fp32", "fp8", "nf4")
 
-    def __init__(self, config: QwenImageConfig, seed: int = 0):
+    def __init__(self, config: QwenImageConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
         """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
-        self.config, self.seed, self.prepared = config, seed, False
+        self.config, self.seed, self.roles, self.prepared = config, seed, tuple(roles), False
         self.given: dict[str, Tensor] = {}
         dtype = DTYPES[config.dtype]
         transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
@@ -129,20 +146,36 @@ class QwenImage(Backbone):
             transformer.set_attention_backend(config.attention_backend)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        self.net = QwenNet(transformer, embeds[None].to(dtype), config)
+        if seen := blocks_seen(roles):
+            transformer.transformer_blocks = transformer.transformer_blocks[:seen]
         with torch.random.fork_rng():
-            torch.manual_seed(seed_of(seed, "qwen lora"))
-            inject_peft_lora(transformer, lora_targets(transformer), config.lora_rank, config.lora_alpha)
+            for role in roles:
+                self._add_role(role)
         for name, parameter in transformer.named_parameters():
             trained = "lora_" in name
             parameter.requires_grad_(trained)
             if trained:
                 parameter.data = parameter.data.float()
-        self.net = QwenNet(transformer, embeds[None].to(dtype), config)
         if config.lora is not None:
             self._load_lora(Path(config.lora).expanduser())
         self.codec.checkpointing = config.gradient_checkpointing
         self.latent_channels = transformer.config.in_channels // 4
         self.downsample, self.pixel_multiple, self.patch_px = 8, 16, 16
+
+    def _add_role(self, role: Role) -> None:
+        """Its LoRA set and parts."""
+        config, transformer = self.config, self.net.transformer
+        blocks = len(transformer.transformer_blocks)
+        if role.blocks is not None and not 1 <= role.blocks <= blocks:
+            raise ValueError(f"role {role.name} sees {role.blocks} blocks: this backbone has 1 to {blocks}")
+        first = role.adapter_set == DEFAULT_SET
+        torch.manual_seed(seed_of(self.seed, "qwen lora") if first else seed_of(self.seed, "role", role.name))
+        if role.adapter_set:
+            rank = role.rank or config.lora_rank
+            targets = lora_targets(transformer, role.branches, role.blocks)
+            inject_peft_lora(transformer, targets, rank, config.lora_alpha * rank / config.lora_rank, role.adapter_set)
+        self.net.add_parts(role, transformer.config.in_channels // 4, transformer.inner_dim)
 
     def encode(self, x: Tensor) -> Tensor:
         self.check_size(*x.shape[-2:])
@@ -157,7 +190,7 @@ class QwenImage(Backbone):
         return t if steps is None else (t.double() * steps).round().div(steps).to(t.dtype)
 
     @classmethod
-    def weightless(cls, config: QwenImageConfig) -> QwenImageConfig:
+    def with_random_weights(cls, config: QwenImageConfig) -> QwenImageConfig:
         """Sizes from the configs of a local model; a name on the hub stands for the published sizes."""
         sizes = {"transformer": config.transformer, "vae": config.vae}
         if config.model != "random" and (folder := Path(config.model).expanduser()).is_dir():
@@ -176,7 +209,7 @@ class QwenImage(Backbone):
         self.codec.to(device)
 
     @classmethod
-    def for_use(cls, config: QwenImageConfig, dtype: str | None, folder: Path) -> QwenImageConfig:
+    def inference_config(cls, config: QwenImageConfig, dtype: str | None, folder: Path) -> QwenImageConfig:
         """`fp8` and `nf4` are of the frozen weights of the blocks, which then compute in bf16."""
         prompt, lora = folder / PROMPT, folder / lora_file.NAME
         config = replace(
@@ -192,18 +225,20 @@ class QwenImage(Backbone):
     def files(cls, config: QwenImageConfig) -> dict[str, Path]:
         return {} if config.prompt == "random" else {PROMPT: Path(config.prompt).expanduser()}
 
-    def lora_story(self) -> tuple[dict, dict]:
+    def lora_metadata(self) -> tuple[dict, dict]:
         config = self.config
-        peft = lora_settings(lora_targets(self.net.transformer), config.lora_rank, config.lora_alpha)
+        branches = next(role.branches for role in self.roles if role.name == FIRST)
+        peft = lora_settings(lora_targets(self.net.transformer, branches), config.lora_rank, config.lora_alpha)
         told = ("lora_rank", "lora_alpha", "rope", "cond_attention")
         layers, width = len(self.net.transformer.transformer_blocks), self.net.transformer.inner_dim
         story = {"base_model": config.model, "prompt": config.prompt, "base_layers": layers, "base_width": width}
-        return peft, story | {key: getattr(config, key) for key in told}
+        return peft, story | {"branches": branches} | {key: getattr(config, key) for key in told}
 
     def _load_lora(self, path: Path) -> None:
         """Weights of a LoRA file, which must have been trained with these settings. ValueError when not."""
         weights, theirs = lora_file.read(path)
-        ours = self.lora_story()[1]
+        theirs.setdefault("branches", "dual")  # files of the first edition
+        ours = self.lora_metadata()[1]
         told = [k for k in ours if k not in ("base_model", "prompt") and theirs.get(k) != ours[k]]
         if told:
             raise ValueError(
@@ -214,15 +249,15 @@ class QwenImage(Backbone):
         except ValueError as error:
             raise ValueError(f"backbone.lora = {path}: {error}") from None
 
-    def load_weights(self, state: dict[str, Tensor]) -> None:
-        super().load_weights(state)
+    def load_weights(self, state: dict[str, Tensor], role: str = FIRST) -> None:
+        super().load_weights(state, role)
         if self.config.model == "random" and not self.prepared:
-            self.given = state  # there was no memory yet to take it
+            self.given |= state  # there was no memory yet to take it
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
-            if "lora_" not in name:
+            if "lora_" not in name and not name.startswith("parts."):
                 groups.setdefault(_group(name), []).append(tensor)
         groups["VAE"] = [*self.codec.parameters(), *self.codec.buffers()]
         if table := self.net.transformer.modulation:
@@ -241,6 +276,8 @@ class QwenImage(Backbone):
     def _prepare(self, device: torch.device, each: Callable[[nn.Module], Any]) -> None:
         config, transformer = self.config, self.net.transformer
         self._place("vae", self.codec, device)
+        if "parts" in self.net._modules:
+            self.net.parts.to(device)
         for name, child in transformer.named_children():
             if child is not transformer.transformer_blocks:
                 self._place(name, child, device, f"transformer.{name}.")
@@ -268,10 +305,18 @@ class QwenImage(Backbone):
             part.to(device)
             return
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, "random weights", part_name))
-        for module in part.modules():
+        others = {role.adapter_set for role in self.roles} - {None, DEFAULT_SET}
+        for path, module in part.named_modules():
             for name, p in module._parameters.items():
                 if p is not None:
                     value = torch.empty_like(p, device=device)
+                    if (last := path.rpartition(".")[2]) in others:  # beside the draws of base and student
+                        value.zero_()
+                        if "lora_A" in path:
+                            own = seed_of(self.seed, "random weights", part_name, last, path)
+                            value.normal_(0, p.shape[1] ** -0.5, generator=torch.Generator(device).manual_seed(own))
+                        module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
+                        continue
                     if p.ndim > 1 and p.numel() > max(p.shape):
                         value.normal_(0, p[0].numel() ** -0.5, generator=generator)
                     else:  # of a norm, or a bias

@@ -1,8 +1,8 @@
 """Qwen-Image's transformer with two image branches and decoupled timesteps (TEASR sec. 3.4), on diffusers' own classes.
 
-Same modules and state-dict keys as the stock model, no parameters of its own. Noise tokens run through the frozen weights at t_cur, condition
-tokens through weights + LoRA at t_tar of either sign, text through frozen weights at t_cur; all attend to one another. Which tokens get LoRA is
-decided at the call site (branch_lora.py): no masks, hooks or global state, so that activation checkpointing recomputes what was computed.
+Same modules and state-dict keys as the stock model, no parameters of its own. Noise tokens run at t_cur, condition tokens, if there are any, at
+t_tar of either sign, text at t_cur; all attend to one another. Which LoRA set acts on noise and which on condition tokens is an argument
+(`Adapters`) that every block gets: no masks, hooks or global state, so that activation checkpointing recomputes what was computed.
 
 Shape legend: B batch, L noise tokens (as many condition tokens), T text tokens, D width, P channels of a token, H heads, E head width.
 """
@@ -10,7 +10,7 @@ Shape legend: B batch, L noise tokens (as many condition tokens), T text tokens,
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from teasr.backbones.lora import add_lora, base, upgrade_lora, with_lora
 from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
+from teasr.backbones.roles import DEFAULT_SET, Adapters
 
+STUDENT_SETS = Adapters(condition=DEFAULT_SET)
 Rope = tuple[Tensor, Tensor, Tensor]  # of noise [L, E / 2], text [T, E / 2] and condition tokens [L, E / 2], complex
 
 
@@ -41,10 +43,12 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         rope: Rope,
         independent: bool,
         last: bool,
+        adapters: Adapters,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attention outputs of noise, text and condition tokens; the last block's text and condition outputs are None."""
         heads = functools.partial(_heads, attn)
-        q_x, k_x, v_x = (heads(base(layer, x_BLD)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        lx, lc = adapters.noise, adapters.condition
+        q_x, k_x, v_x = (heads(with_lora(layer, x_BLD, lx)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q_t, k_t, v_t = (heads(layer(text_BTD)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
         q_x, k_x = (apply_rotary_emb_qwen(y, rope[0], use_real=False) for y in (attn.norm_q(q_x), attn.norm_k(k_x)))
         q_t, k_t = (
@@ -53,23 +57,24 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         q, k, v = [q_t, q_x], [k_t, k_x], [v_t, v_x]
         q_c = None
         if cond_BLD is not None:
-            k_c, v_c = (heads(with_lora(layer, cond_BLD)) for layer in (attn.to_k, attn.to_v))
+            k_c, v_c = (heads(with_lora(layer, cond_BLD, lc)) for layer in (attn.to_k, attn.to_v))
             k_c = apply_rotary_emb_qwen(attn.norm_k(k_c), rope[2], use_real=False)
             k, v = [*k, k_c], [*v, v_c]
             if not last:
-                q_c = apply_rotary_emb_qwen(attn.norm_q(heads(with_lora(attn.to_q, cond_BLD))), rope[2], use_real=False)
+                q_c = attn.norm_q(heads(with_lora(attn.to_q, cond_BLD, lc)))
+                q_c = apply_rotary_emb_qwen(q_c, rope[2], use_real=False)
         if q_c is not None and not independent:
             q = [*q, q_c]
         out = self._attend(torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1))
         t, n = text_BTD.shape[1], x_BLD.shape[1]
-        out_x = base(attn.to_out[0], out[:, t : t + n].contiguous())
+        out_x = with_lora(attn.to_out[0], out[:, t : t + n].contiguous(), lx)
         if last:
             return out_x, None, None
         out_t = attn.to_add_out(out[:, :t].contiguous())
         if q_c is None:
             return out_x, out_t, None
         out_c = self._attend(q_c, k_c, v_c) if independent else out[:, t + n :].contiguous()
-        return out_x, out_t, with_lora(attn.to_out[0], out_c)
+        return out_x, out_t, with_lora(attn.to_out[0], out_c, lc)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, *, H, E] each -> [B, queries, D]."""
@@ -84,8 +89,6 @@ def _heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
 class DualBranchBlock(QwenImageTransformerBlock):
     """One block over noise, text and condition tokens."""
 
-    last = False  # of the last block only the noise tokens are read: what else it would compute is left out
-
     def forward(
         self,
         x_BLD: Tensor,
@@ -96,25 +99,33 @@ class DualBranchBlock(QwenImageTransformerBlock):
         temb_tar_BD: Tensor | None = None,
         independent: bool = False,
         rows: Rows | None = None,
+        adapters: Adapters = STUDENT_SETS,
+        last: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise, text and condition tokens after the block; `rows`: its modulation where that comes from a table."""
+        """Noise, text and condition tokens after the block.
+
+        rows: its modulation where that comes from a table. last: of its results only the noise tokens will be read, what else it would
+        compute is left out.
+        """
+        lx, lc = adapters.noise, adapters.condition
         if rows is None:
             y_cur = F.silu(temb_cur_BD)
             mod_c = None if cond_BLD is None else base(self.img_mod[1], F.silu(temb_tar_BD))
             rows = base(self.img_mod[1], y_cur), self.txt_mod[1](y_cur), mod_c
-        mod_x1, mod_x2 = rows[0].chunk(2, dim=-1)
+        mod_x = rows[0] if lx is None else add_lora(self.img_mod[1], F.silu(temb_cur_BD), rows[0], lx)
+        mod_x1, mod_x2 = mod_x.chunk(2, dim=-1)
         mod_t1, mod_t2 = rows[1].chunk(2, dim=-1)
         y_x, gate_x = self._modulate(self.img_norm1(x_BLD), mod_x1)
         y_t, gate_t = self._modulate(self.txt_norm1(text_BTD), mod_t1)
         y_c = None
         if cond_BLD is not None:
-            mod_c1, mod_c2 = add_lora(self.img_mod[1], F.silu(temb_tar_BD), rows[2]).chunk(2, dim=-1)
+            mod_c1, mod_c2 = add_lora(self.img_mod[1], F.silu(temb_tar_BD), rows[2], lc).chunk(2, dim=-1)
             y_c, gate_c = self._modulate(self.img_norm1(cond_BLD), mod_c1)
-        out_x, out_t, out_c = self.attn.processor(self.attn, y_x, y_t, y_c, rope, independent, self.last)
+        out_x, out_t, out_c = self.attn.processor(self.attn, y_x, y_t, y_c, rope, independent, last, adapters)
         x_BLD = x_BLD + gate_x * out_x
         y_x, gate_x = self._modulate(self.img_norm2(x_BLD), mod_x2)
-        x_BLD = x_BLD + gate_x * self._mlp(base, y_x)
-        if self.last:
+        x_BLD = x_BLD + gate_x * self._mlp(y_x, lx)
+        if last:
             return x_BLD, text_BTD, cond_BLD
         text_BTD = text_BTD + gate_t * out_t
         y_t, gate_t = self._modulate(self.txt_norm2(text_BTD), mod_t2)
@@ -122,13 +133,13 @@ class DualBranchBlock(QwenImageTransformerBlock):
         if cond_BLD is not None:
             cond_BLD = cond_BLD + gate_c * out_c
             y_c, gate_c = self._modulate(self.img_norm2(cond_BLD), mod_c2)
-            cond_BLD = cond_BLD + gate_c * self._mlp(with_lora, y_c)
+            cond_BLD = cond_BLD + gate_c * self._mlp(y_c, lc)
         return x_BLD, text_BTD, cond_BLD
 
-    def _mlp(self, apply, y_BLD: Tensor) -> Tensor:
-        """The image MLP with each Linear through `apply`."""
+    def _mlp(self, y_BLD: Tensor, name: str | None) -> Tensor:
+        """The image MLP with this LoRA set."""
         first, _, second = self.img_mlp.net
-        return apply(second, F.gelu(apply(first.proj, y_BLD), approximate="tanh"))
+        return with_lora(second, F.gelu(with_lora(first.proj, y_BLD, name), approximate="tanh"), name)
 
 
 class DualBranchTransformer(QwenImageTransformer2DModel):
@@ -156,11 +167,10 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
             processor = DualBranchAttention()
             processor._attention_backend = block.attn.processor._attention_backend
             block.attn.processor = processor
-        self.transformer_blocks[-1].last = True
 
-    def load_lora_adapter(self, *args, **kwargs) -> None:
-        """As diffusers' own; the adapter acts on condition tokens alone, like every one here."""
-        super().load_lora_adapter(*args, **kwargs)
+    def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
+        """As diffusers' own, into the set that acts on condition tokens unless another is named."""
+        super().load_lora_adapter(*args, adapter_name=adapter_name, **kwargs)
         upgrade_lora(self)
 
     def fuse_lora(self, *args, **kwargs) -> None:
@@ -182,33 +192,57 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
         t_tar: Tensor | None = None,
         rope: str = "shared",
         cond_attention: str = "joint",
+        adapters: Adapters = STUDENT_SETS,
+        blocks: int | None = None,
     ) -> Tensor:
         """Velocity tokens [B, L, P]. `text_BTD` is the prompt's embedding as the text encoder gave it; `grid` (rows, columns), L = rows x columns.
 
         cond: condition tokens [B, L, P], at t_tar; without them it is the stock model. rope: `shared` positions or `frame_offset`.
         cond_attention: `joint`, or `independent` (condition tokens see only each other, all others see them).
+        adapters: the LoRA sets of noise and of condition tokens. blocks: end after so many and return their noise tokens [B, L, D].
         """
-        x, text = base(self.img_in, tokens_BLP), self.txt_in(self.txt_norm(text_BTD))
+        x = with_lora(self.img_in, tokens_BLP, adapters.noise)
+        text = self.txt_in(self.txt_norm(text_BTD))
         temb_cur = self.time_embedding(t_cur)
-        c = None if cond is None else with_lora(self.img_in, cond)
+        c = None if cond is None else with_lora(self.img_in, cond, adapters.condition)
         temb_tar = None if cond is None else self.time_embedding(t_tar)
         frames = [(1, *grid)] * (2 if rope == "frame_offset" else 1)
         image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
         n = x.shape[1]
         ropes = (image_rope[:n], text_rope, image_rope[-n:])
+        n_blocks = len(self.transformer_blocks) if blocks is None else blocks
         tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
-        for block, rows in zip(self.transformer_blocks, tabulated, strict=True):
-            arguments = (x, text, temb_cur, ropes, c, temb_tar, cond_attention == "independent", rows)
+        for i in range(n_blocks):
+            block, last = self.transformer_blocks[i], i == n_blocks - 1
+            arguments = (
+                x,
+                text,
+                temb_cur,
+                ropes,
+                c,
+                temb_tar,
+                cond_attention == "independent",
+                tabulated[i],
+                adapters,
+                last,
+            )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, text, c = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x, text, c = block(*arguments)
-        return self.proj_out(self.norm_out(x, temb_cur))
+        return self.proj_out(self.norm_out(x, temb_cur)) if blocks is None else x
 
 
-def lora_targets(model: QwenImageTransformer2DModel) -> str:
-    """Regular expression of every Linear that condition tokens pass, less those of the last block whose result nothing reads."""
-    last = len(model.transformer_blocks) - 1
+def lora_targets(
+    model: QwenImageTransformer2DModel, branches: Literal["dual", "single"] = "dual", blocks: int | None = None
+) -> str:
+    """Regular expression of every Linear that the adapted tokens pass, less those whose result nothing reads.
+
+    dual: condition tokens, of which the last block only reads keys and values. single: noise tokens, through `blocks` blocks (default: all).
+    """
+    last = len(model.transformer_blocks) - 1 if blocks is None else blocks - 1
     all_of_it = r"attn\.(to_q|to_k|to_v|to_out\.0)|img_mlp\.net\.(0\.proj|2)|img_mod\.1"
+    if branches == "single":
+        return rf"img_in|transformer_blocks\.({'|'.join(map(str, range(last + 1)))})\.({all_of_it})"
     inner = rf"transformer_blocks\.(?!{last}\.)\d+\.({all_of_it})"
     return rf"img_in|{inner}|transformer_blocks\.{last}\.(attn\.(to_k|to_v)|img_mod\.1)"

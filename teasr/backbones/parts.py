@@ -1,0 +1,106 @@
+"""What roles may have beside a LoRA set: a time-aware adapter of the latent, and a head for discriminators; and how a network serves its roles."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teasr.backbones.roles import STUDENT, Role
+
+TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large diffusion transformers
+
+
+def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of times [B] in fp32, [B, width]; a negative time flips the sine half only."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = TIME_SCALE * t[:, None] * freqs
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+class LatentAdapter(nn.Module):
+    """B(z, t) of a time-aware encoder where the codec is frozen: three 3x3 convolutions with FiLM by t, the last one zero at the start (TADSR).
+
+    Deviation: TADSR trains LoRA and FiLM inside its convolutional encoder; a frozen codec leaves the latent as the place to adapt.
+    """
+
+    def __init__(self, channels: int, width: int = 64, embedding: int = 256):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, 4 * width))
+        self.first, self.second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """[B, C, h, w] and times [B] -> [B, C, h, w], fp32."""
+        with torch.autocast(z.device.type, enabled=False):
+            film = self.embed(sinusoid(t.float(), self.embed[0].in_features).to(self.last.weight.dtype))
+            scale1, shift1, scale2, shift2 = film[..., None, None].chunk(4, dim=1)
+            y = F.silu(self.first(z.to(film.dtype)) * (1 + scale1) + shift1)
+            return self.last(F.silu(self.second(y) * (1 + scale2) + shift2))
+
+
+class RegionHead(nn.Module):
+    """One logit for each token of a feature map; the last layer is zero at the start, so that a discriminator begins undecided (D3SR)."""
+
+    def __init__(self, channels: int, width: int = 256):
+        super().__init__()
+        self.hidden, self.last = nn.Conv2d(channels, width, 1), nn.Conv2d(width, 1, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D, h', w'] -> [B, h', w'], fp32."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.last(F.silu(self.hidden(features.to(self.last.weight.dtype))))[:, 0]
+
+
+class RoleNet(nn.Module):
+    """A network that serves every role on its base; children say how velocity and features are computed."""
+
+    parts: nn.ModuleDict  # what roles have of their own, by role; only where one has something
+
+    def add_parts(self, role: Role, latent_channels: int, feature_channels: int) -> None:
+        """Build what this role has of its own, under `parts.<role>`."""
+        own = nn.ModuleDict()
+        if role.encoder:
+            own["encoder"] = LatentAdapter(latent_channels)
+        if role.head:
+            own["head"] = RegionHead(feature_channels)
+        if len(own):
+            if "parts" not in self._modules:
+                self.parts = nn.ModuleDict()
+            self.parts[role.name] = own.requires_grad_(role.trains != "nothing")
+
+    def forward(
+        self,
+        z_t: Tensor,
+        t_cur: Tensor,
+        z_lq: Tensor | None = None,
+        t_tar: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        role: Role = STUDENT,
+        part: str = "velocity",
+    ) -> Tensor:
+        """velocity: [B, C, h, w]. features: [B, D, h', w'] after `role.blocks`. logits: [B, h', w']. encoder: z_t as adapted at t_cur."""
+        if part == "encoder":
+            return z_t + self.parts[role.name]["encoder"](z_t, t_cur).to(z_t.dtype)
+        if part == "velocity":
+            return self.predict(z_t, t_cur, z_lq, t_tar, text, role)
+        features = self.features(z_t, t_cur, text, role)
+        return features if part == "features" else self.parts[role.name]["head"](features)
+
+    @abstractmethod
+    def predict(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Tensor:
+        """Velocity at z_t."""
+
+    @abstractmethod
+    def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
+        """Tokens after block `role.blocks` (None: the last) of the single branch, as a map."""

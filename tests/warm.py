@@ -1,0 +1,288 @@
+"""Python programs for tests, forked from one warm parent that has imported torch, DeepSpeed and MLflow already: a second each instead of ten.
+
+`run` and `Popen` take the commands and the arguments of `subprocess`. A Python script, `-m module` or the deepspeed launcher on one node is forked;
+anything else, or a command whose environment changes what is read at import time, is started as a real process. The forked launcher does what
+DeepSpeed's does: it sets each rank's environment, and when one rank fails it ends the others and fails with its code.
+
+Run as a program this file is the parent: JSON requests come in on standard input, one a line, and answers go out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+IMPORTS = """
+import numpy, cv2, PIL.Image, scipy.special, torch, torch.distributed, torch.utils.checkpoint, torch._dynamo, safetensors.torch, webdataset
+import torchvision, lpips, peft, accelerate, deepspeed, deepspeed.ops, deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2
+import deepspeed.utils, mlflow, mlflow.entities, mlflow.tracking.client, mlflow.store.tracking.sqlalchemy_store, skimage.data
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+import teasr.training.trainer, teasr.training.footprint, teasr.backbones.tiny, teasr.backbones.qwen_image.backbone, teasr.methods.teasr
+import teasr.restore.upscaler, teasr.restore.batch, teasr.evaluation.benchmark, teasr.data.prep.job
+"""
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHONPATH")
+
+
+class _Parent:
+    """The warm process of this test session, started when it is first needed."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+        self.codes: dict[int, int] = {}
+        self.started = self.ended = None
+        self.lock = threading.Lock()
+
+    def fork(self, request: dict) -> int:
+        """Process id of a new child."""
+        with self.lock:
+            if self.process is None:
+                self._start()
+            self.started.clear()
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            assert self.started.wait(120), "the warm parent does not answer"
+            return self.pid
+
+    def _start(self) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.started, self.ended = threading.Event(), threading.Condition()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if "pid" in answer:
+                self.pid = answer["pid"]
+                self.started.set()
+            else:
+                with self.ended:
+                    self.codes[answer["ended"]] = answer["code"]
+                    self.ended.notify_all()
+
+
+_PARENT = _Parent()
+
+
+class _Forked:
+    """A forked child with the interface of subprocess.Popen, as far as tests use it."""
+
+    def __init__(self, request: dict, merge: bool, text: bool):
+        self.text, self.returncode = text, None
+        self._out, self._err = (Path(tempfile.mkstemp(prefix=f"warm-{name}-")[1]) for name in ("out", "err"))
+        self.pid = _PARENT.fork(request | {"out": str(self._out), "err": None if merge else str(self._err)})
+        self.stdout, self.stderr = (open(path, "r" if text else "rb") for path in (self._out, self._err))  # noqa: SIM115
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _PARENT.codes.get(self.pid)
+            if self.returncode is not None:
+                for path in (self._out, self._err):
+                    path.unlink()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = time.monotonic() + (timeout or 1e9)
+        with _PARENT.ended:
+            while self.pid not in _PARENT.codes:
+                if not _PARENT.ended.wait(min(3600, until - time.monotonic())) and time.monotonic() >= until:
+                    raise subprocess.TimeoutExpired("a forked program", timeout)
+        return self.poll()
+
+    def communicate(self, timeout: float | None = None):
+        self.wait(timeout)
+        return self.stdout.read(), self.stderr.read()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def Popen(command: list, env=None, cwd=None, stdout=None, stderr=None, text=False, start_new_session=False):
+    """As subprocess.Popen; output is always kept."""
+    command = [str(part) for part in command]
+    env = dict(os.environ if env is None else env)
+    changed = [k for k in {*env, *os.environ} if k.startswith(READ_AT_IMPORT) and env.get(k) != os.environ.get(k)]
+    changed = [k for k in changed if (k, env.get(k)) != ("OMP_NUM_THREADS", "1")]
+    program, ranks, port = _program(command)
+    if program is None or changed:
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, stdout=stdout, stderr=stderr, text=text, start_new_session=start_new_session
+        )
+    request = {"program": program, "ranks": ranks, "port": port, "env": env, "cwd": str(cwd or os.getcwd())}
+    return _Forked(request | {"session": start_new_session}, stderr == subprocess.STDOUT, text)
+
+
+def run(command: list, capture_output=False, timeout=None, check=False, **how) -> subprocess.CompletedProcess:
+    """As subprocess.run."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
+    process = Popen(command, **(how | pipes))
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if not capture_output and isinstance(process, _Forked):  # as if it had been inherited
+        for stream, text in ((sys.stdout, out), (sys.stderr, err)):
+            stream.write(text if isinstance(text, str) else text.decode(errors="replace"))
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _program(command: list[str]) -> tuple[list[str] | None, int | None, int | None]:
+    """What Python runs (script or -m module, and arguments), ranks and port of the launcher; no program where it must be a real process."""
+    if command[0] == sys.executable:
+        return (command[1:], None, None) if command[1].endswith(".py") or command[1] == "-m" else (None, None, None)
+    if Path(command[0]).name != "deepspeed":
+        return None, None, None
+    rest, found = command[1:], {"--num_gpus": 1, "--master_port": 29500}
+    while rest and rest[0] in found:
+        found[rest[0]], rest = int(rest[1]), rest[2:]
+    if not rest or not rest[0].endswith(".py"):
+        return None, None, None
+    return rest, found["--num_gpus"], found["--master_port"]
+
+
+# from here on: the parent and its children
+
+
+def main() -> None:
+    """Import, then fork a child for every request and tell how each one ended."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the imports print is no answer
+    exec(IMPORTS, {})
+    lock = threading.RLock()  # a signal may come while an answer is written
+
+    def answer(**what) -> None:
+        with lock:
+            answers.write(json.dumps(what) + "\n")
+            answers.flush()
+
+    # a thread that waits for children would be forked with them: signals tell instead
+    signal.signal(signal.SIGCHLD, lambda *_: collect(answer))
+    while True:
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        pid = os.fork()
+        if pid == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            child(json.loads(line))
+        answer(pid=pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def collect(answer) -> None:
+    """Tell of every child that has ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        answer(ended=pid, code=os.waitstatus_to_exitcode(status))
+
+
+def child(request: dict) -> None:
+    """Become the program, or the launcher of its ranks; never returns."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["session"]:
+        os.setsid()
+    os.chdir(request["cwd"])
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
+    err = out if request["err"] is None else os.open(request["err"], os.O_WRONLY | os.O_APPEND)
+    for number, handle in enumerate((null, out, err)):
+        os.dup2(handle, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
+    os.environ.clear()
+    os.environ.update(request["env"])
+    if request["ranks"] is None:
+        become(request["program"])
+    launch(request)
+
+
+def launch(request: dict) -> None:
+    """Ranks as DeepSpeed's launcher starts them."""
+    pids = {}
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_SIZE": request["ranks"]}
+            here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
+            os.environ.update({k: str(v) for k, v in here.items()})
+            script, *arguments = request["program"]
+            become([script, f"--local_rank={rank}", *arguments])
+        pids[pid] = rank
+
+    def stop(number: int, _frame) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, stop)
+    code = 0
+    while pids:
+        pid, status = os.wait()
+        pids.pop(pid, None)
+        code = code or os.waitstatus_to_exitcode(status)
+        if code:
+            stop(signal.SIGTERM if code > 0 else signal.SIGKILL, None)
+            if code > 0:  # ranks that wait for the one that failed do not hear it
+                time.sleep(0.5)
+                stop(signal.SIGKILL, None)
+    os._exit(code & 0xFF)
+
+
+def become(program: list[str]) -> None:
+    """Run a script or a module as Python would; ends the process."""
+    code = 0
+    try:
+        if program[0] == "-m":
+            sys.argv = program[1:]
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = program
+            sys.path.insert(0, str(Path(program[0]).resolve().parent))
+            runpy.run_path(program[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
