@@ -159,6 +159,8 @@ class Upscaler:
         frame = images.resize(array, *self._size(array, scale, size))
         source = frame.copy() if color_fix != "none" else None
         dials = dict(dials or {}) | ({} if fidelity is None else {"fidelity": fidelity})
+        if steps == "auto" and self.sampler.step_counts is not None:
+            raise ValueError(f"steps = auto: this model's method restores in {self.sampler.step_counts} step(s) alone")
         self.sampler.check(2 if steps == "auto" else steps, dials)
         restored = self._restore(frame, steps, seed, dials, tile_px, on_progress, on_step, say)
         if source is not None:
@@ -208,10 +210,6 @@ class Upscaler:
         side = tile_px or self._fitting_tile(frame.shape[:2])
         if steps == "auto":
             part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m)
-            if self.sampler.step_counts is not None:
-                raise ValueError(
-                    f"steps = auto: this model's method restores in {self.sampler.step_counts} step(s) alone"
-                )
             steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
             say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change {change:.1f} levels")
             dials = dials if steps > 1 else {}
