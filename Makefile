@@ -15,8 +15,8 @@ $(READY): constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"teasr needs Python 3.11 or newer, this is {sys.version}: make PYTHON=python3.11"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt setuptools wheel
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt setuptools wheel
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation -c constraints.txt -e '.[demo,dev]'
 	@touch $(READY)
 
 demo: $(READY)

@@ -1,11 +1,12 @@
-"""Kill a training run at random moments, again and again, and compare what it ends with with an undisturbed run, byte for byte.
+"""Kill a training run repeatedly at random moments and compare its final files with those of an uninterrupted run.
 
     python bench/chaos.py runs/demo/shards/train [--kills 20] [train.deepspeed=ds_configs/zero1.json ..]
     python bench/chaos.py runs/demo/shards/train --ranks 2 train.micro_batch=4
 
-Every kill is a SIGKILL of all processes (launcher and ranks), at a random moment of a start, of some updates, or of a save; the same
-command then goes on. A kill is survived when the newest complete checkpoint is no older than the last one that the run had finished;
-lost otherwise. Exit code 1 when one was lost, or when weights, moments, average or metrics.csv differ in a single byte.
+Every kill is a SIGKILL of all processes (launcher and ranks) at a random moment of a start, of some updates, or of a
+save; the same command then resumes. A kill is survived when the newest complete checkpoint is no older than the last
+one that the run had finished, and lost otherwise. Exit code 1 when a kill was lost, or when weights, optimiser moments,
+moving average or metrics.csv differ in a single byte.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SETTINGS = ["train.updates=120", "train.save_every_updates=5", "tracking.mlflow=
 
 
 class Job:
-    """A training in processes of its own."""
+    """A training that runs in its own processes."""
 
     def __init__(self, run: Path, options: argparse.Namespace):
         program = [sys.executable]
@@ -43,11 +44,11 @@ class Job:
         program += ["launch/train.py", "--config", options.config, *SETTINGS, *shards, *options.settings]
         env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self.begun = time.time()
-        self.log = open(f"{run}.log", "a")  # noqa: SIM115 - as long as the process
+        self.log = open(f"{run}.log", "a")  # noqa: SIM115 - open as long as the process runs
         self.process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=self.log, stderr=self.log)
 
     def kill(self) -> None:
-        """All its processes at once."""
+        """Kill all processes of the job at once."""
         try:
             family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         except psutil.NoSuchProcess:
@@ -60,34 +61,37 @@ class Job:
 
 
 def newest_update(run: Path) -> int:
-    """The newest update in metrics.csv; -1 before the first row."""
+    """Return the newest update in metrics.csv, or -1 before the first row."""
     lines = (run / "metrics.csv").read_text().splitlines()[1:] if (run / "metrics.csv").is_file() else []
     return int(lines[-1].split(",")[0]) if lines else -1
 
 
 def written(run: Path) -> int:
-    """When metrics.csv was last written; a start rewrites it."""
+    """Return when metrics.csv was last written, or 0 without one; a start rewrites it."""
     return (run / "metrics.csv").stat().st_mtime_ns if (run / "metrics.csv").is_file() else 0
 
 
 def saved_update(run: Path) -> int:
-    """Update of the newest checkpoint folder, complete or not; 0 without one."""
+    """Return the update of the newest checkpoint folder, complete or not, or 0 without one."""
     return max((int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")), default=0)
 
 
 def saving(run: Path, since: float) -> bool:
-    """Whether a save begun after `since` (seconds) has not ended; what killed ones left does not count."""
+    """Whether a save begun after `since` (seconds) is still running; leftovers of killed saves do not count."""
     return any(p.stat().st_mtime > since for p in (run / "checkpoints").glob(".tmp-*") if p.exists())
 
 
 def left(run: Path) -> dict[str, bytes]:
-    """What a run ends with."""
+    """Return the files that a run ends with, by name."""
     files = [*checkpoint_folder.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
     return {path.name: path.read_bytes() for path in files + sorted((run / "previews").glob("*.png"))}
 
 
 def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> None:
-    """Until a moment of the wanted kind, or the end of the job. `saved`: the newest checkpoint when the job was started."""
+    """Wait for a moment of the wanted kind, or for the end of the job.
+
+    `saved`: update of the newest checkpoint when the job was started.
+    """
     until = time.monotonic() + draw.uniform(0, 12)
     updates, before = saved + draw.randint(1, 6), written(run)
 
@@ -104,7 +108,7 @@ def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> N
 
 
 def main() -> int:
-    """Run undisturbed, then with kills; returns the exit code."""
+    """Run uninterrupted, then with kills; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", type=lambda text: Path(text).resolve())
     parser.add_argument("--config", default="launch/presets/tiny_teasr.yaml")
@@ -142,7 +146,8 @@ def main() -> int:
     equal = not failed and left(run) == left(place / "whole")
     print(f"killed {', '.join(f'{n} {kind}' for kind, n in where.items())}; {options.ranks} rank(s)")
     print(
-        f"survived {survived}, lost {sum(where.values()) - survived}; the end {'equals' if equal else 'DIFFERS FROM'} the undisturbed run's, byte for byte"
+        f"survived {survived}, lost {sum(where.values()) - survived}; "
+        f"the end {'equals' if equal else 'DIFFERS FROM'} the undisturbed run's, byte for byte"
     )
     if equal:
         shutil.rmtree(place)

@@ -1,10 +1,11 @@
-"""What degrading a picture costs on one core: against public code's pipeline, and against the codecs alone.
+"""Measure the cost of degrading an image on one core, compared with public code and with the image codecs alone.
 
     python bench/degradation.py [--photos FOLDER] [--pictures 48] [--rounds 3]
 
-Everything runs in one process on one thread, in turn, on the same 512 px crops with the same number of draws. `peers` is the pipeline of
-Real-ESRGAN as torch code runs it (bench/peer_degradation.py, a re-implementation of BasicSR's operators). `codecs` is what no
-degradation can do without: decode the photo, two JPEG round trips at the drawn sizes, encode HQ and LQ.
+Everything runs in one process on one thread, alternating, on the same 512 px crops with the same number of draws.
+`peers` is the pipeline of Real-ESRGAN as PyTorch code runs it (bench/peer_degradation.py, a re-implementation of
+BasicSR's operators). `codecs` is the work that any degradation needs: decode the photo, two JPEG round trips at the
+drawn sizes, encode HQ and LQ.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PHOTO_PX = (1008, 756)  # 0.76 megapixels
 
 
 def photographs(folder: Path | None, n: int) -> list[np.ndarray]:
-    """`n` pictures of 0.76 megapixels: of a folder, or those that ship with scikit-image."""
+    """Return `n` images of 0.76 megapixels, from a folder or from those that ship with scikit-image."""
     if folder is None:
         import skimage.data
 
@@ -43,13 +44,16 @@ def photographs(folder: Path | None, n: int) -> list[np.ndarray]:
 
 
 def crop(photo: np.ndarray) -> np.ndarray:
-    """The square in the middle."""
+    """Return the central square of a photo."""
     top, left = ((n - CROP_PX) // 2 for n in photo.shape[:2])
     return np.ascontiguousarray(photo[top : top + CROP_PX, left : left + CROP_PX])
 
 
 def compare(ways: dict[str, Callable[[int], None]], pictures: int, rounds: int) -> dict[str, float]:
-    """Milliseconds a picture (mean over pictures, median over rounds) of each way, all in turn picture by picture."""
+    """Return the milliseconds per image of each variant, alternating between variants for every image.
+
+    The result is the mean over images and the median over rounds.
+    """
     totals = {name: [] for name in ways}
     for way in ways.values():
         way(0)
@@ -66,7 +70,7 @@ def compare(ways: dict[str, Callable[[int], None]], pictures: int, rounds: int) 
 
 
 def against_peers(crops: list[np.ndarray], rounds: int) -> None:
-    """The degradation alone, pictures in memory."""
+    """Compare the degradation alone, with images in memory."""
     plain, sharp = degradation.preset("osediff"), degradation.preset("realesrgan_usm")
     exact, usm = degradation.preset("osediff", peer_exact=True), peers.Usm()
 
@@ -92,7 +96,7 @@ def against_peers(crops: list[np.ndarray], rounds: int) -> None:
 
 
 def against_codecs(photos: list[np.ndarray], rounds: int) -> None:
-    """From the bytes of a photo to the bytes of a pair."""
+    """Compare the whole work, from the bytes of a photo to the bytes of a pair."""
     settings = degradation.preset("osediff")
     round_trips = []
     for i, photo in enumerate(photos):

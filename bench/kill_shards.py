@@ -1,9 +1,10 @@
-"""Kill `make_shards.py` at random moments, again and again, and compare the hash of the set with an uninterrupted run's.
+"""Kill `make_shards.py` repeatedly at random moments and compare the set's hash with that of an uninterrupted run.
 
     python bench/kill_shards.py ~/pictures [--rounds 20] [crop_px=128 crops_per_photo=4 ..]
 
-Each round starts from an empty folder and kills the whole job (workers too, SIGKILL) up to three times at random moments of the time that
-it takes undisturbed, then lets the same command finish. Exit code 1 when any hash differs.
+Each round starts from an empty folder. It kills the whole job (workers too, SIGKILL) up to three times, at random
+moments within the time that an uninterrupted run takes, then lets the same command finish. Exit code 1 when any hash
+differs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def main() -> int:
         good = set_hash(out) == wanted and not strays
         equal += good
         print(
-            f"round {i + 1}: killed after {', '.join(f'{m:.1f}' for m in moments)} s: {'equal' if good else 'DIFFERENT'}"
+            f"round {i + 1}: killed after {', '.join(f'{m:.1f}' for m in moments)} s: "
+            f"{'equal' if good else 'DIFFERENT'}"
         )
         shutil.rmtree(out)
     shutil.rmtree(place)

@@ -1,9 +1,10 @@
-"""How fast the training reader is, against doing nothing but read the tars and decode the pictures.
+"""Compare the speed of the training reader with only reading the tar files and decoding the images.
 
     python bench/loader.py data/train [--samples 1000] [--rounds 5]
 
-Both run in this process, in turn, in the same order of shards: `raw` reads tars with tarfile and decodes HQ and LQ; `reader` is what the
-trainer iterates (webdataset, shuffled inside shards, check sums, LQ up-sampled, flips, tensors). Reported: samples/s and the median ratio.
+Both run alternately in this process, over the same order of shards. `raw` reads the tar files with tarfile and decodes
+HQ and LQ; `reader` is the iterator that the trainer uses (webdataset, shuffling within shards, checksums, LQ
+upsampling, flips, tensors). Reports samples/s and the median ratio.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from teasr.imaging import images
 
 
 def raw(shards: ShardSet, samples: int) -> float:
-    """Seconds to read tars and decode `samples` pairs."""
+    """Return the seconds needed to read tar files and decode `samples` pairs."""
     started, done = time.perf_counter(), 0
     while True:
         for url in shards.urls:
@@ -38,7 +39,7 @@ def raw(shards: ShardSet, samples: int) -> float:
 
 
 def reader(shards: ShardSet, samples: int, **config) -> float:
-    """Seconds that the training reader takes for as many."""
+    """Return the seconds that the training reader needs for `samples` pairs."""
     stream = PairStream(shards, DataConfig(shards.location, streams=1, **config), 0, 0, 1, 0)
     started = time.perf_counter()
     for _ in islice(iter(stream), samples):
@@ -47,7 +48,7 @@ def reader(shards: ShardSet, samples: int, **config) -> float:
 
 
 def main() -> None:
-    """Time both in turn and print the table."""
+    """Time all variants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards")
     parser.add_argument("--samples", type=int, default=1000)
@@ -64,7 +65,7 @@ def main() -> None:
     if shards.settings.get("lq"):
         del ways["reader, online degradation"]
     rows: dict[str, list[float]] = {name: [] for name in ways}
-    raw(shards, min(50, options.samples))  # the page cache
+    raw(shards, min(50, options.samples))  # fills the page cache
     for _ in range(options.rounds):
         for name, way in ways.items():
             rows[name].append(way())

@@ -1,8 +1,9 @@
-"""PSNR, SSIM and the Frechet distance against pyiqa: how equal, and how much faster. Needs the extra: pip install 'teasr[metrics]'.
+"""Compare PSNR, SSIM and the Frechet distance with pyiqa: agreement and speed.
 
     python bench/metrics.py [--side 512] [--samples 100]
 
-Both sides get the same arrays in memory, on one thread, and take turns; times are medians of five rounds.
+Needs the extra: pip install 'teasr[metrics]'. Both sides get the same arrays in memory, on one thread, and alternate;
+times are medians of five rounds (one for the Frechet distance).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROUNDS = 5
 
 
 def compare(name: str, ours, theirs, rounds: int = ROUNDS) -> None:
-    """Print values, difference, times and their ratio."""
+    """Print both values, their difference, both times and the ratio of the times."""
     times, values = {"ours": [], "theirs": []}, {}
     for _ in range(rounds):
         for side, act in (("ours", ours), ("theirs", theirs)):
@@ -35,7 +36,8 @@ def compare(name: str, ours, theirs, rounds: int = ROUNDS) -> None:
     a, b = (statistics.median(times[side]) for side in ("ours", "theirs"))
     gap = abs(values["ours"] - values["theirs"])
     print(
-        f"{name:22s} {values['ours']:12.6f} {values['theirs']:12.6f} {gap:10.1e} {a * 1e3:10.2f} {b * 1e3:10.2f} {b / a:8.1f}",
+        f"{name:22s} {values['ours']:12.6f} {values['theirs']:12.6f} {gap:10.1e} "
+        f"{a * 1e3:10.2f} {b * 1e3:10.2f} {b / a:8.1f}",
         flush=True,
     )
 

@@ -1,10 +1,10 @@
-"""What engine, logging and loader cost an update, beside a bare PyTorch loop of the same forwards and backwards.
+"""Measure what engine, logging and loader add to an update, compared with a bare PyTorch loop of the same passes.
 
     python bench/overhead.py runs/demo/shards/train [--rounds 5] [--updates 20] [train.batch=8 ..]
 
-All rows are the tiny preset in this process, in turn, round by round: the bare loop (its batches made beforehand, torch's AdamW, clipping), the
-same with the reader, then the trainer with ever more of what it does. Reported: median seconds of an update, and the median of the ratios to
-the bare loop of the same round.
+All rows run the tiny preset in this process and alternate round by round: the bare loop (batches prepared in advance,
+torch's AdamW, clipping), the same loop with the reader, then the trainer with more and more of its features. Reports
+the median seconds per update, and the median ratio to the bare loop of the same round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Bare:
-    """The update in plain torch; `reader`: batches come from the trainer's reader, else from a list."""
+    """The update in plain PyTorch. `reader`: take batches from the trainer's reader instead of a fixed list."""
 
     def __init__(self, settings: recipe.RunConfig, reader: bool):
         torch.set_num_threads(settings.train.cpu_threads or 1)
@@ -53,7 +53,7 @@ class Bare:
         self.held = None if reader else list(islice(self.data, 8))
 
     def run(self, updates: int) -> float:
-        """Seconds an update."""
+        """Return the seconds per update."""
         n = self.train.micro_batch
         micros, started = self.train.batch // n, time.perf_counter()
         for _ in range(updates):
@@ -72,7 +72,7 @@ class Bare:
 
 
 class Whole:
-    """The trainer; `fit` is asked for some more updates each time."""
+    """The trainer; each call of `run` lets `fit` do some more updates."""
 
     def __init__(self, settings: recipe.RunConfig, zero: str, ema: bool, mlflow: bool, place: Path):
         train = replace(settings.train, deepspeed=str(ROOT / f"ds_configs/{zero}.json"), save_every_updates=10**9)
@@ -87,7 +87,7 @@ class Whole:
         self.trainer.state.save = lambda score=None: None  # a checkpoint is not part of an update
 
     def run(self, updates: int) -> float:
-        """Seconds an update, starting and ending of the loop and of MLflow left out."""
+        """Return the seconds per update, excluding the start and end of the loop and of MLflow."""
         trainer, first = self.trainer, self.trainer.update
         trainer.train = replace(trainer.train, updates=first + updates)
         trainer.fit()
@@ -97,7 +97,7 @@ class Whole:
 
 
 def main() -> None:
-    """Time all in turn and print the table."""
+    """Time all variants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards")
     parser.add_argument("--config", type=Path, default=ROOT / "launch/presets/tiny_teasr.yaml")

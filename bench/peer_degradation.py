@@ -1,8 +1,9 @@
-"""Real-ESRGAN's degradation as public torch code runs it: slow and literal, with its defects and its costs.
+"""Real-ESRGAN's degradation as public PyTorch code runs it: slow and literal, including its defects and costs.
 
-Mirrors the behaviour of BasicSR's operators (degradations.py, diffjpeg.py, img_process_util.py) in the order of Real-ESRGAN's
-`feed_data`, as OSEDiff and StableSR use it. It shares no code with `teasr.degradation`: the tests compare the two, bench/degradation.py
-times them. Pictures are float [B, 3, H, W] in [0, 1]. `rng` draws parameters, `noise` (a torch.Generator) the noise of pixels.
+It reproduces the behaviour of BasicSR's operators (degradations.py, diffjpeg.py, img_process_util.py) in the order of
+Real-ESRGAN's `feed_data`, as OSEDiff and StableSR use it. It shares no code with `teasr.degradation`: the tests compare
+the two, and bench/degradation.py times them. Images are float [B, 3, H, W] in [0, 1]. `rng` draws the parameters, and
+`noise` (a torch.Generator) draws the pixel noise.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from torch import Tensor
 HEAVY = {
     "resize_prob": [0.2, 0.7, 0.1], "resize_range": [0.15, 1.5], "gaussian_noise_prob": 0.5, "noise_range": [1, 30],
     "poisson_scale_range": [0.05, 3], "gray_noise_prob": 0.4, "jpeg_range": [30, 95], "second_blur_prob": 0.8,
-    "resize_prob2": [0.3, 0.4, 0.3], "resize_range2": [0.3, 1.2], "noise_range2": [1, 25], "poisson_scale_range2": [0.05, 2.5],
+    "resize_prob2": [0.3, 0.4, 0.3], "resize_range2": [0.3, 1.2], "noise_range2": [1, 25],
+    "poisson_scale_range2": [0.05, 2.5],
     "jpeg_range2": [30, 95], "blur_sigma": [0.2, 3], "betag_range": [0.5, 4], "betap_range": [1, 2],
-    "blur_sigma2": [0.2, 1.5], "betag_range2": [0.5, 4], "betap_range2": [1, 2], "sinc_prob": 0.1, "final_sinc_prob": 0.8,
+    "blur_sigma2": [0.2, 1.5], "betag_range2": [0.5, 4], "betap_range2": [1, 2],
+    "sinc_prob": 0.1, "final_sinc_prob": 0.8,
 }  # fmt: skip
-OPTIONS = {  # Real-ESRGAN x4plus (OSEDiff has the same); StableSR, 512 px with text
+OPTIONS = {  # Real-ESRGAN x4plus (OSEDiff uses the same); StableSR, 512 px with text
     "osediff": HEAVY,
     "stablesr": HEAVY | {
         "resize_range": [0.3, 1.5], "noise_range": [1, 15], "poisson_scale_range": [0.05, 2], "jpeg_range": [60, 95],
-        "second_blur_prob": 0.5, "resize_range2": [0.6, 1.2], "noise_range2": [1, 12], "poisson_scale_range2": [0.05, 1],
+        "second_blur_prob": 0.5, "resize_range2": [0.6, 1.2], "noise_range2": [1, 12],
+        "poisson_scale_range2": [0.05, 1],
         "jpeg_range2": [60, 100], "blur_sigma": [0.2, 1.5], "betag_range": [0.5, 2], "betap_range": [1, 1.5],
         "blur_sigma2": [0.2, 1], "betag_range2": [0.5, 2], "betap_range2": [1, 1.5],
     },
@@ -40,7 +44,7 @@ SCALE = 4
 
 
 def _exponent(k: int, sigma_x: float, sigma_y: float, theta: float, isotropic: bool) -> np.ndarray:
-    """g^T Sigma^-1 g on the grid [k, k]."""
+    """Return g^T Sigma^-1 g on the grid [k, k]."""
     if isotropic:
         covariance = np.array([[sigma_x**2, 0], [0, sigma_x**2]])
     else:
@@ -52,13 +56,13 @@ def _exponent(k: int, sigma_x: float, sigma_y: float, theta: float, isotropic: b
 
 
 def gaussian(k: int, sigma_x: float, sigma_y: float, theta: float, isotropic: bool) -> np.ndarray:
-    """Bivariate Gaussian [k, k], sum 1."""
+    """Bivariate Gaussian kernel [k, k], sum 1."""
     kernel = np.exp(-0.5 * _exponent(k, sigma_x, sigma_y, theta, isotropic))
     return kernel / kernel.sum()
 
 
 def generalized(k: int, sigma_x: float, sigma_y: float, theta: float, beta: float, isotropic: bool) -> np.ndarray:
-    """Generalised Gaussian [k, k], sum 1."""
+    """Generalised Gaussian kernel [k, k], sum 1."""
     kernel = np.exp(-0.5 * np.power(_exponent(k, sigma_x, sigma_y, theta, isotropic), beta))
     return kernel / kernel.sum()
 
@@ -70,7 +74,7 @@ def plateau(k: int, sigma_x: float, sigma_y: float, theta: float, beta: float, i
 
 
 def sinc(cutoff: float, k: int, pad_to: int = 0) -> np.ndarray:
-    """Circular low-pass [k, k] (zero-padded to `pad_to`), sum 1."""
+    """Circular low-pass kernel [k, k] (zero-padded to `pad_to`), sum 1."""
 
     def value(y: float, x: float) -> float:
         distance = math.hypot(x - (k - 1) / 2, y - (k - 1) / 2)
@@ -86,12 +90,12 @@ def sinc(cutoff: float, k: int, pad_to: int = 0) -> np.ndarray:
 
 
 def pad(kernel: np.ndarray, to: int = 21) -> np.ndarray:
-    """Zeros around a kernel."""
+    """Pad a kernel with zeros to [to, to]."""
     return np.pad(kernel, (to - len(kernel)) // 2)
 
 
 def random_kernel(options: dict, stage: str, rng: np.random.Generator) -> np.ndarray:
-    """A blur kernel of a stage ("" or "2"), padded to 21."""
+    """Draw a blur kernel of a stage ("" or "2"), padded to 21."""
     k = int(rng.choice([7, 9, 11, 13, 15, 17, 19, 21]))
     if rng.uniform() < options["sinc_prob"]:
         return sinc(rng.uniform(np.pi / 3 if k < 13 else np.pi / 5, np.pi), k, pad_to=21)
@@ -113,7 +117,7 @@ def random_kernel(options: dict, stage: str, rng: np.random.Generator) -> np.nda
 
 
 def filter2d(x: Tensor, kernel: np.ndarray | Tensor) -> Tensor:
-    """Dense correlation with one kernel [k, k] or one a picture [B, k, k], reflecting borders."""
+    """Dense correlation with one kernel [k, k], or with one per image [B, k, k], and reflection padding."""
     kernel = torch.as_tensor(kernel, dtype=x.dtype).reshape(-1, 1, *kernel.shape[-2:])
     b, c, k = x.shape[0], x.shape[1], kernel.shape[-1]
     x = F.pad(x, (k // 2,) * 4, mode="reflect")
@@ -140,14 +144,14 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def gaussian_noise(x: Tensor, sigma: float, gray: bool, noise: torch.Generator) -> Tensor:
-    """Add noise of `sigma` grey levels; colour noise is drawn also when it is not used."""
+    """Add noise of `sigma` grey levels; colour noise is drawn even when it is not used."""
     one = torch.randn(x.shape[2:], generator=noise) * sigma / 255
     colour = torch.randn(x.shape, generator=noise) * sigma / 255
     return torch.clamp(x + (one.reshape(1, 1, *x.shape[2:]) if gray else colour), 0, 1)
 
 
 def poisson_noise(x: Tensor, scale: float, gray: bool, noise: torch.Generator) -> Tensor:
-    """Add `scale` times the Poisson noise of the picture, or of its luma."""
+    """Add the Poisson noise of the image, or of its luma, multiplied by `scale`."""
 
     def of(base: Tensor) -> Tensor:
         base = torch.clamp((base * 255.0).round(), 0, 255) / 255.0
@@ -160,22 +164,25 @@ def poisson_noise(x: Tensor, scale: float, gray: bool, noise: torch.Generator) -
 
 
 _LUMA = np.array([
-    [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56], [14, 17, 22, 29, 51, 87, 80, 62],
-    [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92], [49, 64, 78, 87, 103, 121, 120, 101],
-    [72, 92, 95, 98, 112, 100, 103, 99],
+    [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
+    [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
+    [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99],
 ])  # fmt: skip
 _CHROMA = np.full((8, 8), 99)
 _CHROMA[:4, :4] = np.array([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
 _BASIS = np.array(
     [[math.cos((2 * n + 1) * u * math.pi / 16) for u in range(8)] for n in range(8)]
-)  # [place, frequency]
+)  # [position, frequency]
 _NORM = np.array([1 / math.sqrt(2)] + [1.0] * 7)
 _DCT = torch.tensor(np.einsum("xu,yv->xyuv", _BASIS, _BASIS), dtype=torch.float32)
 _WEIGHT = torch.tensor(np.outer(_NORM, _NORM) / 4, dtype=torch.float32)
 
 
 def jpeg(x: Tensor, quality: float) -> Tensor:
-    """DiffJPEG: transposed tables, zero padding to 16, chroma by mean and nearest, nothing rounded but coefficients."""
+    """DiffJPEG: transposed tables, zero padding to a multiple of 16, and no rounding except of the coefficients.
+
+    Chroma is downsampled by the mean and upsampled by nearest neighbour.
+    """
     height, width = x.shape[2:]
     factor = (5000 / quality if quality < 50 else 200 - quality * 2) / 100
     x = F.pad(x, (0, (16 - width % 16) % 16, 0, (16 - height % 16) % 16)) * 255
@@ -217,7 +224,7 @@ class Usm:
 
 
 def draw(options: dict, rng: np.random.Generator) -> dict:
-    """Everything random but the noise of pixels."""
+    """Draw everything random except the pixel noise."""
 
     def stage(suffix: str) -> dict:
         direction = rng.choice(["up", "down", "keep"], p=options[f"resize_prob{suffix}"])
@@ -251,7 +258,7 @@ def draw(options: dict, rng: np.random.Generator) -> dict:
 
 
 def apply(x: Tensor, params: dict, noise: torch.Generator | None) -> Tensor:
-    """One picture [1, 3, H, W] -> LQ [1, 3, H / 4, W / 4]; without a generator no noise is added to pixels."""
+    """Degrade one image [1, 3, H, W] to LQ [1, 3, H / 4, W / 4]; without a generator, no pixel noise is added."""
     height, width = x.shape[2:]
     first, second = params["first"], params["second"]
 
@@ -278,5 +285,5 @@ def apply(x: Tensor, params: dict, noise: torch.Generator | None) -> Tensor:
 
 
 def degrade(x: Tensor, options: dict, rng: np.random.Generator, noise: torch.Generator) -> Tensor:
-    """One picture [1, 3, H, W] -> LQ [1, 3, H / 4, W / 4]."""
+    """Draw the parameters and degrade one image [1, 3, H, W] to LQ [1, 3, H / 4, W / 4]."""
     return apply(x, draw(options, rng), noise)

@@ -1,8 +1,9 @@
-"""The updates that TEASR's is measured against, written plainly: all losses in one graph, and VSD with three models.
+"""Reference updates that TEASR's update is compared with: all losses in one graph, and VSD with three models.
 
-`joint_loss` is the total of TEASR as one expression, from the equations and with none of the method's helpers; the tests hold the lean update to
-its gradient. `ThreeModelVsd` is the layout of public one-step distillation code (OSEDiff, TSD-SR): a generator, a fake score that is trained on
-the generator's results, and a frozen real score, three copies of the network.
+`joint_loss` is the total loss of TEASR as one expression, written from the equations without the method's helpers; the
+tests check that the memory-saving update has the same gradient. `ThreeModelVsd` has the layout of public one-step
+distillation code (OSEDiff, TSD-SR), with three copies of the network: a generator, a fake score trained on the
+generator's results, and a frozen real score.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from teasr.util.randomness import Draws
 
 
 def joint_loss(config: TeasrConfig, student: Model, b: Batch, d: Draws, lpips=None) -> Tensor:
-    """The total of TEASR, every graph alive until the backward pass."""
+    """Total loss of TEASR; every graph stays in memory until the backward pass."""
     times = Times.draw(config, d, student)
     z0, z_lq = student.encode(b.x_hq), student.encode(b.x_lq)
     eps, one = d.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
@@ -57,14 +58,17 @@ def joint_loss(config: TeasrConfig, student: Model, b: Batch, d: Draws, lpips=No
 
 
 class Joint(Teasr):
-    """TEASR with its total in one graph."""
+    """TEASR with its total loss in one graph."""
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         yield Loss("joint", "student", joint_loss(self.config, models["student"], batch, draws, self.lpips))
 
 
 class ThreeModelVsd(Teasr):
-    """One-step distillation by variational scores: pixel losses and VSD on the generator, then one update of the fake score."""
+    """One-step distillation with variational score distillation (VSD).
+
+    The generator is trained with pixel losses and VSD, then the fake score gets one update.
+    """
 
     def roles(self) -> tuple[Role, ...]:
         return STUDENT, Role("fake", copy="fake"), Role("real", copy="real", trains="nothing")

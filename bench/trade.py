@@ -1,9 +1,9 @@
-"""Faithful or detailed: PSNR against sharpness over step counts and fidelity, and what `--steps auto` chooses, on held-out pairs.
+"""Measure PSNR and sharpness over step counts and fidelity on held-out pairs, and what `--steps auto` chooses.
 
     python bench/trade.py runs/demo --data runs/demo/shards/heldout [--steps 2 4 8] [--fidelity 0 .25 .5 .75 1]
 
-Sharpness is the root mean square of the luma's gradient; that of the originals is the aim. `auto` counts the step counts that were chosen, and says what
-the mean picture then costs and scores.
+Sharpness is the root mean square of the luma gradient; the target is the sharpness of the originals. The row `auto`
+scores the automatic choice, and the last line gives how often each step count was chosen and the mean steps per image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from teasr.util.seed import seed_of
 
 
 def sharpness(x: np.ndarray) -> float:
-    """Of [H, W, 3] uint8, in grey levels a pixel."""
+    """Return the sharpness of an image [H, W, 3] uint8, in grey levels per pixel."""
     y = luma(x)
     return float(np.sqrt(np.mean(np.diff(y, axis=0) ** 2) + np.mean(np.diff(y, axis=1) ** 2)))
 

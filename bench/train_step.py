@@ -1,13 +1,14 @@
-"""One update at any size with random weights: peak memory, time by phase, FLOP/s; TEASR beside a joint graph and three-model VSD.
+"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, three-model VSD.
 
-    python bench/train_step.py --config launch/presets/qwen_teasr.yaml                     # on a GPU of 80 GB; no weights needed
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
-    python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64           # on any CPU
-    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict           # counts only, all three, no GPU
+    python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, all three, no GPU
 
-Each layout runs in a process of its own, one after another. `predicted` is the dry run's sum without its allowance for CUDA. On a GPU `allocated` and
-`reserved` are PyTorch's; on the CPU `allocated` is counted by meter.Meter in an update of its own. FLOP/s are those of the dry run's count over the
-measured time; `of matmul` divides them by the rate of one large product in the network's dtype on the same device.
+Each layout runs in its own process, one after another, at any image size. `predicted` is the total of the dry run
+without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is
+counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry run divided by the measured time; `of
+matmul` divides it by the rate of one large matrix product in the network's dtype on the same device.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
 
 
 def main() -> None:
-    """Measure or predict every layout; print a table."""
+    """Measure or predict every layout and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--size", type=int, default=512, metavar="PX")
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def run_apart(layout: str) -> dict:
-    """The numbers of one layout, from a process of its own."""
+    """Return the numbers of one layout, computed in a separate process."""
     done = subprocess.run([sys.executable, *sys.argv, "--only", layout], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {"failed": f"exit code {done.returncode}"}
@@ -70,7 +71,7 @@ def run_apart(layout: str) -> dict:
 
 
 def one_layout(options: argparse.Namespace) -> dict:
-    """Predict, and unless told not to, measure."""
+    """Predict one layout and, unless --predict is given, measure it."""
     for name, layout in LAYOUTS.items():
         run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
     config = replace(run_config.load(options.config, options.overrides), method_name=options.only).with_random_weights()
@@ -90,7 +91,7 @@ def one_layout(options: argparse.Namespace) -> dict:
 
 
 def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -> dict:
-    """Seconds by phase (medians) and peak bytes of real updates on this machine's device."""
+    """Return median seconds by phase and peak bytes of real updates on this machine's device."""
     world = World.from_environment()
     start_ranks(config.train, world)
     cuda = world.device.type == "cuda"
@@ -120,7 +121,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
     batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []
     for update in range(updates + 2):
-        counting = not cuda and update == updates + 1  # the count costs time: apart from the timed updates
+        counting = not cuda and update == updates + 1  # counting is slow, so it has its own update
         with meter if counting else nullcontext():
             phases.append(one_update(step, batches, config.train.updates - 1, x.device))
         if cuda and update == 0:
@@ -136,7 +137,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
 
 
 def one_update(step: Update, batches: list[Batch], update: int, device: torch.device) -> dict[str, float]:
-    """Seconds of every loss and of checks, clipping and the optimiser's step."""
+    """Return the seconds of every loss, and of checks, clipping and the optimiser's step together."""
     seconds: dict[str, float] = {}
     last = now(device)
 
@@ -152,14 +153,14 @@ def one_update(step: Update, batches: list[Batch], update: int, device: torch.de
 
 
 def now(device: torch.device) -> float:
-    """Seconds, with everything on the device done."""
+    """Return the time in seconds, after all work on the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square product, the best of ten."""
+    """Return the FLOP/s of one large square matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -173,7 +174,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def device_name() -> str:
-    """What it runs on."""
+    """Return the name of the GPU, or of the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as file:
@@ -181,10 +182,11 @@ def device_name() -> str:
 
 
 def table(rows: dict[str, dict], predicted_only: bool) -> str:
-    """One line a layout; phases below."""
+    """Format one line per layout, with the phases below."""
     gib = lambda row, key: f"{row[key] / GIB:11.3f}" if key in row else f"{'-':>11s}"  # noqa: E731
     lines = [
-        f"{'layout':8s}{'predicted':>11s}{'host':>11s}{'allocated':>11s}{'reserved':>11s} GiB{'TFLOP':>10s}{'s/update':>10s}{'of matmul':>11s}"
+        f"{'layout':8s}{'predicted':>11s}{'host':>11s}{'allocated':>11s}{'reserved':>11s} GiB"
+        f"{'TFLOP':>10s}{'s/update':>10s}{'of matmul':>11s}"
     ]
     for name, row in rows.items():
         if "predicted" not in row:

@@ -1,10 +1,12 @@
-"""Time and memory of restoring, against picture size, steps and tiles, beside the plain loop without tiles.
+"""Measure time and memory of restoring by image size, steps and tiles, compared with the plain loop without tiles.
 
     python bench/upscale.py runs/demo [--sizes 512 1024 2048] [--steps 1 4] [--tiles 256 512] [--plain 1024]
 
-Every row is one picture of noise-free gradients and text-like edges, size x size pixels when restored. `outside` is the share of time that is not
-spent in the networks (encoder, transformer, decoder); `peak` the most bytes that tensors took at once (on a GPU its own allocator's, without the
-weights; on a CPU counted as they live, frame and result apart). `plain` is `sampler.restore`: the whole picture at once, as diffusers' pipelines do it.
+Every row is one image of noise-free gradients and text-like edges, size x size pixels after restoring. `outside` is the
+share of time that is not spent in the networks (encoder, transformer, decoder). `peak` is the most memory that tensors
+used at once: on a GPU, as its allocator reports it, without the weights; on a CPU, counted over the lifetime of the
+tensors, without the input frame and the result. `plain` is `sampler.restore`, which processes the whole image at once
+like the pipelines of diffusers.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from teasr.util.meter import Meter
 
 
 def picture(side: int) -> np.ndarray:
-    """[side, side, 3] uint8 with smooth and sharp parts."""
+    """Return an image [side, side, 3] uint8 with smooth and sharp parts."""
     y, x = np.mgrid[:side, :side].astype(np.float32) / side
     waves = np.sin(40 * np.pi * x * y) > 0.3
     return (np.stack((x, y, waves), 2) * 200 + 20).astype(np.uint8)
 
 
 class Timed:
-    """The backbone's three networks with a clock; results are waited for."""
+    """Times the backbone's three networks; on a GPU it waits for their results."""
 
     def __init__(self, backbone, device: torch.device):
         self.seconds = 0.0
@@ -53,12 +55,15 @@ class Timed:
 
 
 def plain(upscaler: Upscaler, x: torch.Tensor, steps: int) -> np.ndarray:
-    """The whole picture at once."""
+    """Restore the whole image at once."""
     return images.to_uint8(restore(upscaler.model, upscaler.sampler, x, steps, 0)[0])
 
 
 def measure(act, clock: Timed, device: torch.device) -> tuple[float, float, float]:
-    """(seconds, share outside the networks, peak MiB) of a call; timed and counted in two calls on a CPU."""
+    """Return (seconds, share outside the networks, peak MiB) of a call.
+
+    On a CPU, time and memory are measured in two separate calls.
+    """
     act()
     clock.seconds, started = 0.0, time.perf_counter()
     if device.type == "cuda":

@@ -1,19 +1,21 @@
-"""Encode a shard set by the VAE once, into sidecar shards; the same command goes on where it was stopped.
+"""Encode a shard set with the VAE once, into sidecar shards; running the same command again resumes.
 
     python data_prep/cache_latents.py shards=data/train vae=Qwen/Qwen-Image
     python data_prep/cache_latents.py shards=data/train vae=~/models/qwen-image device=cuda compute_dtype=bf16 batch=32
-    RANK=3 WORLD_SIZE=8 CUDA_VISIBLE_DEVICES=3 python data_prep/cache_latents.py ..      # one of 8 GPUs, any number of machines
-    torchrun --nproc_per_node 8 data_prep/cache_latents.py ..                            # 8 GPUs of this machine
+    # one of 8 GPUs, on any number of machines
+    RANK=3 WORLD_SIZE=8 CUDA_VISIBLE_DEVICES=3 python data_prep/cache_latents.py ..
+    # 8 GPUs of this machine
+    torchrun --nproc_per_node 8 data_prep/cache_latents.py ..
 
     shards         folder of the shard set
     vae            local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
     out            folder of the sidecars (default: latents/ inside `shards`)
     device         auto (a GPU if there is one), cpu, cuda
-    dtype          bf16 (default) or fp32: of the stored latents
-    compute_dtype  fp32 (default) or bf16: of the VAE
-    batch          pictures at once (default 8)
+    dtype          dtype of the stored latents: bf16 (default) or fp32
+    compute_dtype  dtype of the VAE: fp32 (default) or bf16
+    batch          images per batch (default 8)
 
-Exit code 2: a mistake that the message explains.
+Exit code 2: an error that the message explains.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import argparse
 import os
 import sys
 
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before they are imported: errors are one line of our own
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: errors are reported in one line
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
@@ -32,7 +34,7 @@ from teasr.data.prep import engines
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write every missing sidecar, then the index; returns the exit code."""
+    """Write all missing sidecars, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
     options = parser.parse_intermixed_args(arguments)

@@ -3,13 +3,13 @@
     python data_prep/cache_prompt.py model=Qwen/Qwen-Image out=data/train/prompt.safetensors prompt=""
     python data_prep/cache_prompt.py model=~/models/qwen-image out=prompt.safetensors device=cpu
 
-    model     local folder of a diffusers Qwen-Image model (text_encoder/ and tokenizer/ are read), or its name on the hub
-    out       the file; with the same prompt, model and library versions it is kept, otherwise made again
-    prompt    all that follows prompt= is the text (default: the empty prompt)
+    model     local folder of a diffusers Qwen-Image model (text_encoder/ and tokenizer/ are read), or its hub name
+    out       output file; kept if prompt, model and library versions are unchanged, otherwise computed again
+    prompt    everything after prompt= is the text (default: the empty prompt)
     device    auto (a GPU if there is one), cpu, cuda
-    dtype     bf16 (default) or fp32: of the text encoder and of the embedding
+    dtype     dtype of the text encoder and of the embedding: bf16 (default) or fp32
 
-Exit code 2: a mistake that the message explains.
+Exit code 2: an error that the message explains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before they are imported: errors are one line of our own
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: errors are reported in one line
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
@@ -27,11 +27,11 @@ from teasr.config import strict_yaml as cfg
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the prompt's file unless it is there; returns the exit code."""
+    """Write the embedding file unless it is up to date; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
     options = parser.parse_intermixed_args(arguments)
-    # a prompt is text, not YAML, in which the empty one would be nothing at all
+    # the prompt is plain text and not parsed as YAML, which would turn an empty prompt into null
     texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")]
     others = [setting for setting in options.settings if not setting.startswith("prompt=")]
     try:

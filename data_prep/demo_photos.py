@@ -1,4 +1,4 @@
-"""Lay out the colour photographs that ship with scikit-image: some to train on, others held out.
+"""Copy the colour photographs that ship with scikit-image into a training and a held-out folder.
 
 python data_prep/demo_photos.py runs/demo/photos
 """
@@ -10,7 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-# Public domain or CC0 as scikit-image says, but for the motorcycle (Middlebury stereo set, Scharstein et al. 2014): used, never shipped.
+# According to scikit-image, these are public domain or CC0, except for the motorcycle (Middlebury stereo set,
+# Scharstein et al. 2014), which is used here but never shipped.
 PHOTOS = {
     "train": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg", "hubble_deep_field.jpg", "ihc.png"),
     "heldout": ("astronaut.png", "chelsea.png"),

@@ -1,4 +1,4 @@
-"""Prepare training shards from photographs; the same command goes on where it was stopped.
+"""Prepare training shards from photographs; running the same command again resumes.
 
     python data_prep/make_shards.py photos=~/pictures out=data/train degradation=osediff crop_px=512
     python data_prep/make_shards.py photos=real/HR lq=real/LR out=data/real          # real pairs, nothing is degraded
@@ -6,7 +6,8 @@
     RANK=3 WORLD_SIZE=16 python data_prep/make_shards.py ..                          # one of 16 array jobs
     python data_prep/make_shards.py --engine ray ..                                  # on the cluster of RAY_ADDRESS
 
-Settings come from --config and from key=value arguments; data_prep/README.md explains them. Exit code 2: a mistake that the message explains.
+Options come from --config and from key=value arguments; data_prep/README.md explains them. Exit code 2: an error that
+the message explains.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process a core; before numpy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
 
 from teasr.config import strict_yaml as cfg
 from teasr.data.prep import engines
@@ -25,7 +26,7 @@ from teasr.data.prep.plan import PrepConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Look at the photographs, write every missing shard, then the index; returns the exit code."""
+    """Scan the photographs, write all missing shards, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file with the settings")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="local processes, or Ray tasks")

@@ -1,9 +1,10 @@
-"""Check a shard set: counts, hashes, pictures; make a contact sheet.
+"""Check the counts, hashes and images of a shard set, and optionally write a contact sheet.
 
     python data_prep/verify_shards.py data/train
     python data_prep/verify_shards.py data/train --share 0.05 --redo 50 --sheet contact.png
 
-Exit code 0: all good; 1: something is wrong with the set, each bad shard and member named with the cure; 2: nothing to check.
+Exit code 0: no problems; 1: the set has problems, and each bad shard and member is named with its fix; 2: nothing to
+check.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process a core; before numpy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
 
 from teasr.data.prep import engines
 from teasr.data.prep.verifying import contact_sheet, verify_set
@@ -24,7 +25,7 @@ NAMED = 50
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, report; returns the exit code."""
+    """Check the set and report problems; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, help="folder of the shard set")
     parser.add_argument("--share", type=float, default=1.0, help="share of the samples to decode (default: all)")

@@ -1,13 +1,15 @@
-"""Train and score variants of a recipe with several seeds: the paper's Table 3, the losses left out one by one, or what training starts from.
+"""Train and score variants of a config with several seeds: the paper's Table 3, loss ablations, or initialisations.
 
-Goes on where it was stopped.
+Running the same command again resumes.
 
-    python eval/ablate.py --config launch/presets/tiny_teasr.yaml --data runs/demo/shards/heldout --seeds 0 1 2 --out runs/ablation
+    python eval/ablate.py --config launch/presets/tiny_teasr.yaml --data runs/demo/shards/heldout --seeds 0 1 2 \\
+        --out runs/ablation
     python eval/ablate.py --rows losses --config .. --data .. --launcher "deepspeed --num_gpus 8" train.updates=5000
 
-Every row and seed is a run of its own below --out (and in MLflow); ablation.md and ablation.json hold means and standard deviations over seeds, and
-say for every metric and step count whether each row is better than the one before it, by how much, and how that compares with the seeds' spread;
-and how steady each row's trainings were.
+Every combination of row and seed is a separate run below --out (and in MLflow). ablation.md and ablation.json hold the
+means and standard deviations over seeds. For every metric and step count, they also state whether each row is better
+than the row it is compared with, by how much, and how that compares with the spread over seeds, and how stable each
+row's trainings were.
 """
 
 from __future__ import annotations
@@ -30,25 +32,25 @@ from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
-    "table3": {  # each adds to the one before
+    "table3": {  # each row adds to the previous one
         "fused timesteps": ["backbone.decoupled_timestep=false", "method.time_aware=false"],
         "+ DTC": ["method.time_aware=false"],
         "+ DTC + TAR": [],
     },
-    "losses": {  # each is compared with the whole
+    "losses": {  # each row is compared with all losses
         "all losses": [],
         "without L_adv and L_rectify": ["method.lambda_adv=0", "method.lambda_rectify=0"],
         "without L_cons": ["method.lambda_cons=0"],
         "without L_data": ["method.lambda_mse=0", "method.lambda_lpips=0"],
     },
-    "starts": {  # of a recipe that trains all weights of the tiny backbone from a prior
+    "starts": {  # for a config that trains all weights of the tiny backbone from a prior
         "all weights, from the prior": [],
         "LoRA on the frozen prior": ["backbone.train=lora"],
         "all weights, from scratch": ["backbone.base=null", "backbone.pair=null"],
     },
 }
-CHAINS = {"table3"}  # whose rows are compared with the one before, not with the first
-STEADY = {  # column of metrics.csv -> what is told of it, and how seeds are put together
+CHAINS = {"table3"}  # rows are compared with the previous row, not with the first
+STEADY = {  # column of metrics.csv -> its label, and how the seeds' values are combined
     "skipped": ("updates skipped", sum),
     "grad_norm": ("gradient norm, largest over median", max),
     "rectify_to_data": ("gradient of L_rectify to L_data", np.mean),
@@ -57,7 +59,7 @@ STEADY = {  # column of metrics.csv -> what is told of it, and how seeds are put
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, score, tell; returns the exit code."""
+    """Train, score and report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the recipe that is varied")
     parser.add_argument("--data", required=True, help="as of eval/benchmark.py")
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all rows")
     options = parser.parse_args(arguments)
     try:
-        for changes in ROWS[options.rows].values():  # mistakes before the first training
+        for changes in ROWS[options.rows].values():  # report errors before the first training
             recipe.load(options.config, [*options.overrides, *changes])
         found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
         told = summary(found, options)
@@ -90,7 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def one(options: argparse.Namespace, name: str, seed: int) -> dict:
-    """Scores of a row with a seed; trained and scored unless that is done already. ValueError when a command fails."""
+    """Return the scores of a row with one seed, after training and scoring it unless that is already done.
+
+    Raises ValueError when a command fails.
+    """
     run = options.out / f"{name.replace(' ', '_').replace('+', 'plus')}-seed{seed}"
     print(f"\n{name}, seed {seed}: {run}", flush=True)
     settings = [*options.overrides, *ROWS[options.rows][name], f"run_dir={run}", f"seed={seed}"]
@@ -105,11 +110,16 @@ def one(options: argparse.Namespace, name: str, seed: int) -> dict:
 
 
 def steadiness(log: Path) -> dict[str, float | None]:
-    """How a training went, from its metrics.csv: all skipped updates, the worst gradient norm after the first tenth, means over the last tenth. None: not logged."""
+    """Summarise how stable a training was, from its metrics.csv; None marks values that were not logged.
+
+    Returns the number of skipped updates, the largest gradient norm over the median (both after the first tenth of the
+    run) and the means of the other columns over the last tenth.
+    """
     with open(log) as file:
         rows = list(csv.DictReader(file))
     tenth = math.ceil(len(rows) / 10)
-    norms = [norm for r in rows[tenth:] if math.isfinite(norm := float(r["grad_norm"]))] or [math.nan]  # else: skipped
+    # updates whose gradient norm is not finite were skipped
+    norms = [norm for r in rows[tenth:] if math.isfinite(norm := float(r["grad_norm"]))] or [math.nan]
     told = {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
     for name in STEADY.keys() - told:
         late = [float(r[name]) for r in rows[-tenth:] if r.get(name)]
@@ -124,7 +134,10 @@ def _do(command: list[str]) -> None:
 
 
 def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
-    """Per row, method and metric: the seeds' values, their mean and standard deviation; and the comparisons."""
+    """Collect the values of all seeds, their mean and standard deviation, and the comparisons between rows.
+
+    Values are grouped by row, method and metric.
+    """
     rows = {}
     for name, seeds in found.items():
         rows[name] = {}
@@ -137,15 +150,18 @@ def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
     names, first = list(rows), found[next(iter(found))][0]
     pairs = list(itertools.pairwise(names)) if options.rows in CHAINS else [(n, names[0]) for n in names[1:]]
     return {
-        "config": str(options.config), "overrides": options.overrides, "seeds": options.seeds, "dataset": first["dataset"],
-        "pictures": first["pictures"], "protocol": first["protocol"], "rows": rows,
+        "config": str(options.config), "overrides": options.overrides, "seeds": options.seeds,
+        "dataset": first["dataset"], "pictures": first["pictures"], "protocol": first["protocol"], "rows": rows,
         "comparisons": [compare(rows, a, b) for a, b in pairs],
         "training": {name: [scores["training"] for scores in seeds] for name, seeds in found.items()},
     }  # fmt: skip
 
 
 def compare(rows: dict, base: str, better: str) -> dict:
-    """Is `better` better than `base`? Gain (positive: better) for every method and metric, seed by seed, with the number of seeds that say so."""
+    """Compare the row `better` with the row `base`, seed by seed, for every method and metric.
+
+    A positive gain means that `better` is better; `seeds_for` is the number of seeds with a positive gain.
+    """
     gains = {}
     for method, metrics in rows[better].items():
         if method == "bicubic":
@@ -155,17 +171,19 @@ def compare(rows: dict, base: str, better: str) -> dict:
             each = [sign * (a - b) for a, b in zip(told["values"], rows[base][method][metric]["values"], strict=True)]
             deviation = float(np.std(each, ddof=1)) if len(each) > 1 else None
             gains.setdefault(method, {})[metric] = {
-                "gain": float(np.mean(each)), "deviation": deviation, "seeds_for": sum(g > 0 for g in each), "seeds": len(each),
+                "gain": float(np.mean(each)), "deviation": deviation,
+                "seeds_for": sum(g > 0 for g in each), "seeds": len(each),
             }  # fmt: skip
     return {"base": base, "row": better, "gains": gains}
 
 
 def markdown(told: dict) -> str:
-    """Tables, and in words what shows and what does not."""
+    """Format the tables, and the conclusions in words, as Markdown."""
     metrics = list(next(iter(next(iter(told["rows"].values())).values())))
     digits = {m: 3 if m in ("psnr", "niqe", "musiq", "fid") else 4 for m in metrics}
     lines = [
-        f"{told['dataset']}, {told['pictures']} pictures, protocol {told['protocol']}; {told['config']} {' '.join(told['overrides'])}; "
+        f"{told['dataset']}, {told['pictures']} pictures, protocol {told['protocol']}; "
+        f"{told['config']} {' '.join(told['overrides'])}; "
         f"seeds {', '.join(map(str, told['seeds']))}; mean ± standard deviation over seeds.", "",
         "| | steps | " + " | ".join(METRICS[m].label for m in metrics) + " |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
@@ -190,7 +208,8 @@ def markdown(told: dict) -> str:
         lines += ["", verdict(comparison)]
     lines += [
         "",
-        "How steady the trainings were: all seeds' skipped updates and worst gradient norm after the first tenth; means of the last tenth.",
+        "How steady the trainings were: all seeds' skipped updates and worst gradient norm after the first tenth; "
+        "means of the last tenth.",
         "",
         "| | " + " | ".join(label for label, _ in STEADY.values()) + " |",
         "|---|" + "---|" * len(STEADY),
@@ -205,16 +224,17 @@ def markdown(told: dict) -> str:
 
 
 def _spread(deviation: float | None, digits: int) -> str:
-    """Nothing where there is one seed, or none that can be seen (bicubic)."""
+    """Format the deviation; empty with one seed, or when the deviation rounds to zero (bicubic)."""
     return f" ± {deviation:.{digits}f}" if deviation and round(deviation, digits) else ""
 
 
 def verdict(comparison: dict) -> str:
-    """Whether it shows: in all seeds, in none, or in some."""
+    """State in how many figures all seeds, no seeds or some seeds favour the row."""
     cells = [(g["seeds_for"], g["seeds"]) for row in comparison["gains"].values() for g in row.values()]
     wins, losses = sum(a == n for a, n in cells), sum(a == 0 for a, n in cells)
     return (
-        f"In {wins} of {len(cells)} figures every seed finds {comparison['row']} better, in {losses} every seed finds it worse, "
+        f"In {wins} of {len(cells)} figures every seed finds {comparison['row']} better, "
+        f"in {losses} every seed finds it worse, "
         f"in {len(cells) - wins - losses} the seeds disagree."
     )
 

@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out pairs at several step counts, or pictures made by anything else, beside bicubic; results go to files and MLflow.
+"""Score a checkpoint at several step counts, or existing predictions, on held-out pairs, and compare with bicubic.
 
     python eval/benchmark.py runs/demo --data runs/demo/shards/heldout --steps 1 2 4 8
     python eval/benchmark.py runs/mine --data RealSR --data-root ~/testsets --metric-weights ~/metric_weights
@@ -6,8 +6,9 @@
     torchrun --nproc_per_node 8 eval/benchmark.py runs/mine --data DIV2K-Val
     python eval/benchmark.py --predictions their_pictures --hq hq_folder --name theirs --out results/theirs
 
-Writes scores.json (means, 95 % intervals), scores_by_picture.csv, speed.json, comparison.png, extremes.png (best and worst) and the pictures into
-RUN/eval/DATASET or --out. The same command goes on where it was stopped. A metric without its weights is named with the cure; --require makes it an error.
+Writes scores.json (means, 95 % intervals), scores_by_picture.csv, speed.json, comparison.png, extremes.png (best and
+worst) and the images to RUN/eval/DATASET or --out, and logs them to MLflow. Running the same command again resumes. A
+metric whose weights are missing is reported together with the fix; --require makes it an error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DATASETS = Path(__file__).resolve().parent / "datasets.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate, or say that it was done before; returns the exit code."""
+    """Evaluate, or report that it was already done; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model", nargs="?", type=Path, help="folder of a run, a checkpoint or an export; or `small`, which comes along"
@@ -70,13 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Make what is missing, score it, write and log."""
+    """Restore the missing images, score them, write the results and log them."""
     if (options.model is None) == (options.predictions is None):
         raise ValueError("give a model, or --predictions with --hq")
     if options.model is not None and options.data is not None:
         options.model = checkpoint_folder.resolve(
             assets.find(options.model) or options.model
-        )  # once: it hashes every file
+        )  # resolved once, because it hashes every file
         shipped = options.model.resolve().parent == assets.HERE
         options.home = Path("runs") / options.model.name if shipped else checkpoint_folder.run_folder(options.model)
     scorer = Scorer(options.metrics, options.protocol, options.metric_weights, options.require, _device())
@@ -109,14 +110,15 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
     made_by = {"checkpoint": folder.name, "manifest": manifest, "weights": options.weights, "seed": options.seed}
     made_by |= {"fidelity": options.fidelity, "color": options.color}
-    load = functools.cache(lambda: Upscaler.from_pretrained(folder, options.weights, _device()))  # where one is needed
+    load = functools.cache(lambda: Upscaler.from_pretrained(folder, options.weights, _device()))  # loaded on first use
 
     def method(steps: int):
         def restore(sample: Sample):
             upscaler = load()
             if sample.scale != upscaler.scale:
                 raise ValueError(
-                    f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: make x{upscaler.scale} shards"
+                    f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: "
+                    f"make x{upscaler.scale} shards"
                 )
             fidelity = options.fidelity if options.fidelity and steps > 1 else None
             how = {"fidelity": fidelity, "color_fix": options.color}
@@ -139,7 +141,10 @@ def _of_predictions(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
 
 
 def find_pairs(data: str, root: Path) -> Pairs:
-    """From a name, LQ:HQ folders, or a shard set. ValueError when it is none of these or not whole."""
+    """Return the pairs of a data set name, LQ:HQ folders or a shard set.
+
+    Raises ValueError when `data` is none of these or the set is incomplete.
+    """
     known = config.read_yaml(DATASETS)
     if data in known:
         entry = known[data]
@@ -155,13 +160,16 @@ def find_pairs(data: str, root: Path) -> Pairs:
 
 
 def show(scores: dict, out: Path) -> None:
-    """The table, and where everything lies."""
+    """Print the score table and the paths of the results."""
     print(f"\n{scores['dataset']}, {scores['pictures']} pictures, protocol {scores['protocol']}\n{table(scores)}")
     print(f"\nscores {out / 'scores.json'}\npictures {out / 'comparison.png'}, {out / 'extremes.png'}")
 
 
 def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
-    """To the MLflow run of the training, or to one of its own; False when the store did not take it."""
+    """Log to the MLflow run of the training, or to a separate run for predictions.
+
+    Returns False when the store does not accept the results.
+    """
     scores, name = evaluation.scores, evaluation.pairs.name
     if options.model is not None:
         from teasr.run_config import load
@@ -198,7 +206,7 @@ def _here() -> dict:
 
 
 def _device() -> str:
-    """This rank's GPU, if there is one."""
+    """Return this rank's GPU, or the CPU if there is none."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,9 +1,10 @@
-"""One page about many evaluations: our rows beside published ones, metrics against step counts, before/after sliders.
+"""Write a report on several evaluations: our rows beside published ones, metrics over steps, before/after sliders.
 
     python eval/report.py runs/demo/eval/heldout runs/mine/eval/RealSR --out report
     python eval/report.py --mlflow sqlite:///runs/mlflow.db --experiment teasr-demo --out report
 
-Takes result folders of eval/benchmark.py, or what MLflow keeps of them. Writes report/report.md and report/report.html; the page holds everything in itself.
+Takes result folders of eval/benchmark.py, or the results that it logged to MLflow. Writes report/report.md and
+report/report.html; the HTML page is self-contained.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from teasr.util.files import read_json, write_atomic
 
 PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
 COLORS = ("#3066be", "#d1603d", "#2a9d6f", "#8e4ec6", "#b58900", "#c2185b")
-WIDTH, HEIGHT, LEFT, BOTTOM = 340, 220, 52, 34  # of a chart, px
+WIDTH, HEIGHT, LEFT, BOTTOM = 340, 220, 52, 34  # layout of a chart in px
 
 
 @dataclass
 class Result:
-    """One evaluation as its folder holds it."""
+    """One evaluation, as stored in its result folder."""
 
     name: str
     folder: Path
@@ -41,7 +42,7 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path, name: str | None = None) -> Result:
-        """ValueError when it is no result folder."""
+        """Read a result folder. Raises ValueError when `folder` is not one."""
         try:
             scores = json.loads((folder / "scores.json").read_text())
             scores["methods"], scores["metrics"], scores["dataset"]
@@ -80,14 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:
-    """Results that eval/benchmark.py has logged, newest run first. ValueError when the store or the experiment is not there."""
+    """Download the results that eval/benchmark.py has logged, newest run first.
+
+    Raises ValueError when the store or the experiment does not exist.
+    """
     from teasr.tracking.mlflow_results import download_results
 
     return [Result.read(folder, name) for name, folder in download_results(uri, experiment, place)]
 
 
 def by_dataset(results: list[Result]) -> dict[str, list[Result]]:
-    """In the order of their first appearance."""
+    """Group the results by data set, in order of first appearance."""
     found: dict[str, list[Result]] = {}
     for result in results:
         found.setdefault(result.scores["dataset"], []).append(result)
@@ -95,7 +99,10 @@ def by_dataset(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def rows_of(dataset: str, results: list[Result], blocks: list[dict]) -> list[tuple[str, dict[str, float], str]]:
-    """(name, metrics, source) of every row of a data set's table: ours, then published ones; source is empty for ours."""
+    """Return (name, metrics, source) of every row of a data set's table: our rows, then published ones.
+
+    `source` is empty for our rows.
+    """
     rows = []
     for result in results:
         for method, row in result.scores["methods"].items():
@@ -111,18 +118,18 @@ def rows_of(dataset: str, results: list[Result], blocks: list[dict]) -> list[tup
 
 
 def columns_of(rows: list[tuple[str, dict[str, float], str]]) -> list[str]:
-    """Metrics that any of ours has."""
+    """Return the metrics that at least one of our rows has."""
     return [m for m in METRICS if any(m in values for _, values, source in rows if not source)]
 
 
 def cell(metric: str, values: dict[str, float]) -> str:
-    """A number as papers print it, or a dash."""
+    """Format a number with the digits usual in papers, or a dash when it is missing."""
     digits = 2 if metric in ("psnr", "fid", "musiq", "niqe") else 4
     return f"{values[metric]:.{digits}f}" if metric in values else "–"
 
 
 def delta(metric: str, values: dict[str, float], ours: dict[str, float]) -> str:
-    """How much better (+) or worse (-) our row is than this one."""
+    """Format how much better (+) or worse (-) our row is than this one; empty when either lacks the metric."""
     if metric not in values or metric not in ours:
         return ""
     gain = (ours[metric] - values[metric]) * (1 if METRICS[metric].higher else -1)
@@ -130,19 +137,19 @@ def delta(metric: str, values: dict[str, float], ours: dict[str, float]) -> str:
 
 
 def header(metric: str) -> str:
-    """A label with its direction."""
+    """Return a metric's label with an arrow for its direction."""
     return f"{METRICS[metric].label} {'↑' if METRICS[metric].higher else '↓'}"
 
 
 def first_of(results: list[Result]) -> dict[str, float]:
-    """The row that published ones are compared with: the first method of the first result."""
+    """Metrics of the row that published rows are compared with: the first method of the first result."""
     methods = results[0].scores["methods"]
     name = next((m for m in methods if m != BICUBIC), BICUBIC)
     return {metric: value["mean"] for metric, value in methods[name].items()}
 
 
 def gains(results: list[Result]) -> list[str]:
-    """What is gained over bicubic in the first metric, picture by picture."""
+    """Describe the gain over bicubic in the first metric, computed image by image."""
     lines = []
     for result in results:
         for method, row in result.scores["methods"].items():
@@ -157,7 +164,7 @@ def gains(results: list[Result]) -> list[str]:
 
 
 def skipped(results: list[Result]) -> dict[str, str]:
-    """Metrics that were not computed, and the cure."""
+    """Return the metrics that were not computed, each with its status, which names the fix."""
     return {
         METRICS[m].label: told["status"]
         for result in results
@@ -167,7 +174,7 @@ def skipped(results: list[Result]) -> dict[str, str]:
 
 
 def markdown(results: list[Result], blocks: list[dict]) -> str:
-    """Tables alone."""
+    """Return the report as Markdown, with tables only."""
     lines = ["# Evaluation", ""]
     for dataset, found in by_dataset(results).items():
         scores = found[0].scores
@@ -187,14 +194,17 @@ def markdown(results: list[Result], blocks: list[dict]) -> str:
 
 
 def hardware(result: Result) -> str:
-    """Device, seconds a picture."""
+    """Return the device and the seconds per image."""
     speed = result.speed.get("methods", {})
     seconds = ", ".join(f"{name} {told['seconds_median']:.3g} s" for name, told in speed.items())
     return f"{result.speed.get('device', 'unknown device')}" + (f"; a picture: {seconds}" if seconds else "")
 
 
 def chart(metric: str, found: list[Result]) -> str:
-    """SVG: a metric against the number of steps, with its interval, and bicubic as a dashed line; empty without any steps."""
+    """Return an SVG chart of a metric against the number of steps, with its interval, and bicubic as a dashed line.
+
+    The result is empty when no method has a number of steps.
+    """
     lines = []
     for result in found:
         points = [
@@ -248,7 +258,7 @@ def chart(metric: str, found: list[Result]) -> str:
 
 
 def slider(folder: Path, methods: list[str]) -> str:
-    """A picture of `shown/`: two of its versions under a slider, each to be chosen."""
+    """Return a slider over two versions of an image in `shown/`; both versions can be selected."""
     titles = [t for t in [*methods, "HQ"] if (folder / shown_name(t)).is_file()]
     if len(titles) < 2:
         return ""
@@ -261,12 +271,14 @@ def slider(folder: Path, methods: list[str]) -> str:
 
     pictures = '<img class="after" alt="after"><img class="before" alt="before">'
     sources = html.escape(json.dumps({t: f"data:image/png;base64,{d}" for t, d in data.items()}))
-    return f"""<div class="compare" data-pictures="{sources}"><div class="stage">{pictures}<span class="bar"></span></div>
-<input type="range" min="0" max="100" value="50" aria-label="before and after"><div class="choices">{choice("before", before)}{choice("after", after)}</div></div>"""
+    return f"""<div class="compare" data-pictures="{sources}"><div class="stage">{pictures}\
+<span class="bar"></span></div>
+<input type="range" min="0" max="100" value="50" aria-label="before and after">\
+<div class="choices">{choice("before", before)}{choice("after", after)}</div></div>"""
 
 
 def page(results: list[Result], blocks: list[dict]) -> str:
-    """The whole page, nothing outside of it."""
+    """Return the whole HTML page, which needs no other files."""
     sections = []
     for dataset, found in by_dataset(results).items():
         scores = found[0].scores
@@ -301,7 +313,8 @@ def page(results: list[Result], blocks: list[dict]) -> str:
         sections.append(
             f"<section><h2>{html.escape(dataset)}</h2><p>{scores['pictures']} pictures, protocol "
             f"{html.escape(scores['metrics'].get('psnr', {}).get('protocol', scores['protocol']))}.</p>"
-            f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div>"
             + "".join(
                 f"<p class=note>Grey: {html.escape(note)}. Small: how much better our first row is.</p>"
                 for note in notes
@@ -313,26 +326,38 @@ def page(results: list[Result], blocks: list[dict]) -> str:
     return PAGE.replace("@@", "".join(sections))
 
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>TEASR evaluation</title>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width"><title>TEASR evaluation</title>
 <style>
 :root{color-scheme:light dark;--line:light-dark(#ddd,#444);--soft:light-dark(#666,#aaa)}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem}
 h2{border-bottom:1px solid var(--line);padding-bottom:.2rem;margin-top:2.5rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line)}
-tbody th{text-align:left;font-weight:500}td.best{font-weight:700}tr.published{color:var(--soft)}small{display:block;font-size:.75em}
-small.up{color:#2a9d6f}small.down{color:#d1603d}.scroll{overflow-x:auto}.note{color:var(--soft);font-size:.85em;margin:.3rem 0}
-.charts{display:flex;flex-wrap:wrap;gap:1rem;margin:1.2rem 0}figure{margin:0;width:340px;max-width:100%}figcaption{font-weight:600}
-svg text{font-size:11px;fill:currentColor}svg .grid{stroke:var(--line)}svg .base{stroke:var(--soft);stroke-dasharray:5 4}
-.legend{margin:.2rem 0;font-size:.85em}.legend span{margin-right:1rem}.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.35em;border-radius:2px}
-.sliders{display:flex;flex-wrap:wrap;gap:1.2rem}.compare{width:360px;max-width:100%}.stage{position:relative;overflow:hidden;border-radius:6px}
-.stage img{display:block;width:100%;image-rendering:pixelated}.stage .before{position:absolute;inset:0;clip-path:inset(0 50% 0 0)}
-.stage .bar{position:absolute;top:0;bottom:0;left:50%;width:2px;background:#fff;box-shadow:0 0 3px #000}.compare input{width:100%;margin:.4rem 0}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}\
+th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line)}
+tbody th{text-align:left;font-weight:500}td.best{font-weight:700}tr.published{color:var(--soft)}\
+small{display:block;font-size:.75em}
+small.up{color:#2a9d6f}small.down{color:#d1603d}.scroll{overflow-x:auto}\
+.note{color:var(--soft);font-size:.85em;margin:.3rem 0}
+.charts{display:flex;flex-wrap:wrap;gap:1rem;margin:1.2rem 0}figure{margin:0;width:340px;max-width:100%}\
+figcaption{font-weight:600}
+svg text{font-size:11px;fill:currentColor}svg .grid{stroke:var(--line)}\
+svg .base{stroke:var(--soft);stroke-dasharray:5 4}
+.legend{margin:.2rem 0;font-size:.85em}.legend span{margin-right:1rem}\
+.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.35em;border-radius:2px}
+.sliders{display:flex;flex-wrap:wrap;gap:1.2rem}.compare{width:360px;max-width:100%}\
+.stage{position:relative;overflow:hidden;border-radius:6px}
+.stage img{display:block;width:100%;image-rendering:pixelated}\
+.stage .before{position:absolute;inset:0;clip-path:inset(0 50% 0 0)}
+.stage .bar{position:absolute;top:0;bottom:0;left:50%;width:2px;background:#fff;box-shadow:0 0 3px #000}\
+.compare input{width:100%;margin:.4rem 0}
 .choices{display:flex;justify-content:space-between}
 </style></head><body><h1>TEASR evaluation</h1>@@<script>
 for(const box of document.querySelectorAll(".compare")){
  const sources=JSON.parse(box.dataset.pictures),before=box.querySelector(".before"),bar=box.querySelector(".bar");
- box.querySelector("input").oninput=e=>{before.style.clipPath=`inset(0 ${100-e.target.value}% 0 0)`;bar.style.left=e.target.value+"%"};
- for(const s of box.querySelectorAll("select")){s.onchange=()=>{box.querySelector("img."+s.dataset.side).src=sources[s.value]};s.onchange()}
+ box.querySelector("input").oninput=e=>{before.style.clipPath=`inset(0 ${100-e.target.value}% 0 0)`;\
+bar.style.left=e.target.value+"%"};
+ for(const s of box.querySelectorAll("select")){s.onchange=()=>{\
+box.querySelector("img."+s.dataset.side).src=sources[s.value]};s.onchange()}
 }
 </script></body></html>
 """

@@ -1,11 +1,14 @@
-"""Export a trained run: its LoRA as one file in diffusers' layout with a model card, or, where more than a LoRA was trained, all that restoring needs.
+"""Export a trained run as one LoRA file in diffusers' layout, or in full where more than a LoRA was trained.
 
     python launch/export.py runs/qwen_teasr --out exported/teasr
-    python launch/export.py runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr --weights weights --dtype bf16
-    python launch/export.py runs/demo --out exported/demo --register teasr-demo       # and a version in MLflow's model registry
+    python launch/export.py runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr \\
+        --weights weights --dtype bf16
+    # also create a version in MLflow's model registry
+    python launch/export.py runs/demo --out exported/demo --register teasr-demo
 
-fp32 keeps every bit of the training; bf16 halves the file. `teasr upscale --model exported/teasr` restores with it (the base model comes from where
-the recipe has it), `backbone.lora=exported/teasr` starts another run from it.
+The LoRA file comes with a model card; a full export holds everything that restoring needs. fp32 keeps every bit of the
+trained weights; bf16 halves the file size. `teasr upscale --model exported/teasr` restores with the export (the base
+model is loaded from where the config names it), and `backbone.lora=exported/teasr` starts another run from it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from teasr.util import checkpoint_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    """Export; returns the exit code: 0 on success, 2 for an error that the message explains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the file and its card")
@@ -43,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def register(options: argparse.Namespace, folder: Path) -> str:
-    """A version of a registered model, made of the exported folder and tied to the run. ValueError when the store does not take it."""
+    """Register the exported folder as a version of a registered model, linked to the run.
+
+    Raises ValueError when the store does not accept it.
+    """
     from teasr.tracking.mlflow_results import register_model
 
     settings = recipe.load(folder / "config.yaml")
@@ -55,7 +61,10 @@ def register(options: argparse.Namespace, folder: Path) -> str:
 
 
 def export(options: argparse.Namespace, folder: Path) -> Path:
-    """Checkpoint -> files below --out; returns the one with the weights. ValueError when they are not there or damaged."""
+    """Export a checkpoint to files below --out and return the path of the weight file.
+
+    Raises ValueError when the weights are missing or damaged.
+    """
     from safetensors.torch import load_file
 
     from teasr.restore import pretrained

@@ -1,11 +1,12 @@
-"""Train a model from a recipe; the same command resumes it.
+"""Train a model from a YAML config; running the same command again resumes.
 
     deepspeed launch/train.py --config launch/presets/tiny_teasr.yaml
     deepspeed --num_gpus 2 launch/train.py --config launch/presets/tiny_teasr.yaml train.batch=16 run_dir=runs/two
     python launch/train.py --config launch/presets/tiny_teasr.yaml --print
     python launch/train.py --config launch/presets/qwen_teasr.yaml --dry-run
 
-key=value arguments (dotted, value in YAML) win over the file. Without the launcher it runs as one process.
+key=value arguments (dotted key, YAML value) override the file. Without the DeepSpeed launcher, training runs as one
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from teasr.util.distributed import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, check, train; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    """Parse, check and train; returns the exit code: 0 on success, 2 for an error that the message explains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe, such as launch/presets/tiny_teasr.yaml")
     parser.add_argument("--print", action="store_true", help="print the whole config with every default, and stop")
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         Trainer(settings, options.accept_changes).fit()
     except (ValueError, FloatingPointError, OSError) as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or distributed.is_initialized():  # before that all ranks find the same: one line is enough
+        if rank == "0" or distributed.is_initialized():  # earlier errors are the same on all ranks: rank 0 reports them
             print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`from teasr import Upscaler`, without torch for those who only want the rest."""
+    """Import `Upscaler` on first use, so that `import teasr` alone does not load torch."""
     if name == "Upscaler":
         from teasr.restore.upscaler import Upscaler
 

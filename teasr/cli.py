@@ -1,4 +1,4 @@
-"""The command `teasr`: what is done with trained models, a sub-command each."""
+"""The `teasr` command, with one sub-command for each use of a trained model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import argparse
 import sys
 from pathlib import Path
 
-EXAMPLES = """examples:
-  teasr upscale photo.jpg -o photo_x4.png                                 one picture in one step, by the small model that comes along
-  teasr upscale holiday/ -o restored/ --model runs/mine --steps 4         a folder, sub-folders kept; a model of one's own
-  teasr upscale portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5   half of the detail that 8 steps draw
-  teasr upscale 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png
-  teasr upscale holiday/ -o restored/ --model runs/mine --skip-existing   go on after Ctrl-C
-"""
+EXAMPLES = (
+    "examples:\n"
+    "  teasr upscale photo.jpg -o photo_x4.png                                 "
+    "one picture in one step, by the small model that comes along\n"
+    "  teasr upscale holiday/ -o restored/ --model runs/mine --steps 4         "
+    "a folder, sub-folders kept; a model of one's own\n"
+    "  teasr upscale portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5   "
+    "half of the detail that 8 steps draw\n"
+    "  teasr upscale 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png\n"
+    "  teasr upscale holiday/ -o restored/ --model runs/mine --skip-existing   "
+    "go on after Ctrl-C\n"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 done, 1 some files failed, 2 a mistake that the message explains, 130 stopped."""
+    """Parse the arguments and run the sub-command.
+
+    Returns the exit code: 0 success, 1 some files failed, 2 an error that the message explains, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="teasr", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_upscale(commands)

@@ -1,6 +1,6 @@
-"""A run from its YAML: which backbone, method, data and training settings, and how to build them.
+"""Config of a run, read from YAML: backbone, method, data and training options, and how to build them.
 
-The registries of backbones and methods live here; adding one is a file, a line here and a preset.
+The registries of backbones and methods are defined here. Adding one takes a new file, a line here and a preset.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def _teasr() -> tuple[type, type[Method]]:
     return TeasrConfig, Teasr
 
 
-# (config, class), imported when a recipe names them: diffusers alone takes seconds
+# loaders of (config class, class): imports are deferred, because importing diffusers alone takes seconds
 BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {"tiny": _tiny, "qwen_image": _qwen_image}
 METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"teasr": _teasr}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; `run_dir` is where it lives.
+    """Everything that defines a run; `run_dir` is its folder.
 
     prior_name, prior: a second base, for methods whose roles ask for one (section `prior:`); None in most runs.
     """
@@ -64,7 +64,7 @@ class RunConfig:
     prior: Any = None
 
     def to_dict(self) -> dict:
-        """As in the YAML file, every default written out."""
+        """Return the content of the YAML file, with all defaults filled in."""
         prior = {} if self.prior is None else {"prior": {"name": self.prior_name} | cfg.to_dict(self.prior)}
         return {
             "run_dir": self.run_dir,
@@ -79,11 +79,14 @@ class RunConfig:
         }
 
     def to_yaml(self) -> str:
-        """The YAML file that makes this recipe again."""
+        """Return a YAML file that reproduces this config."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
 
     def with_random_weights(self) -> RunConfig:
-        """The same work on random weights: for dry runs and benchmarks, where no weight file is at hand."""
+        """Return the config of the same computation with random weights.
+
+        Dry runs and benchmarks use it when no weight files are available.
+        """
         made = replace(
             self,
             backbone=BACKBONES[self.backbone_name]()[1].with_random_weights(self.backbone),
@@ -94,18 +97,24 @@ class RunConfig:
         return replace(made, prior=BACKBONES[self.prior_name]()[1].with_random_weights(self.prior))
 
     def build_backbone(self, roles: Sequence[Role] = (STUDENT,)) -> Backbone:
-        """The backbone with its initial weights, for roles of one place. ValueError when its files lack or the roles do not fit."""
+        """Build the backbone with its initial weights, for `roles` that share one base.
+
+        Raises ValueError when its files are missing or the roles do not fit.
+        """
         if roles[0].base == "main":
             return BACKBONES[self.backbone_name]()[1](self.backbone, seed=self.seed, roles=roles)
         if self.prior is None:
             raise ValueError(
-                f"config section prior is missing: method {self.method_name} puts the role {roles[0].name} on a second base; name it as "
-                "`backbone` does"
+                f"config section prior is missing: method {self.method_name} puts the role {roles[0].name} "
+                "on a second base; name it as `backbone` does"
             )
         return BACKBONES[self.prior_name]()[1](self.prior, seed=self.seed, roles=roles)
 
     def build_method(self) -> Method:
-        """The method, without the networks that it loads itself. ValueError where its roles cannot live together."""
+        """Build the method, without the networks that its `load` builds.
+
+        Raises ValueError when its roles cannot be combined, or when the config has a prior that no role uses.
+        """
         method = METHODS[self.method_name]()[1](self.method)
         check_roles(method.roles())
         if self.prior is not None and all(role.base != "prior" for role in method.roles()):
@@ -114,12 +123,12 @@ class RunConfig:
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe and apply `section.key=value` overrides. Raises ValueError naming the key and the cure."""
+    """Read a YAML config and apply `section.key=value` overrides. Raises ValueError naming the key and the fix."""
     return parse(cfg.override(cfg.read_yaml(path), overrides or []))
 
 
 def parse(data: dict) -> RunConfig:
-    """A recipe from nested mappings."""
+    """Build a config from nested mappings."""
     sections = ("run_dir", "seed", "backbone", "prior", "method", "data", "train", "preview", "tracking")
     for key in data:
         if key not in sections:

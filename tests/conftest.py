@@ -1,4 +1,4 @@
-"""What tests share: one thread, photographs that ship with scikit-image, a small shard set, a small recipe."""
+"""Shared fixtures: single-threaded torch, photographs from scikit-image, a small shard set and a small config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # environment variables, so that child processes inherit them
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: two workers then end at about the same time."""
+    """Run the longest files first, so that two workers finish at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
@@ -50,7 +50,7 @@ def shards(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory) -> Path:
-    """A run folder with a checkpoint of a tiny network that was never trained, and does something nevertheless."""
+    """A run folder with a checkpoint of a tiny network that was never trained but whose output is not zero."""
     from teasr.run_config import parse
     from teasr.training import checkpoint
 
@@ -83,7 +83,7 @@ def make_shards(photos: Path, out: Path, **settings) -> Path:
 
 
 def small_recipe(shards: Path, run_dir: Path, zero: str = "zero3", **changes) -> dict:
-    """A recipe that trains in seconds, as nested mappings; `changes` are dotted keys with __ for the dots."""
+    """A config that trains in seconds, as nested mappings; keys of `changes` are dotted keys with __ for the dots."""
     data = {
         "run_dir": str(run_dir),
         "backbone": {"name": "tiny", "width": 32, "depth": 2, "heads": 2, "lora_rank": 4, "lora_alpha": 4},
@@ -117,7 +117,7 @@ def small_recipe(shards: Path, run_dir: Path, zero: str = "zero3", **changes) ->
 
 
 def partitioning(zero: str, folder: Path) -> Path:
-    """A copy of a ds_configs file under which even tiny parameters are partitioned, as large ones are."""
+    """A copy of a ds_configs file under which even tiny parameters are partitioned, as large ones normally are."""
     settings = json.loads((ROOT / f"ds_configs/{zero}.json").read_text())
     if settings["zero_optimization"]["stage"] == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -127,7 +127,7 @@ def partitioning(zero: str, folder: Path) -> Path:
 
 
 def velocity(backbone, z_t, t_cur, z_lq, t_tar) -> torch.Tensor:
-    """Of the student that lives on this backbone."""
+    """Call `velocity` of the student on this backbone."""
     from teasr.backbones.model import Condition, Model
 
     return Model(backbone).velocity(z_t, t_cur, Condition(z_lq, t_tar))

@@ -1,6 +1,6 @@
 """Golden losses: the first 20 updates of the tiny preset, on the demo's own shards.
 
-`make golden` rewrites tests/golden_tiny_teasr.json; a refactor that changes it has to say why in its commit.
+`make golden` rewrites tests/golden_tiny_teasr.json; a commit that changes the file has to explain why in its message.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A method in the shape of TADSR, for the tests: what the framework must carry that neither TEASR nor tests/two_roles.py asks of it.
+"""A test method shaped like TADSR, which uses framework features that neither TEASR nor tests/two_roles.py needs.
 
-The student has a single branch and starts at the low-quality latent, which a time-aware encoder adapts to a time that is drawn for each sample;
-a fake score learns the student's results; the frozen base is the real score. It restores in one step with a dial, the time itself. Losses are
-simplified: this shows that such a method is one file, not that it is the paper.
+The student has a single branch and starts at the low-quality latent. A time-aware encoder adapts this latent to a time
+drawn for each sample. A fake score learns the distribution of the student's results; the frozen base is the real score.
+The method restores in one step, with the time itself as its dial. The losses are simplified: the point is that such a
+method fits in one file, not that it reproduces the paper.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from teasr.util.randomness import Draws
 
 @dataclass(frozen=True)
 class TimedConfig:
-    """One factor."""
+    """The weight of the score loss."""
 
     lambda_score: float = 0.1
 
 
 class OneStep(Sampler):
-    """z_in - v(z_in, t_s), z_in the low-quality latent as the encoder adapts it to the time t_s that the dial says."""
+    """z_in - v(z_in, t_s), where z_in is the low-quality latent adapted by the encoder to the dial's time t_s."""
 
     step_counts = (1,)
     dials = (Dial("strength", 0.6, "from faithful (0) to realistic (1)"),)
@@ -57,7 +58,7 @@ class OneStep(Sampler):
 
 
 class Timed(Method):
-    """Pixel loss and the score difference at a coupled time for the student, flow matching for the fake score."""
+    """Pixel loss and score difference at a coupled time for the student, flow matching for the fake score."""
 
     def roles(self) -> tuple[Role, ...]:
         student = Role("student", branches="single", encoder=True)
@@ -74,7 +75,7 @@ class Timed(Method):
         t_s = draws.uniform("student time", 0.05, 0.95)
         with torch.no_grad():
             z_lq = student.encode(batch.x_lq)
-        z_in = student.adapt(z_lq, t_s)  # with a graph: the encoder learns
+        z_in = student.adapt(z_lq, t_s)  # not under no_grad, since the encoder is trained
         z_hat = z_in - student.velocity(z_in, t_s)
         t, noise = 0.66 * t_s, draws.normal("noise", z_hat)
         with torch.no_grad():

@@ -1,10 +1,14 @@
-"""Run training jobs one after another in this process or on these ranks: `run_jobs.py jobs.json`.
+"""Run training jobs one after another, in this process or on these ranks: `run_jobs.py jobs.json`.
 
-A job is a recipe; what the Trainer raises is written to <run_dir>/error.txt instead of ending the others. Under "harm" a job may ask for what
-the world does to a run: {"poison": [updates]} makes pictures of rank 0 NaN, {"no_files_after": update} lets no file grow past 10 kB from then on,
-{"full_disk": [first, last]} none at all for these updates;
-{"damage": update} breaks four shards in four ways.
-Started plainly for one rank, through the deepspeed launcher for several, so that many cases share one start.
+Each job is a config. An exception raised by the Trainer is written to <run_dir>/error.txt and does not stop the other
+jobs. Under "harm" a job may request faults:
+- {"poison": [updates]} sets pixels of rank 0's images to NaN in these updates;
+- {"no_files_after": update} prevents every file from growing past 10 kB from this update on;
+- {"full_disk": [first, last]} prevents rank 0 from writing files during these updates;
+- {"damage": update} breaks four shards in four ways.
+
+Start it directly for one rank and through the deepspeed launcher for several. Running many cases in one process saves
+the start-up time of each.
 """
 
 import argparse
@@ -25,7 +29,7 @@ WHOLE = training.batches
 
 
 def break_shards(folder: Path) -> None:
-    """Truncated, a flipped bit, empty, missing."""
+    """Break four shards: truncate one, flip a bit in one, empty one and delete one."""
     cut, flipped, empty, missing = sorted(folder.glob("shard-*.tar"))[:4]
     cut.write_bytes(cut.read_bytes()[:3000])
     data = bytearray(flipped.read_bytes())
@@ -42,7 +46,7 @@ def harm(
     damage: int | None = None,
     full_disk: tuple = (),
 ) -> None:
-    """Let it happen to this run."""
+    """Inject the requested faults into this run."""
 
     def batches(*arguments):
         nonlocal damage

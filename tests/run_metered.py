@@ -1,6 +1,7 @@
-"""Print the most bytes that DeepSpeed holds at once for a network's trained weights: `run_metered.py recipe.json`.
+"""Print the peak memory in bytes that DeepSpeed holds for a network's trained weights: `run_metered.py recipe.json`.
 
-The weights are many and the pictures small, so that what is counted is weights, gradients and optimiser, not activations.
+The network is large and the images are small, so that the result covers weights, gradients and optimiser state, not
+activations.
 """
 
 import json
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     table = network.net.transformer.modulation
     meter.ignore(*(p for p in network.net.parameters() if not p.requires_grad), table.image, table.text)
     with meter:
-        for p in network.net.parameters():  # count them as if they came into being here
+        for p in network.net.parameters():  # allocate them again, so that the meter counts them
             p.data = p.data.clone() if p.requires_grad else p.data
         _cutter(settings)(network.net)
         trained = [p for p in network.net.parameters() if p.requires_grad]

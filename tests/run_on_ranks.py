@@ -1,7 +1,10 @@
-"""What two ranks find out together, as JSON on rank 0's last line: `run_on_ranks.py recipe.json model-folder`.
+"""Measure properties of a network on two ranks: `run_on_ranks.py recipe.json model-folder`.
 
-velocity: largest difference of the engine's velocity to that of the network on its own, with LoRA and with adapters off, under each ZeRO stage.
-private: bytes of private memory that loading and partitioning under ZeRO-3 took at the end and at most, and the size of the weights.
+The results are printed as JSON on rank 0's last line:
+- velocity: largest difference between the velocity under the engine and that of the network alone, with LoRA and with
+  adapters disabled, for each ZeRO stage.
+- private: bytes of private memory used by loading and partitioning under ZeRO-3, at the end and at the peak, and the
+  size of the weights.
 """
 
 import argparse
@@ -21,13 +24,13 @@ from teasr.util.distributed import World, leave
 
 
 def private_bytes() -> int:
-    """Memory of this process alone: not the pages of mapped files, which all ranks share."""
+    """Memory private to this process: excludes the pages of mapped files, which all ranks share."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
 def velocities(network, inputs) -> list[torch.Tensor]:
-    """With LoRA and without."""
+    """The network's velocities with LoRA and without."""
     found = []
     for on in (True, False):
         for layer in network.net.modules():
@@ -39,7 +42,7 @@ def velocities(network, inputs) -> list[torch.Tensor]:
 
 
 def build(recipe):
-    """A network whose LoRA does something."""
+    """A network whose LoRA has a non-zero effect."""
     network = recipe.build_backbone()
     for name, p in network.net.named_parameters():
         if "lora_B" in name:
@@ -48,7 +51,7 @@ def build(recipe):
 
 
 def settings_of(recipe, stage: int, world: World) -> dict:
-    """Of the recipe, at another stage, with everything partitioned."""
+    """The config's engine settings at another stage, with every parameter partitioned."""
     settings = engine_settings(recipe.train, world.size)
     zero = {"stage": stage, "reduce_bucket_size": 100_000}
     return settings | {"zero_optimization": zero | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}

@@ -1,4 +1,4 @@
-"""What the documents name exists: files of the tree, code of the equation tables, commands of the Makefile."""
+"""Everything that the documentation names exists: files of the tree, code in the equation tables, Makefile commands."""
 
 import contextlib
 import importlib

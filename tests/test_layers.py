@@ -1,4 +1,4 @@
-"""The layering of docs/architecture, read from the imports: nouns never import verbs, and heavy libraries stay in their file."""
+"""The import rules of docs/architecture: the package never imports programs; heavy libraries stay in one file each."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "pyiqa": {"evaluation/metrics.py"},
     "timm": {"evaluation/metrics.py"},
 }
-FOLDERS = {  # folder or file of the package -> what of teasr it may import: folders (with /) or modules
+FOLDERS = {  # folder or file of the package -> what it may import from teasr: folders (with /) or modules
     "util/": {"util/"},
     "config/": {"config/"},
     "diffusion/": {"diffusion/"},
@@ -44,17 +44,20 @@ FOLDERS = {  # folder or file of the package -> what of teasr it may import: fol
     "backbones/": {"assets/", "backbones/", "diffusion/", "util/"},
     "methods/": {"backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods/", "util/"},
     "methods/base.py": {"backbones.model", "backbones.roles", "data.batch", "methods.sampler", "util/"},
-    "methods/teasr.py": {"backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.sampler", "util/"},
+    "methods/teasr.py": {
+        "backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.sampler", "util/",
+    },
     "run_config.py": {"backbones/", "config/", "data.config", "methods/"},
     "restore/": {"assets/", "backbones/", "diffusion/", "imaging/", "methods/", "restore/", "run_config", "util/"},
     "evaluation/": {"data/", "diffusion/", "evaluation/", "imaging/", "util/"},
     "tracking/": {"config/", "tracking/", "util/"},
     "training/": {
-        "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/", "run_config", "tracking/", "training/", "util/",
+        "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/",
+        "run_config", "tracking/", "training/", "util/",
     },
     "cli.py": {"config/", "methods/", "restore/", "tracking/"},
 }  # fmt: skip
-FILES_AT_MOST = {"": 6}  # directly in a folder; 15 elsewhere
+FILES_AT_MOST = {"": 6}  # directly in the package folder; 15 in every other folder
 
 
 def imports(path) -> set[str]:
@@ -79,7 +82,7 @@ def test_package(path):
     modules = {p.relative_to(ROOT / "teasr").with_suffix("").as_posix().replace("/", ".") for p in PACKAGE}
     modules |= {m.removesuffix(".__init__") for m in modules}
     own = {i.removeprefix("teasr.") for i in found if i.startswith("teasr.")} & modules
-    own -= {m for m in own if any(other.startswith(m + ".") for other in own)}  # a folder that a file is imported from
+    own -= {m for m in own if any(other.startswith(m + ".") for other in own)}  # a folder that is imported from a file
     for place, allowed in FOLDERS.items():
         if name == place or (place.endswith("/") and name.startswith(place)):
             wrong = [m for m in sorted(own) if not any(_covers(a, m) for a in allowed)]
@@ -113,7 +116,7 @@ def test_restoring_imports_neither_deepspeed_nor_mlflow_nor_the_trainer():
 
 
 def test_preparing_data_needs_no_torch():
-    """Workers are many: a second and 200 MB each."""
+    """There are many workers, and importing torch would cost each of them a second and 200 MB."""
     code = "import sys, teasr.data.prep.job; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -128,7 +131,8 @@ def test_every_module_says_what_it_is():
         tree = ast.parse(path.read_text())
         if path.name != "__init__.py" or path.parent.name == "teasr":
             assert ast.get_docstring(tree), path
-        inherits = path.parent.name in ("methods", "backbones", "qwen_image")  # their contract has the docstrings
+        # the base class's docstrings document these methods
+        inherits = path.parent.name in ("methods", "backbones", "qwen_image")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name}"

@@ -1,7 +1,8 @@
-"""A method with three roles on one base, for the tests: a student, a critic that is trained at another rate and on fewer blocks, a frozen teacher.
+"""A test method with three roles on one base: a student, a critic and a frozen teacher.
 
-The student learns from pixels, through the critic, and from the teacher's velocity; the critic tells its results from real latents. Written twice:
-as a method of the framework, and as a plain PyTorch loop that shares no helper with it.
+The critic is trained at another learning rate and on fewer blocks. The student learns from pixels, through the critic,
+and from the teacher's velocity; the critic learns to tell the student's results from real latents. The method is
+written twice: as a `Method` of the framework, and as a plain PyTorch loop that shares no helper with it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from teasr.util.randomness import Draws
 
 @dataclass(frozen=True)
 class TwoRolesConfig:
-    """Factors of the losses, and how the critic differs from the student."""
+    """Loss weights, and how the critic differs from the student."""
 
     lambda_adv: float = 0.5
     lambda_teacher: float = 0.3
@@ -32,18 +33,18 @@ class TwoRolesConfig:
     critic_clip: float | None = 0.2
     critic_blocks: int = 1
     critic_base: str = "main"
-    copies: bool = False  # a copy of the base for each role
-    leak: bool = False  # the fault that the tests must notice: a plain backward pass through the critic
+    copies: bool = False  # give each role its own copy of the base
+    leak: bool = False  # inject the fault that the tests must detect: a plain backward pass through the critic
 
 
 class TwoRoles(Method):
-    """Losses by the framework's means."""
+    """The losses, written with the framework's helpers."""
 
     def roles(self) -> tuple[Role, ...]:
         c = self.config
         critic = Role(
-            "critic", base=c.critic_base, copy="critic" if c.copies else "", rate=c.critic_rate, clip_norm=c.critic_clip,
-            branches="single", blocks=c.critic_blocks, head=True, rank=2,
+            "critic", base=c.critic_base, copy="critic" if c.copies else "", rate=c.critic_rate,
+            clip_norm=c.critic_clip, branches="single", blocks=c.critic_blocks, head=True, rank=2,
         )  # fmt: skip
         teacher = Role("teacher", copy="teacher" if c.copies else "", trains="nothing", branches="single")
         return STUDENT, critic, teacher
@@ -89,7 +90,7 @@ run_config.METHODS["two_roles"] = lambda: (TwoRolesConfig, TwoRoles)
 
 
 def plain_losses(c: TwoRolesConfig, backbones: dict, batch: Batch, draws: Draws) -> tuple[dict, dict]:
-    """Scalars whose gradients the two roles descend, in one graph each, from the equations alone; and what is logged."""
+    """The total loss of each role, as one graph derived directly from the equations, and the values to log."""
     student, critic, teacher = backbones["student"], backbones["critic"], backbones["teacher"]
     roles = {role.name: role for role in TwoRoles(c).roles()}
     z_hq, z_lq = student.encode(batch.x_hq), student.encode(batch.x_lq)
@@ -111,7 +112,7 @@ def plain_losses(c: TwoRolesConfig, backbones: dict, batch: Batch, draws: Draws)
 
 
 def plain_torch(config, shards_batches, updates: int) -> tuple[list[dict], dict[str, dict]]:
-    """The run without the framework: what it logs by update, and the final trained weights by role."""
+    """Train without the framework; return the logged values of each update and the final trained weights by role."""
     c, train, roles = config.method, config.train, TwoRoles(config.method).roles()
     if c.copies:
         backbones = {role.name: config.build_backbone((role,)) for role in roles}
@@ -125,7 +126,9 @@ def plain_torch(config, shards_batches, updates: int) -> tuple[list[dict], dict[
     rates = {"student": 1.0, "critic": c.critic_rate}
     clips = {"student": train.clip_norm, "critic": train.clip_norm if c.critic_clip is None else c.critic_clip}
     optimizers = {
-        name: torch.optim.AdamW(own.values(), lr=train.learning_rate * rates[name], betas=train.betas, weight_decay=train.weight_decay)
+        name: torch.optim.AdamW(
+            own.values(), lr=train.learning_rate * rates[name], betas=train.betas, weight_decay=train.weight_decay,
+        )
         for name, own in trained.items()
     }  # fmt: skip
     found = []
@@ -153,7 +156,7 @@ def plain_torch(config, shards_batches, updates: int) -> tuple[list[dict], dict[
 
 
 class OneSided(TwoRoles):
-    """Forgets its critic."""
+    """A faulty method that yields no loss for its critic."""
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         yield next(super().losses(models, batch, draws, progress))

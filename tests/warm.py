@@ -1,10 +1,13 @@
-"""Python programs for tests, forked from one warm parent that has imported torch, DeepSpeed and MLflow already: a second each instead of ten.
+"""Run Python programs for tests by forking a parent process that has already imported torch, DeepSpeed and MLflow.
 
-`run` and `Popen` take the commands and the arguments of `subprocess`. A Python script, `-m module` or the deepspeed launcher on one node is forked;
-anything else, or a command whose environment changes what is read at import time, is started as a real process. The forked launcher does what
-DeepSpeed's does: it sets each rank's environment, and when one rank fails it ends the others and fails with its code.
+This takes one second for each start instead of ten. `run` and `Popen` accept the commands and arguments of
+`subprocess`. A Python script, `-m module` or the deepspeed launcher on one node is forked; any other command, or one
+whose environment changes variables that are read at import time, is started as a real process. The forked launcher
+behaves like DeepSpeed's: it sets each rank's environment, and when one rank fails it stops the others and exits with
+the code of the failed rank.
 
-Run as a program this file is the parent: JSON requests come in on standard input, one a line, and answers go out.
+Run as a program, this file is the parent: it reads JSON requests from standard input, one per line, and writes its
+answers to standard output.
 """
 
 from __future__ import annotations
@@ -22,18 +25,22 @@ import time
 from pathlib import Path
 
 IMPORTS = """
-import numpy, cv2, PIL.Image, scipy.special, torch, torch.distributed, torch.utils.checkpoint, torch._dynamo, safetensors.torch, webdataset
-import torchvision, lpips, peft, accelerate, deepspeed, deepspeed.ops, deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.stage_1_and_2
-import deepspeed.utils, mlflow, mlflow.entities, mlflow.tracking.client, mlflow.store.tracking.sqlalchemy_store, skimage.data
+import numpy, cv2, PIL.Image, scipy.special, torch, torch.distributed, torch.utils.checkpoint, torch._dynamo, \
+safetensors.torch, webdataset
+import torchvision, lpips, peft, accelerate, deepspeed, deepspeed.ops, deepspeed.runtime.zero.stage3, \
+deepspeed.runtime.zero.stage_1_and_2
+import deepspeed.utils, mlflow, mlflow.entities, mlflow.tracking.client, \
+mlflow.store.tracking.sqlalchemy_store, skimage.data
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-import teasr.training.trainer, teasr.training.footprint, teasr.backbones.tiny, teasr.backbones.qwen_image.backbone, teasr.methods.teasr
+import teasr.training.trainer, teasr.training.footprint, teasr.backbones.tiny, \
+teasr.backbones.qwen_image.backbone, teasr.methods.teasr
 import teasr.restore.upscaler, teasr.restore.batch, teasr.evaluation.benchmark, teasr.data.prep.job
 """
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHONPATH")
 
 
 class _Parent:
-    """The warm process of this test session, started when it is first needed."""
+    """The warm process of this test session, started on first use."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
@@ -42,7 +49,7 @@ class _Parent:
         self.lock = threading.Lock()
 
     def fork(self, request: dict) -> int:
-        """Process id of a new child."""
+        """Fork a child for `request` and return its process id."""
         with self.lock:
             if self.process is None:
                 self._start()
@@ -75,13 +82,16 @@ _PARENT = _Parent()
 
 
 class _Forked:
-    """A forked child with the interface of subprocess.Popen, as far as tests use it."""
+    """A forked child with the parts of subprocess.Popen's interface that tests use."""
 
     def __init__(self, request: dict, merge: bool, text: bool):
         self.text, self.returncode = text, None
         self._out, self._err = (Path(tempfile.mkstemp(prefix=f"warm-{name}-")[1]) for name in ("out", "err"))
         self.pid = _PARENT.fork(request | {"out": str(self._out), "err": None if merge else str(self._err)})
-        self.stdout, self.stderr = (open(path, "r" if text else "rb") for path in (self._out, self._err))  # noqa: SIM115
+        self.stdout, self.stderr = (
+            open(path, "r" if text else "rb")  # noqa: SIM115
+            for path in (self._out, self._err)
+        )
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -116,7 +126,7 @@ class _Forked:
 
 
 def Popen(command: list, env=None, cwd=None, stdout=None, stderr=None, text=False, start_new_session=False):
-    """As subprocess.Popen; output is always kept."""
+    """Like subprocess.Popen; the output is always captured."""
     command = [str(part) for part in command]
     env = dict(os.environ if env is None else env)
     changed = [k for k in {*env, *os.environ} if k.startswith(READ_AT_IMPORT) and env.get(k) != os.environ.get(k)]
@@ -131,7 +141,7 @@ def Popen(command: list, env=None, cwd=None, stdout=None, stderr=None, text=Fals
 
 
 def run(command: list, capture_output=False, timeout=None, check=False, **how) -> subprocess.CompletedProcess:
-    """As subprocess.run."""
+    """Like subprocess.run."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
     process = Popen(command, **(how | pipes))
     try:
@@ -139,7 +149,7 @@ def run(command: list, capture_output=False, timeout=None, check=False, **how) -
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    if not capture_output and isinstance(process, _Forked):  # as if it had been inherited
+    if not capture_output and isinstance(process, _Forked):  # print the output as if the streams had been inherited
         for stream, text in ((sys.stdout, out), (sys.stderr, err)):
             stream.write(text if isinstance(text, str) else text.decode(errors="replace"))
     done = subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -149,7 +159,10 @@ def run(command: list, capture_output=False, timeout=None, check=False, **how) -
 
 
 def _program(command: list[str]) -> tuple[list[str] | None, int | None, int | None]:
-    """What Python runs (script or -m module, and arguments), ranks and port of the launcher; no program where it must be a real process."""
+    """Return the Python program (script or -m module, with arguments) and the launcher's number of ranks and port.
+
+    The program is None if the command has to be a real process.
+    """
     if command[0] == sys.executable:
         return (command[1:], None, None) if command[1].endswith(".py") or command[1] == "-m" else (None, None, None)
     if Path(command[0]).name != "deepspeed":
@@ -162,22 +175,22 @@ def _program(command: list[str]) -> tuple[list[str] | None, int | None, int | No
     return rest, found["--num_gpus"], found["--master_port"]
 
 
-# from here on: the parent and its children
+# below: the code of the parent and its children
 
 
 def main() -> None:
-    """Import, then fork a child for every request and tell how each one ended."""
+    """Import the libraries, then fork a child for every request and report how each one ended."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the imports print is no answer
+    os.dup2(2, 1)  # keep the output of the imports out of the answers
     exec(IMPORTS, {})
-    lock = threading.RLock()  # a signal may come while an answer is written
+    lock = threading.RLock()  # reentrant, since SIGCHLD may arrive while an answer is being written
 
     def answer(**what) -> None:
         with lock:
             answers.write(json.dumps(what) + "\n")
             answers.flush()
 
-    # a thread that waits for children would be forked with them: signals tell instead
+    # use a signal handler: a thread that waits for children would not survive the fork
     signal.signal(signal.SIGCHLD, lambda *_: collect(answer))
     while True:
         line = sys.stdin.readline()
@@ -193,7 +206,7 @@ def main() -> None:
 
 
 def collect(answer) -> None:
-    """Tell of every child that has ended."""
+    """Report every child that has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -225,7 +238,7 @@ def child(request: dict) -> None:
 
 
 def launch(request: dict) -> None:
-    """Ranks as DeepSpeed's launcher starts them."""
+    """Start the ranks as DeepSpeed's launcher does."""
     pids = {}
     for rank in range(request["ranks"]):
         pid = os.fork()
@@ -250,14 +263,14 @@ def launch(request: dict) -> None:
         code = code or os.waitstatus_to_exitcode(status)
         if code:
             stop(signal.SIGTERM if code > 0 else signal.SIGKILL, None)
-            if code > 0:  # ranks that wait for the one that failed do not hear it
+            if code > 0:  # ranks that wait for the failed one do not react to SIGTERM
                 time.sleep(0.5)
                 stop(signal.SIGKILL, None)
     os._exit(code & 0xFF)
 
 
 def become(program: list[str]) -> None:
-    """Run a script or a module as Python would; ends the process."""
+    """Run a script or a module as Python would, then end the process."""
     code = 0
     try:
         if program[0] == "-m":

@@ -1,8 +1,9 @@
-"""What a backbone is to the rest of teasr: pictures to latents and back, and one network that serves every role on its base.
+"""The backbone interface: an image codec, and one diffusion network shared by every role on its base.
 
-A backbone owns its habits (time scale, token layout, text, codec, weight files). Methods and samplers see it through `Model` (model.py), the
-trainer through this contract. t_cur in [0, 1] and t_tar in [-1, 1] are float32 [B] (0 clean, 1 noise; a negative target time asks for the fake
-trajectory); z [B, C, h, w] is normalised; x [B, 3, H, W] is in [-1, 1].
+A backbone defines its own time scale, token layout, text handling, codec and weight files. Methods and samplers use it
+through `Model` (model.py), the trainer through this interface. Conventions: the times t_cur in [0, 1] and t_tar in
+[-1, 1] are float32 [B] (0 is clean, 1 is noise; a negative target time requests the fake trajectory); latents z
+[B, C, h, w] are normalised; images x [B, 3, H, W] are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -26,44 +27,45 @@ Part = Literal["velocity", "features", "logits", "encoder"]
 class Backbone(ABC):
     """One base: a diffusion network with the adapter sets of its roles, and its image codec."""
 
-    net: RoleNet  # the trainer puts a DeepSpeed engine in its place where a role trains
-    roles: tuple[Role, ...]  # that live on this base
-    trains_base = False  # its configuration says `train: full`: the base itself is trained, by the one role it then has
-    exports_base = False  # its weight file holds frozen weights too, as it is small
-    autocast: torch.dtype | None = None  # of the network where no engine, which has its own, is around it
-    takes_text = False
+    net: RoleNet  # the trainer replaces it with a DeepSpeed engine if any role trains
+    roles: tuple[Role, ...]  # the roles on this base
+    trains_base = False  # config has `train: full`: the base weights are trained too, by the only role on this base
+    exports_base = False  # the exported weight file also contains the frozen base weights, because the base is small
+    autocast: torch.dtype | None = None  # used if no DeepSpeed engine, which has its own autocast, wraps the network
+    takes_text = False  # the network accepts a text embedding
     latent_channels: int
-    downsample: int  # pixels of the picture for one latent pixel
-    pixel_multiple: int  # height and width of a picture must be divisible by it
-    needs_fit = False  # `fit` has to be called before anything else
-    restores = True  # false: an unconditional prior, which only training starts from
-    own_dtype = False  # computes in a dtype of its own config: autocast stays out
-    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # that a trained one can restore in
-    tile_px = 1024  # side of the tiles in which large pictures are restored
-    patch_px: int  # pixels of the picture for one token: the period of a possible checkerboard
+    downsample: int  # image pixels per latent pixel, along each side
+    pixel_multiple: int  # image height and width must be divisible by it
+    needs_fit = False  # `fit` must be called before anything else
+    restores = True  # false: an unconditional prior, which serves only as a starting point for training
+    own_dtype = False  # the compute dtype comes from the backbone's config, so autocast is not used
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # dtypes in which a trained model can restore
+    tile_px = 1024  # side of the tiles in which large images are restored
+    patch_px: int  # image pixels per token along each side: the period of possible checkerboard artefacts
 
     @abstractmethod
     def __init__(self, config: Any, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
-        """Build the base with its initial weights and the adapter sets of these roles."""
+        """Build the base with its initial weights, and the adapter sets of these roles."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> normalised latents [B, C, H / downsample, W / downsample]."""
+        """Encode images [B, 3, H, W] in [-1, 1] to normalised latents [B, C, H / downsample, W / downsample]."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents -> pictures, differentiable and not clamped (a clamp has no gradient where it acts)."""
+        """Decode normalised latents to images; differentiable, and not clamped (clamped values have no gradient)."""
 
     @property
     def network(self) -> RoleNet:
-        """The network itself, without the engine that may be around it."""
+        """The network itself, without a wrapping DeepSpeed engine."""
         return getattr(self.net, "module", self.net)
 
     def call(self, role: Role, part: Part, z_t: Tensor, t_cur: Tensor, *rest: Tensor | None) -> Tensor:
-        """What `RoleNet.forward` computes for this role, fp32 at least; `rest`: z_lq, t_tar, text. ValueError where there is no text.
+        """Run `RoleNet.forward` for this role and return its output in fp32 or higher precision.
 
-        Where the caller wants the gradient of its input alone, the network is called without its DeepSpeed engine, whose hooks expect a
-        backward pass into parameters.
+        `rest` is z_lq, t_tar, text. Raises ValueError if a text is given to a backbone that takes none. When only the
+        gradient with respect to the input is needed, the network is called without its DeepSpeed engine, because the
+        engine's hooks expect a backward pass into parameters.
         """
         if not self.takes_text and len(rest) == 3 and rest[2] is not None:
             raise ValueError(f"{type(self).__name__} takes no text: leave `text` out of the condition")
@@ -74,31 +76,35 @@ class Backbone(ABC):
         return out if out.dtype == z_t.dtype else out.float()
 
     def snap(self, t: Tensor) -> Tensor:
-        """Round times to what this network can tell apart (identity unless it embeds them in low precision)."""
+        """Round times to the values that this network can distinguish.
+
+        This is the identity unless the network embeds times in low precision.
+        """
         return t
 
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 - most codecs are pretrained
-        """Fit what is fitted to data and not trained; pairs of (x_hq, x_lq) [3, H, W] in [-1, 1]."""
+        """Fit the parts that are fitted to data instead of trained, on pairs (x_hq, x_lq) [3, H, W] in [-1, 1]."""
 
     def fixed_state(self) -> dict[str, Tensor]:
-        """Tensors beside the network that a checkpoint must hold (a fitted codec)."""
+        """Return the tensors outside the network that a checkpoint must contain, such as a fitted codec."""
         return {}
 
     def load_fixed_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `fixed_state` gave."""
+        """Load the tensors returned by `fixed_state`. Raises ValueError for tensors unknown to this backbone."""
         if state:
             raise ValueError(f"this backbone keeps no fixed state, the checkpoint holds {sorted(state)[:3]}")
 
     def check_sharing(self) -> None:
-        """ValueError where a base that is trained itself carries other roles: they would change with it."""
+        """Raise ValueError if the base itself is trained and has several roles: training would change them all."""
         if self.trains_base and len(self.roles) > 1:
             raise ValueError(
-                f"backbone.train = full trains the base that the roles {', '.join(role.name for role in self.roles)} share: set "
+                "backbone.train = full trains the base that the roles "
+                f"{', '.join(role.name for role in self.roles)} share: set "
                 "backbone.train=lora with a backbone.base, or give each role a copy of its own"
             )
 
     def owner(self, name: str, parameter: nn.Parameter) -> str | None:
-        """The role that trains a parameter of the network; None where nothing does."""
+        """Return the role that trains this parameter of the network, or None if it is frozen."""
         if not parameter.requires_grad:
             return None
         for role in self.roles:
@@ -107,21 +113,27 @@ class Backbone(ABC):
         return next(role.name for role in self.roles if role.trains == "adapter")
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:
-        """The parameters that a role trains, by name, in order."""
+        """Return the parameters that a role trains, by name, in the network's order."""
         return {n: p for n, p in self.network.named_parameters() if self.owner(n, p) == role}
 
     def exported(self, role: str = FIRST) -> dict[str, nn.Parameter]:
-        """What the weight file of a role holds, by name, in order: what the role trains, and a small base beside the student."""
+        """Return the parameters in the weight file of a role, by name, in the network's order.
+
+        These are the parameters that the role trains, and for the student also the base if `exports_base` is set.
+        """
         with_base = self.exports_base and role == FIRST
         found = [(n, p, self.owner(n, p)) for n, p in self.network.named_parameters()]
         return {n: p for n, p, owner in found if owner == role or (with_base and owner is None)}
 
     def lora_metadata(self) -> tuple[dict, dict] | None:
-        """For a LoRA file: peft's settings, and what its users must know. None where more than a LoRA is trained."""
+        """Return the metadata of a LoRA file: peft's config, and what else is needed to use the LoRA.
+
+        Returns None if more than a LoRA is trained.
+        """
         return None
 
     def load_weights(self, state: dict[str, Tensor], role: str = FIRST) -> None:
-        """Take the weight file of a role into a freshly built network. ValueError names what does not fit."""
+        """Load the weight file of a role into a new network. Raises ValueError naming a tensor that does not fit."""
         wanted = self.exported(role)
         wrong = sorted(set(wanted) ^ set(state)) or sorted(n for n in wanted if wanted[n].shape != state[n].shape)
         if wrong:
@@ -132,7 +144,10 @@ class Backbone(ABC):
             parameter.data.copy_(state[name])
 
     def share_codec(self, other: Backbone) -> None:
-        """Take over a codec that only `other` has yet. ValueError where the latents of the two do not mean the same."""
+        """Use the codec of `other` if this backbone's codec is not fitted yet.
+
+        Raises ValueError if the two backbones do not share a latent space.
+        """
         if type(self) is not type(other) or self.latent_channels != other.latent_channels:
             raise ValueError(
                 f"prior: {type(self).__name__} with {self.latent_channels} latent channels does not share the codec of "
@@ -141,41 +156,49 @@ class Backbone(ABC):
 
     @classmethod
     def with_random_weights(cls, config: Any) -> Any:
-        """The config of a network of the same sizes with random weights, for which no file is needed."""
+        """Return the config of a network of the same size with random weights, which needs no files."""
         return config
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
-        """Frozen tensors by what they are for, as the memory table of a dry run names them; host memory after a `host:`."""
+        """Return the frozen tensors grouped by purpose, for the memory table of a dry run.
+
+        Groups in host memory have names that start with `host:`.
+        """
         frozen = [p for p in self.net.parameters() if not p.requires_grad]
         return {"network, frozen": [*frozen, *self.net.buffers()]}
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
-        """Move network and codec. `each` gets every part of the network once it is in its final form on the device.
+        """Move the network and the codec to the device.
 
-        Large backbones come part by part, so that a trainer that shards them never holds more than one whole.
+        `each` is called with every part of the network once it is on the device in its final form. Large backbones are
+        moved part by part, so that a trainer that shards them never holds more than one unsharded part.
         """
         self.net.to(device)
         each(self.net)
 
     def offload(self, device: torch.device) -> None:
-        """In place of `to`, to restore with: the network's blocks stay in host memory and visit the device one by one."""
+        """Use instead of `to` for inference: blocks stay in host memory and move to the device one at a time.
+
+        Raises ValueError if the backbone does not support it.
+        """
         raise ValueError(f"{type(self).__name__} cannot be offloaded: leave it out")
 
     @classmethod
     def inference_config(cls, config: Any, dtype: str | None, folder: Path) -> Any:
-        """The config to build a saved model with: no file is needed that only training started from.
+        """Return the config for building a saved model; it needs no files that were used only to start the training.
 
-        folder: where the model lies, with what `files` named; dtype: None, or one of `dtypes` (matters where `own_dtype`).
+        folder: the saved model's folder, including the files listed by `files`. dtype: None, or one of `dtypes` (used
+        only by backbones with `own_dtype`).
         """
         return config
 
     @classmethod
     def files(cls, config: Any) -> dict[str, Path]:
-        """Files that a saved model needs beside its weights: name there -> where they are now."""
+        """Return the files that a saved model needs in addition to its weights: name in its folder -> current path."""
         return {}
 
     def check_size(self, height_px: int, width_px: int) -> None:
-        """Raise ValueError when a picture of this size cannot be encoded."""
+        """Raise ValueError if an image of this size cannot be encoded."""
         m = self.pixel_multiple
         if height_px % m or width_px % m or min(height_px, width_px) < m:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""LoRA sets on one base: which set acts on which tokens is an argument of every product (TEASR sec. 3.4).
+"""Several LoRA sets on one base; each call names the set to apply to each group of tokens (TEASR sec. 3.4).
 
-Stock peft layers hold the weights of a large model, so that its LoRA loads and saves wherever peft's does; `BranchLora`, with the same names, those
-of a small one, which then need not wait for peft's import. Nothing is merged, hooked or switched by global state: activation checkpointing
-recomputes exactly what the first pass computed.
+Large models use peft's own layers, so that their LoRA loads and saves like any peft LoRA. Small models use
+`BranchLora`, which has the same parameter names and avoids the slow import of peft. Nothing is merged, hooked or
+controlled by global state, so activation checkpointing recomputes exactly what the first forward pass computed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from teasr.backbones.roles import DEFAULT_SET, Adapters
 
 
 class LoraLinear(nn.Linear):
-    """A factor of a LoRA: keeps its weight in fp32, computes in the dtype of its input."""
+    """One factor of a LoRA: its weight is stored in fp32, and the product is computed in the dtype of the input."""
 
     def forward(self, x: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """x W^T, or onto + scale x W^T in one product (no tensor of the size of `onto` beside the result)."""
+        """Return x W^T, or onto + scale x W^T as one fused operation, without a temporary tensor of that size."""
         weight = self.weight.to(x.dtype)
         if onto is None:
             return F.linear(x, weight)
@@ -31,7 +31,7 @@ class LoraLinear(nn.Linear):
 
 
 class BranchLora(nn.Module):
-    """A Linear and its LoRA sets with the names, the start and the random draws of peft's layer."""
+    """A Linear and its LoRA sets, with the same names, initialisation and random draws as peft's layer."""
 
     merged = disable_adapters = False
 
@@ -41,7 +41,7 @@ class BranchLora(nn.Module):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
 
     def add_set(self, name: str, rank: int, alpha: float) -> None:
-        """A set that does nothing yet: its second factor is zero."""
+        """Add a set that has no effect yet, because its second factor is initialised to zero."""
         linear, self.scaling[name] = self.base_layer, alpha / rank
         self.lora_A[name] = LoraLinear(linear.in_features, rank, bias=False)
         self.lora_B[name] = LoraLinear(rank, linear.out_features, bias=False)
@@ -60,27 +60,27 @@ def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: float, name:
 
 
 def inject_peft_lora(net: nn.Module, targets: str, rank: int, alpha: float, name: str = DEFAULT_SET) -> None:
-    """The same with peft's layers."""
-    from peft import LoraConfig, inject_adapter_in_model  # takes 5 s: transformers, bitsandbytes
+    """Do the same as `add_branch_lora` with peft's layers."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes 5 s, as it imports transformers and bitsandbytes
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are meant
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are intended
         inject_adapter_in_model(LoraConfig(**lora_settings(targets, rank, alpha)), net, name)
     upgrade_lora(net)
 
 
 def lora_settings(targets: str, rank: int, alpha: int) -> dict:
-    """What peft has to know of it."""
+    """Return the arguments of peft's `LoraConfig`."""
     return {"r": rank, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
 
 
 def has_lora(layer: nn.Module) -> bool:
-    """Whether it is a `BranchLora` or peft's LoRA layer."""
+    """Whether the layer is a `BranchLora` or a LoRA layer of peft."""
     return "lora_A" in layer._modules
 
 
 def upgrade_lora(net: nn.Module) -> None:
-    """Make `LoraLinear` of the factors of every LoRA in `net`, whoever injected it."""
+    """Convert the factors of every LoRA in `net` to `LoraLinear` in place, whichever library added them."""
     for layer in net.modules():
         if has_lora(layer):
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
@@ -88,12 +88,16 @@ def upgrade_lora(net: nn.Module) -> None:
 
 
 def base(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer without its LoRA."""
+    """Apply the layer without its LoRA."""
     return layer.base_layer(x) if has_lora(layer) else layer(x)
 
 
 def add_lora(layer: nn.Module, x: Tensor, y: Tensor, name: str | None) -> Tensor:
-    """y + what the LoRA set `name` of `layer` makes of x; y itself where the layer has no such set, or `name` is None."""
+    """Return y plus the output of the LoRA set `name` for x.
+
+    Returns y itself if `name` is None, or if the layer has no such set. Raises RuntimeError if the LoRA was merged into
+    the base weights.
+    """
     if name is None or not has_lora(layer) or name not in layer.lora_A or layer.disable_adapters:
         return y
     if layer.merged:
@@ -102,14 +106,14 @@ def add_lora(layer: nn.Module, x: Tensor, y: Tensor, name: str | None) -> Tensor
 
 
 def with_lora(layer: nn.Module, x: Tensor, name: str | None) -> Tensor:
-    """The layer with this LoRA set, for tokens that come on their own."""
+    """Apply the layer with this LoRA set to the tokens of a single branch."""
     return add_lora(layer, x, base(layer, x), name)
 
 
 def branch(layer: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
-    """The layer for all branches, x [B, K, ...] with the noise branch at index 0 and the condition branch, if there is one, at 1.
+    """Apply the layer to all branches, x [B, K, ...]: the noise branch at index 0, an optional condition branch at 1.
 
-    One base product serves both; each branch then gets the delta of its own LoRA set.
+    The base product is computed once for both branches, then each branch adds the output of its own LoRA set.
     """
     y = base(layer, x)
     if has_lora(layer):
@@ -120,7 +124,7 @@ def branch(layer: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
 
 
 def replace_linears(net: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put make(linear) in the place of every Linear of `net`, under its LoRA where it has one."""
+    """Replace every Linear of `net` by make(linear), keeping the LoRA around it if it has one."""
     for name, child in list(net.named_children()):
         holder, key = (child, "base_layer") if has_lora(child) else (net, name)
         linear = getattr(holder, key)

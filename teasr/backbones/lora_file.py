@@ -1,7 +1,8 @@
-"""A trained condition-branch LoRA as one safetensors file in diffusers' layout, with what it needs to be used rightly, and a model card.
+"""A trained LoRA as one safetensors file in diffusers' layout, with the metadata needed to use it and a model card.
 
-Keys are `transformer.<layer>.lora_A.weight`. The metadata holds peft's settings as diffusers reads them and, under `teasr`, ours: how branches are
-joined, what times mean, and the run it came from. The card says which tokens the LoRA is for and what happens elsewhere.
+Keys are `transformer.<layer>.lora_A.weight`. The metadata contains peft's config as diffusers reads it and, under the
+key `teasr`, our own: how the branches are joined, what the times mean, and which run produced the LoRA. The model card
+says which tokens the LoRA applies to and what happens if other software applies it differently.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FORMAT = 1
 
 
 def write(folder: Path, weights: dict[str, Tensor], peft: dict, ours: dict) -> Path:
-    """Write the file and its card into `folder`; `weights` by the names that the network has them under."""
+    """Write the file and its model card into `folder` and return the file's path. `weights`: by parameter name."""
     tensors = {_outside(name): x.detach().cpu().contiguous() for name, x in sorted(weights.items())}
     peft = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in peft.items()}
     metadata = {
@@ -37,12 +38,16 @@ def write(folder: Path, weights: dict[str, Tensor], peft: dict, ours: dict) -> P
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights by the names of the network, and our metadata. `path`: the file or its folder. ValueError when it is not one of ours."""
+    """Read the weights, by parameter name of the network, and the `teasr` metadata.
+
+    `path` is the file or its folder. Raises ValueError if the file cannot be read or was not written by this version of
+    teasr.
+    """
     path = path / NAME if path.is_dir() else path
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {_inside(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            weights = {_inside(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise ValueError(f"LoRA {path} cannot be read ({error})") from None
     try:
@@ -57,10 +62,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 WHERE = {
-    "dual": """**It acts on condition tokens alone.** Noise and text tokens run through the base weights. A stock diffusers pipeline or ComfyUI loads this
-file without complaint, applies it to all tokens at one time, and gives wrong pictures; so does fusing it into the base weights. Use `teasr`.""",
-    "single": """**It expects the latent of the low-quality picture in place of noise.** A stock diffusers pipeline or ComfyUI loads this file without
-complaint, starts from noise, and gives wrong pictures. Use `teasr`.""",
+    "dual": (
+        "**It acts on condition tokens alone.** Noise and text tokens run through the base weights. "
+        "A stock diffusers pipeline or ComfyUI loads this\nfile without complaint, "
+        "applies it to all tokens at one time, and gives wrong pictures; "
+        "so does fusing it into the base weights. Use `teasr`."
+    ),
+    "single": (
+        "**It expects the latent of the low-quality picture in place of noise.** "
+        "A stock diffusers pipeline or ComfyUI loads this file without\ncomplaint, starts from noise, "
+        "and gives wrong pictures. Use `teasr`."
+    ),
 }
 
 
@@ -73,7 +85,7 @@ def _inside(name: str) -> str:
 
 
 def card(tensors: dict[str, Tensor], ours: dict) -> str:
-    """The model card."""
+    """Return the text of the model card."""
     count = sum(x.numel() for x in tensors.values())
     base, rank = ours["base_model"], ours["lora_rank"]
     return f"""---
@@ -85,17 +97,20 @@ tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
 
 # TEASR LoRA for {base}
 
-Restores pictures (x4 real-world super-resolution) in 1 to 30 steps: rank {rank}, {count / 1e6:,.1f} M weights in {next(iter(tensors.values())).dtype}.
+Restores pictures (x4 real-world super-resolution) in 1 to 30 steps: rank {rank}, \
+{count / 1e6:,.1f} M weights in {next(iter(tensors.values())).dtype}.
 
 {WHERE[ours.get("branches", "dual")]}
 
-Restore with it: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. Continue training from it: `backbone.lora=FOLDER` in a recipe.
+Restore with it: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. \
+Continue training from it: `backbone.lora=FOLDER` in a recipe.
 
 | | |
 |---|---|
 | attention of condition tokens | {ours["cond_attention"]} |
 | positions of condition tokens | {ours["rope"]} |
-| times | t_cur in [0, 1], 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; in fp32 before the sinusoid |
+| times | t_cur in [0, 1], 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
+in fp32 before the sinusoid |
 | prompt | {ours["prompt"]} |
 | weights | {ours["weights"]} after {ours["updates"]} updates |
 | commit | {ours["commit"]} |

@@ -1,4 +1,4 @@
-"""Models: a role as a method calls it, and what it may be asked for."""
+"""`Model`, the interface through which methods call a role, and `Condition`, the inputs of its velocity."""
 
 from __future__ import annotations
 
@@ -13,45 +13,54 @@ from teasr.backbones.roles import STUDENT, Role
 
 @dataclass(frozen=True)
 class Condition:
-    """What a velocity is asked for besides the noised latent and its time; what a role's layout does not take is an error."""
+    """Inputs of a velocity prediction besides the noised latent and its time.
 
-    z_lq: Tensor | None = None  # [B, C, h, w], latent of the low-quality picture: dual branch alone
-    t_tar: Tensor | None = None  # [B] in [-1, 1], time of the condition branch: dual branch alone
-    text: Tensor | None = None  # [B or 1, T, D], embedding of the prompt; None: the backbone's own
-    null_text: Tensor | None = None  # the same of the null prompt, for guidance
-    guidance: float | Tensor = 1.0  # classifier-free: v_null + guidance (v_text - v_null); a number or [B]
+    Passing an input that the role's branch layout does not use is an error.
+    """
+
+    z_lq: Tensor | None = None  # [B, C, h, w], latent of the LQ image; dual-branch roles only
+    t_tar: Tensor | None = None  # [B] in [-1, 1], time of the condition branch; dual-branch roles only
+    text: Tensor | None = None  # [B or 1, T, D], prompt embedding; None: the backbone's default prompt
+    null_text: Tensor | None = None  # embedding of the null prompt, same shape, for guidance
+    guidance: float | Tensor = 1.0  # classifier-free guidance: v_null + guidance (v_text - v_null); a number or [B]
 
 
 NOTHING = Condition()
 
 
 class Model:
-    """One role as a method sees it. Times are float32 [B]: t_cur in [0, 1] (0 clean, 1 noise), t_tar in [-1, 1]."""
+    """One role, as methods call it. Times are float32 [B]: t_cur in [0, 1] (0 clean, 1 noise), t_tar in [-1, 1]."""
 
     def __init__(self, backbone: Backbone, role: Role = STUDENT):
         self.backbone, self.role = backbone, role
 
     @property
     def patch_px(self) -> int:
-        """Pixels of the picture for one token."""
+        """Image pixels per token, along each side."""
         return self.backbone.patch_px
 
     @property
     def pixel_multiple(self) -> int:
-        """Height and width of a picture must be divisible by it."""
+        """Image height and width must be divisible by this number."""
         return self.backbone.pixel_multiple
 
     def snap(self, t: Tensor) -> Tensor:
-        """Round times to what the network can tell apart."""
+        """Round times to the values that the network can distinguish."""
         return self.backbone.snap(t)
 
     def encode(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; at time t [B] for a role with an encoder adapter."""
+        """Encode images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w].
+
+        With a time t [B], also apply the role's encoder adapter at that time.
+        """
         z = self.backbone.encode(x)
         return z if t is None else self.adapt(z, t)
 
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor:
-        """Latents as the time-aware encoder gives them at time t [B]. ValueError for a role without one."""
+        """Apply the role's time-aware encoder adapter to latents at time t [B].
+
+        Raises ValueError for a role without an encoder adapter.
+        """
         if not self.role.encoder:
             raise ValueError(
                 f"role {self.role.name} has no encoder adapter: encode without a time, or set encoder=True"
@@ -59,14 +68,16 @@ class Model:
         return self.backbone.call(self.role, "encoder", z_lq, t)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents -> pictures, differentiable and not clamped."""
+        """Decode latents to images; differentiable, and not clamped."""
         return self.backbone.decode(z)
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor:
-        """Velocity at z_t [B, C, h, w], fp32 at least. ValueError for a condition that the role's layout does not take.
+        """Predict the velocity at z_t [B, C, h, w], in fp32 or higher precision.
 
-        Dual branch: t_tar = t_cur asks for the instantaneous velocity, 0 <= t_tar < t_cur for the average one of the jump t_cur -> t_tar,
-        and t_tar = -t_cur for the one of the fake trajectory (TEASR sec. 3.2, 3.4). Guidance costs a second evaluation, with the null prompt.
+        For dual-branch roles, t_tar = t_cur requests the instantaneous velocity, 0 <= t_tar < t_cur the average
+        velocity of the jump t_cur -> t_tar, and t_tar = -t_cur the velocity of the fake trajectory (TEASR sec. 3.2,
+        3.4). Guidance requires a second evaluation with the null prompt. Raises ValueError for a condition that does
+        not match the role's branch layout.
         """
         role, c = self.role, condition
         if role.blocks is not None:
@@ -84,12 +95,15 @@ class Model:
         return null + g.reshape(-1, 1, 1, 1) * (v - null)
 
     def features(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """Tokens after block k of the single branch as a map [B, D, h', w'], k = `blocks` of the role (default: the last)."""
+        """Return the tokens after block k = `role.blocks` (default: the last) as a feature map [B, D, h', w'].
+
+        Raises ValueError for a dual-branch role.
+        """
         self._single("features")
         return self.backbone.call(self.role, "features", z_t, t)
 
     def logits(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """One logit for each token of the features, fp32 [B, h', w']. ValueError for a role without a head."""
+        """Return one logit per feature token, fp32 [B, h', w']. Raises ValueError for a role without a head."""
         if not self.role.head:
             raise ValueError(f"role {self.role.name} has no head: set head=True")
         self._single("logits")

@@ -1,4 +1,7 @@
-"""Networks larger than a GPU's memory, for restoring: blocks lie in host memory and come one ahead of their turn (diffusers' group offloading)."""
+"""Inference with networks larger than GPU memory, using diffusers' group offloading.
+
+Blocks stay in host memory and are copied to the device when needed, prefetching one block on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from torch import nn
 
 
 def offload_blocks(network: nn.Module, device: torch.device) -> None:
-    """Hook a network that lies in host memory so that it computes on `device`: its list of blocks one by one, the rest as one group.
+    """Add hooks to a network in host memory so that it computes on `device`.
 
-    On a GPU the next block is copied while one computes.
+    The blocks in its module list are moved one at a time, all other modules as one group. On a GPU the next block is
+    copied while the current one computes.
     """
     from diffusers.hooks import apply_group_offloading
 

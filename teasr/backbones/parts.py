@@ -1,4 +1,7 @@
-"""What roles may have beside a LoRA set: a time-aware adapter of the latent, and a head for discriminators; and how a network serves its roles."""
+"""`RoleNet`, the base class of networks shared by several roles, and the modules a role may have besides its LoRA set.
+
+These modules are a time-aware adapter of the latent (`LatentAdapter`) and a discriminator head (`RegionHead`).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,23 @@ from torch import Tensor, nn
 
 from teasr.backbones.roles import STUDENT, Role
 
-TIME_SCALE = 1000.0  # times enter the sinusoid in these units, as in the large diffusion transformers
+TIME_SCALE = 1000.0  # times are multiplied by this before the sinusoid, as in large diffusion transformers
 
 
 def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of times [B] in fp32, [B, width]; a negative time flips the sine half only."""
+    """Sinusoidal embedding of times [B], fp32 [B, width]; negating a time changes the sign of the sine half only."""
     freqs = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = TIME_SCALE * t[:, None] * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
 class LatentAdapter(nn.Module):
-    """B(z, t) of a time-aware encoder where the codec is frozen: three 3x3 convolutions with FiLM by t, the last one zero at the start (TADSR).
+    """The residual B(z, t) of a time-aware encoder (TADSR) on top of a frozen codec.
 
-    Deviation: TADSR trains LoRA and FiLM inside its convolutional encoder; a frozen codec leaves the latent as the place to adapt.
+    Three 3x3 convolutions with FiLM conditioning on t; the last one is initialised to zero.
+
+    Deviation: TADSR trains LoRA and FiLM inside its convolutional encoder; here the codec is frozen, so the latent is
+    adapted instead.
     """
 
     def __init__(self, channels: int, width: int = 64, embedding: int = 256):
@@ -36,7 +42,7 @@ class LatentAdapter(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """[B, C, h, w] and times [B] -> [B, C, h, w], fp32."""
+        """Map latents [B, C, h, w] and times [B] to a residual [B, C, h, w], fp32."""
         with torch.autocast(z.device.type, enabled=False):
             film = self.embed(sinusoid(t.float(), self.embed[0].in_features).to(self.last.weight.dtype))
             scale1, shift1, scale2, shift2 = film[..., None, None].chunk(4, dim=1)
@@ -45,7 +51,10 @@ class LatentAdapter(nn.Module):
 
 
 class RegionHead(nn.Module):
-    """One logit for each token of a feature map; the last layer is zero at the start, so that a discriminator begins undecided (D3SR)."""
+    """Discriminator head with one logit per token of a feature map (D3SR).
+
+    The last layer is initialised to zero, so that all logits start at zero.
+    """
 
     def __init__(self, channels: int, width: int = 256):
         super().__init__()
@@ -60,12 +69,12 @@ class RegionHead(nn.Module):
 
 
 class RoleNet(nn.Module):
-    """A network that serves every role on its base; children say how velocity and features are computed."""
+    """A network shared by every role on its base. Subclasses implement `predict` and `features`."""
 
-    parts: nn.ModuleDict  # what roles have of their own, by role; only where one has something
+    parts: nn.ModuleDict  # encoder adapters and heads by role name; absent if no role has any
 
     def add_parts(self, role: Role, latent_channels: int, feature_channels: int) -> None:
-        """Build what this role has of its own, under `parts.<role>`."""
+        """Build this role's encoder adapter and head, if it has them, under `parts.<role>`."""
         own = nn.ModuleDict()
         if role.encoder:
             own["encoder"] = LatentAdapter(latent_channels)
@@ -87,7 +96,11 @@ class RoleNet(nn.Module):
         role: Role = STUDENT,
         part: str = "velocity",
     ) -> Tensor:
-        """velocity: [B, C, h, w]. features: [B, D, h', w'] after `role.blocks`. logits: [B, h', w']. encoder: z_t as adapted at t_cur."""
+        """Compute one output for a role, selected by `part`.
+
+        velocity: [B, C, h, w]. features: [B, D, h', w'] after block `role.blocks`. logits: [B, h', w']. encoder: z_t
+        adapted by the encoder adapter at time t_cur, [B, C, h, w].
+        """
         if part == "encoder":
             return z_t + self.parts[role.name]["encoder"](z_t, t_cur).to(z_t.dtype)
         if part == "velocity":
@@ -99,8 +112,8 @@ class RoleNet(nn.Module):
     def predict(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
     ) -> Tensor:
-        """Velocity at z_t."""
+        """Predict the velocity at z_t."""
 
     @abstractmethod
     def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
-        """Tokens after block `role.blocks` (None: the last) of the single branch, as a map."""
+        """Return the tokens after block `role.blocks` (None: the last) as a feature map; single-branch roles only."""

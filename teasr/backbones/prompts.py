@@ -1,7 +1,8 @@
-"""The prompt of a data set as one file: the text embedding of Qwen-Image, computed once and stored with its story.
+"""Prompt files: the Qwen-Image text embedding of one prompt, computed once and stored with its provenance.
 
-Training and inference use one prompt (the empty one), so that the text encoder of 7 B parameters is needed for a minute here and
-never again. `pack` and `unpack` are the checked safetensors that the latents (data/latents.py) are kept in too.
+Training and inference use a single prompt (the empty one), so the text encoder (7 B parameters) is loaded only once,
+for about a minute, to write this file. `pack` and `unpack` write and read safetensors with a checksum and a
+record of their provenance (the "story"); cached latents (data/latents.py) use the same format.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ from torch import Tensor
 from teasr.util.files import write_atomic
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STORY = "teasr"  # the one key of the safetensors metadata: several keys would come in a different order every time
+STORY = "teasr"  # the only metadata key, because safetensors does not write several keys in a fixed order
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompt is embedded by which model."""
+    """Which prompt to embed, with which model, and where to store the result."""
 
     model: str  # local folder of a diffusers Qwen-Image model, or its name on the hub
-    out: str  # the file
+    out: str  # path of the prompt file to write
     prompt: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["bf16", "fp32"] = "bf16"  # the text encoder computes in it, and the embedding is stored in it
+    dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the text encoder and of the stored embedding
 
 
 def cache_prompt(config: PromptConfig) -> None:
-    """Write the prompt's file unless it is there with the same story, and say so. ValueError names what is wrong."""
+    """Compute and write the prompt file, unless it exists with the same provenance; print what was done.
+
+    Raises ValueError with the cause if `out` is a folder, or if the model or the device is unavailable.
+    """
     out = Path(config.out).expanduser()
     if out.is_dir():
         raise ValueError(f"out = {config.out} is a folder: name a file, such as out={config.out}/prompt.safetensors")
@@ -61,7 +65,10 @@ def cache_prompt(config: PromptConfig) -> None:
 
 
 def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
-    """Embedding [L, D], mask [L] (1: a token; None: all are) and the story of a prompt file. ValueError when it is damaged."""
+    """Read a prompt file: embedding [L, D], mask [L] (1 for tokens; None if all are tokens) and provenance.
+
+    Raises ValueError if the file is missing or damaged.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -78,16 +85,16 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
 
 
 def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """What `QwenImagePipeline.encode_prompt` gives for one prompt, on the CPU: [L, D] and a mask [L] or None.
+    """Embed one prompt with `QwenImagePipeline.encode_prompt`: embedding [L, D] and mask [L] or None, on the CPU.
 
-    Only tokenizer and text encoder are loaded. ValueError when one is missing or incomplete.
+    Only the tokenizer and the text encoder are loaded. Raises ValueError if one is missing or incomplete.
     """
     from diffusers import QwenImagePipeline
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
     name = model_name(model, "model")
     try:
-        # first, since it fails in half a minute when the hub is out of reach, and a tokenizer in several
+        # The config comes first: if the hub is unreachable it fails in half a minute, the tokenizer in several minutes.
         Qwen2_5_VLConfig.from_pretrained(name, subfolder="text_encoder")
         tokenizer = Qwen2Tokenizer.from_pretrained(name, subfolder="tokenizer")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -95,7 +102,7 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
     encoder = load_part(Qwen2_5_VLForConditionalGeneration, "model", model, "text_encoder", dtype, "text encoder")
     pipeline = QwenImagePipeline(None, None, encoder.to(device).eval(), tokenizer, None)
     template = pipeline.prompt_template_encode
-    # transformers makes a tokenizer without any words when its files are missing, and says nothing
+    # transformers silently creates a tokenizer with an empty vocabulary if its files are missing
     if tokenizer.decode(tokenizer(template).input_ids) != template:
         raise cannot_load("model", model, "its folder tokenizer is missing or broken: it cannot spell the template")
     with torch.inference_mode():
@@ -104,12 +111,15 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def libraries() -> dict[str, str]:
-    """Versions that decide an embedding, without the build for one kind of machine (+cpu, +cu128)."""
+    """Return the library versions that affect an embedding, without build tags such as +cpu or +cu128."""
     return {name: version(name).split("+")[0] for name in ("diffusers", "torch", "transformers")}
 
 
 def pick_device(device: str) -> torch.device:
-    """auto, cpu or cuda -> a device; among several GPUs the one of LOCAL_RANK. ValueError when it is not there."""
+    """Resolve auto, cpu or cuda to a device; with several GPUs, use index LOCAL_RANK.
+
+    Raises ValueError if that GPU is not available.
+    """
     found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cpu" or (device == "auto" and not found):
         return torch.device("cpu")
@@ -122,7 +132,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def model_name(model: str, key: str) -> str:
-    """A local folder as it is, or a name on the hub. ValueError when it can be neither."""
+    """Return a local folder (with ~ expanded) or a hub name. Raises ValueError if `model` is neither."""
     folder = Path(model).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError(
@@ -132,26 +142,29 @@ def model_name(model: str, key: str) -> str:
 
 
 def load_part(cls: type, key: str, model: str, subfolder: str | None, dtype: torch.dtype, what: str):
-    """`cls.from_pretrained` of one part of a diffusers model, complete. ValueError, naming `key` and `what`, when it is not."""
+    """Load one part of a diffusers model with `cls.from_pretrained`.
+
+    Raises ValueError, naming `key` and `what`, if it cannot be loaded or is incomplete.
+    """
     try:
         part, info = cls.from_pretrained(
             model_name(model, key), subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise cannot_load(key, model, error) from error
-    if info["missing_keys"]:  # both libraries would fill them with random numbers
+    if info["missing_keys"]:  # diffusers and transformers would initialise them randomly
         raise cannot_load(key, model, f"its {what} lack{'' if what == 'weights' else 's'} {min(info['missing_keys'])}")
     return part
 
 
 def vae_folder(model: str, key: str) -> str | None:
-    """Where the VAE of a model lies: "vae", or None in the folder of a VAE alone."""
+    """Return the subfolder of the VAE: "vae", or None if `model` is the folder of a VAE itself."""
     folder = Path(model_name(model, key))
     return "vae" if (folder / "vae").is_dir() or not folder.is_dir() else None
 
 
 def cannot_load(key: str, model: str, error: object) -> ValueError:
-    """The error of a model that is missing, incomplete or out of reach, in one line with the cure."""
+    """Return a one-line error, with the remedy, for a model that is missing, incomplete or unreachable."""
     reason = " ".join(str(error).split())[:300]
     return ValueError(
         f"{key} = {model} cannot be loaded ({reason}): give the local folder of a complete diffusers model "
@@ -160,14 +173,20 @@ def cannot_load(key: str, model: str, error: object) -> ValueError:
 
 
 def pack(tensors: dict[str, Tensor], story: dict) -> bytes:
-    """Tensors and a JSON story -> safetensors that depend on these alone, with a check sum of both."""
+    """Serialise tensors and their provenance (a JSON dict) to safetensors, with a checksum of both.
+
+    The result is deterministic: it depends only on the arguments.
+    """
     tensors = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
     text = json.dumps(story | {"crc32": _crc32(tensors, story)}, sort_keys=True)
     return safetensors.save(tensors, {STORY: text})
 
 
 def unpack(data: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
-    """What `pack` took. ValueError, beginning with `name`, unless it is as it was written."""
+    """Return the tensors and the provenance given to `pack`.
+
+    Raises ValueError, starting with `name`, if the data is damaged or was modified.
+    """
     try:
         tensors = safetensors.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

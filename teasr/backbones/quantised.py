@@ -1,7 +1,8 @@
-"""Frozen Linears in 8 or 4 bits: kept small, expanded to the compute dtype for the moment of a product.
+"""Frozen Linear layers stored in 8 or 4 bits and dequantised to the compute dtype for each matrix product.
 
-The backward pass expands them again instead of keeping the expanded copy, with or without activation checkpointing. The packed weights are
-buffers, not parameters: nothing trains them, no optimiser or checkpoint holds them, and ZeRO-3 leaves them whole on every rank.
+The backward pass dequantises again instead of keeping the dequantised copy, with or without activation checkpointing.
+The packed weights are buffers, not parameters: they are not trained, are in no optimiser or checkpoint, and ZeRO-3 does
+not shard them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 class QuantisedLinear(nn.Module):
-    """A frozen Linear [in] -> [out]; its children say how the weight is kept."""
+    """A frozen Linear [in] -> [out]; subclasses define how the weight is stored."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -20,11 +21,11 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in this dtype."""
+        """Return the dequantised weight [out, in] in this dtype."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """As a Linear; only the input gets a gradient."""
+        """Compute the same as a Linear; only the input receives a gradient."""
         return _Product.apply(x, self)
 
 
@@ -40,9 +41,10 @@ class _Product(torch.autograd.Function):
 
 
 class Fp8Linear(QuantisedLinear):
-    """float8 (e4m3, 3 bits of mantissa) with a power of two for each output channel, so that small weights keep their bits.
+    """Weight in float8 (e4m3, 3 mantissa bits) with a power-of-two scale per output channel.
 
-    8 bits a weight; rounding error of 2 to 3 % rms, whatever the size of the weights.
+    The scale preserves the precision of small weights. 8 bits per weight; rounding error of 2 to 3 % rms, independent
+    of the magnitude of the weights.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -58,22 +60,23 @@ class Fp8Linear(QuantisedLinear):
 
 
 class Nf4Linear(QuantisedLinear):
-    """NormalFloat of 4 bits in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314): 4.13 bits a weight, about 9 % rms.
+    """Weight in 4-bit NormalFloat (NF4) with blocks of 64 and double quantisation (QLoRA, arXiv 2305.14314).
 
-    ImportError with the pip line when bitsandbytes is missing.
+    4.13 bits per weight; rounding error of about 9 % rms. Raises ImportError with the pip command if bitsandbytes is
+    missing.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         library = _bitsandbytes()
-        if "dynamic" not in library.name2qmap:  # kept on the device of its first use, which must not be meta
+        if "dynamic" not in library.name2qmap:  # cached on the device of its first use, which must not be meta
             library.name2qmap["dynamic"] = library.create_dynamic_map()
         packed, state = library.quantize_4bit(
             linear.weight.detach().contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
         )
         self.state = state
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", state.absmax, persistent=False)  # of blocks, in 8 bits
+        self.register_buffer("scales", state.absmax, persistent=False)  # one 8-bit scale per block
         self.register_buffer("scales_of_scales", state.state2.absmax, persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> Nf4Linear:

@@ -1,8 +1,9 @@
-"""Roles: the networks of a method as its paper names them, and which of them share weights.
+"""Roles: the networks of a method, named as in its paper, and which of them share weights.
 
-A base is a set of loaded weights: `backbone:` of the configuration is the base `main`, `prior:` a second one. A role is one network on a base.
-Roles on the same base share its frozen weights and differ by their adapter set. Which set acts on which tokens travels as an argument down to
-each Linear, never as a switch: recomputed activations, which come at backward time, then see what the first pass saw.
+A base is a set of loaded weights: the section `backbone:` of the config is the base `main`, `prior:` is a second one. A
+role is one network on a base. Roles on the same base share its frozen weights and differ in their adapter set. The
+adapter set for each group of tokens is passed down to every Linear as an argument and is never global state, so that
+activation checkpointing recomputes with the same adapters as the first forward pass.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FIRST = "student"  # the role that every method has: averaged, previewed, exported, restored with
-DEFAULT_SET = "default"  # its adapter set, by the name that peft and diffusers give to the only one
+FIRST = "student"  # the role that every method has; EMA, previews, export and restoration use it
+DEFAULT_SET = "default"  # the student's adapter set; peft and diffusers use this name for a single adapter
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Which adapter set acts on which tokens; None: the base weights alone."""
+    """The adapter sets that act on noise and on condition tokens; None: base weights only."""
 
     noise: str | None = None
     condition: str | None = None
@@ -29,18 +30,19 @@ class Role:
     """One network of a method: student, fake score, teacher, discriminator."""
 
     name: str
-    base: Literal["main", "prior"] = "main"  # the section of the configuration that its weights come from
-    copy: str = ""  # roles with the same base and copy share weights; another name here is another copy in memory
-    # adapter: its LoRA set, its encoder adapter and its head, and the base itself where the base's configuration says `train: full`
+    base: Literal["main", "prior"] = "main"  # which base its weights come from: config section `backbone:` or `prior:`
+    copy: str = ""  # roles with the same base and copy share weights; a different name creates another copy in memory
+    # adapter: its LoRA set, encoder adapter and head, and the base weights too if the base's config sets `train: full`
     trains: Literal["adapter", "head", "nothing"] = "adapter"
     rate: float = 1.0  # factor on train.learning_rate
-    clip_norm: float | None = None  # of its own gradient; None: train.clip_norm
-    # dual: noise tokens at t_cur see condition tokens (z_lq) at t_tar, and the adapter acts on the latter; single: noise tokens alone, adapted
+    clip_norm: float | None = None  # maximum norm of this role's gradient; None: train.clip_norm
+    # dual: noise tokens at t_cur attend to condition tokens (z_lq) at t_tar, and the adapter acts on the condition
+    # tokens; single: noise tokens only, and the adapter acts on them
     branches: Literal["dual", "single"] = "dual"
-    blocks: int | None = None  # sees only blocks 1..k and returns features of them, no velocity
-    head: bool = False  # one logit for each token of the features
-    encoder: bool = False  # a time-aware adapter of the latent, z + B(z, t), which starts as the identity
-    rank: int | None = None  # of its LoRA; None: that of the backbone
+    blocks: int | None = None  # k: run only blocks 1..k and return features instead of a velocity
+    head: bool = False  # add a head with one logit per feature token
+    encoder: bool = False  # add a time-aware adapter of the latent, z + B(z, t), initialised to the identity
+    rank: int | None = None  # rank of its LoRA; None: the backbone's lora_rank
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name == DEFAULT_SET:
@@ -54,19 +56,19 @@ class Role:
 
     @property
     def place(self) -> tuple[str, str]:
-        """What roles that share weights have in common."""
+        """(base, copy): roles with the same place share weights."""
         return self.base, self.copy
 
     @property
     def adapter_set(self) -> str | None:
-        """Name of its LoRA set in the network's parameters; None where it has none."""
+        """Name of its LoRA set in the network's parameters, or None if it has no LoRA."""
         if self.trains != "adapter":
             return None
         return DEFAULT_SET if self.name == FIRST else self.name
 
     @property
     def adapters(self) -> Adapters:
-        """Which tokens its LoRA acts on."""
+        """The tokens that its LoRA acts on: noise tokens if single-branch, condition tokens if dual-branch."""
         single = self.branches == "single"
         return Adapters(self.adapter_set if single else None, None if single else self.adapter_set)
 
@@ -75,7 +77,7 @@ STUDENT = Role(FIRST)
 
 
 def check_roles(roles: Sequence[Role]) -> None:
-    """ValueError where a method's roles cannot live together."""
+    """Raise ValueError if the roles of a method are not a valid combination."""
     names = [role.name for role in roles]
     if not roles or names[0] != FIRST or roles[0].trains != "adapter" or roles[0].place != ("main", ""):
         raise ValueError(
@@ -88,7 +90,7 @@ def check_roles(roles: Sequence[Role]) -> None:
 
 
 def places(roles: Sequence[Role]) -> dict[tuple[str, str], list[Role]]:
-    """(base, copy) -> the roles that live there, in order."""
+    """Group roles by place: (base, copy) -> its roles, in order."""
     found: dict[tuple[str, str], list[Role]] = {}
     for role in roles:
         found.setdefault(role.place, []).append(role)
@@ -96,6 +98,6 @@ def places(roles: Sequence[Role]) -> dict[tuple[str, str], list[Role]]:
 
 
 def blocks_seen(roles: Sequence[Role]) -> int | None:
-    """How many blocks of a base its roles see together; None where one of them sees all."""
+    """Return how many blocks of a base its roles need, or None if one of them uses all blocks."""
     seen = [role.blocks for role in roles]
     return None if None in seen else max(seen, default=None)

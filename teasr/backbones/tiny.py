@@ -1,10 +1,12 @@
-"""A dual-branch diffusion transformer of about a million parameters: the whole method on a laptop, no weights needed.
+"""A dual-branch diffusion transformer of about a million parameters, which runs the whole method on a laptop.
 
-It mirrors the 20B backbone: noise tokens run through the base weights at t_cur, condition tokens through base weights
-plus LoRA at t_tar of either sign, both attend to each other at shared positions (TEASR sec. 3.4). Its codec is linear
-(PCA of 8x8 patches, fitted to the shards), and its output is preconditioned to start at the LQ picture.
+No pretrained weights are needed. It mirrors the 20B backbone: noise tokens run through the base weights at t_cur,
+condition tokens through base weights plus LoRA at t_tar of either sign, and both attend to each other at shared
+positions (TEASR sec. 3.4). Its codec is linear (PCA of 8x8 patches, fitted to the shards), and its output is
+preconditioned so that it starts at the LQ image.
 
-Shape legend: B batch, K branch (0 noise, 1 condition; a prior has the noise branch alone), L tokens of one branch, D width, H heads, E head width.
+Shape legend: B batch, K branches (0 noise, 1 condition; a prior has only the noise branch), L tokens of one branch,
+D width, H heads, E head width.
 """
 
 from __future__ import annotations
@@ -31,21 +33,23 @@ from teasr.diffusion.flow import per_sample
 from teasr.util import checkpoint_folder
 from teasr.util.seed import seed_of
 
-PATCH_PX = 8  # pixels of one codec patch, = one latent pixel, = one token
-ROPE_BASE = 20.0  # lowest frequency: a period of about 90 tokens = 700 px
-PLAIN_ATTENTION = 512**2  # queries times keys up to which bf16 on a CPU does not use the fused kernel
+PATCH_PX = 8  # side of a codec patch in pixels; one patch is one latent pixel and one token
+ROPE_BASE = 20.0  # the lowest frequency has a period of about 90 tokens = 700 px
+PLAIN_ATTENTION = 512**2  # bf16 on a CPU avoids the fused attention kernel up to this many queries x keys
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Size and switches of the tiny backbone.
+    """Config of the tiny backbone.
 
-    conditional: false leaves the condition branch out: an unconditional prior, trained by L_flow alone, as Qwen-Image is for the paper.
-    base: what to start from: a prior's folder (of a run, a checkpoint or launch/export.py), the name of a shipped one, or `random` on purpose.
+    conditional: false omits the condition branch: an unconditional prior, trained with L_flow only, in the role that
+    Qwen-Image has in the paper.
+    base: the prior to start from: a folder (of a run, a checkpoint or launch/export.py), the name of a shipped prior,
+    or `random` for explicitly random weights.
     train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base.
     """
 
-    latent_channels: int = 48  # principal components kept of 8x8x3 = 192
+    latent_channels: int = 48  # number of principal components kept, out of 8x8x3 = 192
     width: int = 128
     depth: int = 4
     heads: int = 4
@@ -54,12 +58,12 @@ class TinyConfig:
     lora_alpha: int = 16
     train: Literal["full", "lora"] = "full"
     base: str | None = None
-    decoupled_timestep: bool = True  # false: both times fused into one embedding on both branches (Table 3, row 1)
-    output_skip: bool = True  # start at the LQ picture; false: at the prior's mean
+    decoupled_timestep: bool = True  # false: both branches share the sum of both time embeddings (Table 3, row 1)
+    output_skip: bool = True  # start at the LQ image; false: at the prior's mean
     conditional: bool = True
-    pair: float | None = (
-        None  # what a noise token gets of its own place in the condition branch beside attention, at the start
-    )
+    # initial weight of a learned skip from each condition token's value to the noise token at the same position, added
+    # to the attention output; null: none
+    pair: float | None = None
     whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
     gradient_checkpointing: bool = False
 
@@ -80,12 +84,13 @@ class TinyConfig:
             self.train == "lora" or self.base not in (None, "random") or self.pair is not None
         ):
             raise ValueError(
-                "backbone.conditional = false trains a prior from scratch: leave backbone.base, backbone.pair and train = lora out"
+                "backbone.conditional = false trains a prior from scratch: leave backbone.base, backbone.pair and "
+                "train = lora out"
             )
 
 
 class PCACodec(nn.Module):
-    """Linear image codec: principal components of 8x8x3 patches, scaled to about unit variance."""
+    """Linear image codec: principal components of 8x8x3 patches, scaled to approximately unit variance."""
 
     def __init__(self, channels: int, whiten: float):
         super().__init__()
@@ -97,9 +102,10 @@ class PCACodec(nn.Module):
         self.register_buffer("residual", torch.ones(channels))  # rms of z_hq - z_lq, for the output skip
 
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]], residual_only: bool = False) -> None:
-        """Fit basis, scales and the HQ-LQ residual in float64 on pairs of pictures [3, H, W] in [-1, 1].
+        """Fit basis, scales and the HQ-LQ residual in float64 on pairs of images [3, H, W] in [-1, 1].
 
-        residual_only: the rest is a prior's, which knows no LQ.
+        residual_only: fit only the HQ-LQ residual and keep the rest, which comes from a prior trained without LQ
+        images. Raises ValueError for fewer than 384 patches.
         """
         hq, lq = [], []
         for x_hq, x_lq in pairs:
@@ -120,7 +126,7 @@ class PCACodec(nn.Module):
         mean = hq.mean(0)
         variance, vectors = torch.linalg.eigh((hq - mean).T @ (hq - mean) / len(hq))
         basis = vectors.flip(1).T[: self.channels]
-        basis = basis * torch.where(basis.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a sign that does not depend on LAPACK
+        basis = basis * torch.where(basis.sum(1, keepdim=True) < 0, -1.0, 1.0)  # fix the sign, which depends on LAPACK
         std = variance.flip(0)[: self.channels].clamp(min=1e-8).sqrt()
         scale = std**self.whiten
         scale = scale * ((std / scale).square().mean().sqrt())  # overall variance 1
@@ -150,7 +156,7 @@ def _patches(x: Tensor) -> Tensor:
 
 
 def rotary_angles(h: int, w: int, head_width: int, device: torch.device) -> Tensor:
-    """Angles [h w, head_width / 2] of two-axis rotary positions, the first half for rows, the second for columns."""
+    """Angles [h w, head_width / 2] of two-axis rotary positions: the first half for rows, the second for columns."""
     n = head_width // 4
     freqs = ROPE_BASE ** (-torch.arange(n, device=device) / n)
     rows, cols = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
@@ -158,13 +164,16 @@ def rotary_angles(h: int, w: int, head_width: int, device: torch.device) -> Tens
 
 
 def rotate(x_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions: pairs (i, i + E/2) are turned by their angle."""
+    """Apply rotary positions: rotate each pair (i, i + E/2) by its angle."""
     a, b = x_BHLE.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
-    """Softmax attention. PyTorch's fused one, but on a CPU in bf16: there its backward is 6 times slower than two products (docs/log.md)."""
+    """Softmax attention, using PyTorch's fused kernel except for small inputs in bf16 on a CPU.
+
+    There the backward pass of the fused kernel is 6 times slower than two matrix products (docs/log.md).
+    """
     small = q_BHLE.shape[-2] * k_BHLE.shape[-2] <= PLAIN_ATTENTION
     low = q_BHLE.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q_BHLE.device.type == "cpu" and low and small:
@@ -174,7 +183,7 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
 
 
 class DualBlock(nn.Module):
-    """Transformer block over one or two token streams with their own modulation and one joint attention."""
+    """Transformer block over one or two token streams with separate modulation and one joint attention."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, pair: float | None = None):
         super().__init__()
@@ -188,7 +197,7 @@ class DualBlock(nn.Module):
     def forward(
         self, x_BKLD: Tensor, temb_BKD: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters, last: bool
     ) -> Tensor:
-        """[B, K, L, D] -> the same; `last`: the noise branch only, [B, L, D], and nothing else is computed."""
+        """Map [B, K, L, D] to the same shape; with `last`, compute and return only the noise branch, [B, L, D]."""
         mod = branch(self.mod, F.silu(temb_BKD), adapters)
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unsqueeze(2).chunk(6, dim=-1)
         y = modulate(x_BKLD, shift1, scale1)
@@ -201,12 +210,12 @@ class DualBlock(nn.Module):
         k = rotate(k, cos[:positions], sin[:positions])
         attended = attend(q, k, v)
         if self.pair is not None and x_BKLD.shape[1] > 1:
-            # a prior never looked at a second picture: attention alone takes thousands of updates to find it
+            # A prior was not trained to attend to a second image, and learning this takes thousands of updates.
             places = x_BKLD.shape[2]
             own = self.pair * v[:, :, places:]
             attended = attended + F.pad(own, (0, 0, 0, attended.shape[2] - places))
         attended = attended.transpose(1, 2).flatten(2)
-        if last:  # nothing reads the condition tokens any more: skip what would never get a gradient
+        if last:  # the condition tokens are no longer used: skip computations that would never receive a gradient
             x = x_BKLD[:, 0] + gate1[:, 0] * with_lora(self.to_out, attended, noise)
             y = modulate(x, shift2[:, 0], scale2[:, 0])
             hidden = F.gelu(with_lora(self.fc1, y, noise), approximate="tanh")
@@ -238,17 +247,19 @@ class TinyDiT(RoleNet):
             DualBlock(d, config.heads, config.mlp_ratio, config.pair) for _ in range(config.depth)
         )
         self.norm_out, self.proj_out = nn.Linear(d, 2 * d), nn.Linear(d, c)
-        for name in ("residual", "spread"):  # copies of the codec's, so that the network is self-contained
+        for name in ("residual", "spread"):  # copies of the codec's buffers: the network is self-contained
             self.register_buffer(name, torch.ones(c))
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Xavier everywhere; open gates, modulation that depends on time at once, and a zero output: start at the LQ picture.
+        """Xavier initialisation, with gates near 1, non-zero modulation weights and a zero output layer.
 
-        Gates start near 1: with gates *and* output at zero no block would see a gradient for many updates. And with a
-        modulation of zero the branches start alike: telling the condition from the noise then took twice as long.
-        Queries and keys start with a strong common part, which rotary positions turn into attention to the same place
-        in both branches; a random start needs thousands of updates to find its condition (docs/log.md).
+        The zero output makes the network start at the LQ image. Gates start near 1, because with both gates and output
+        at zero no block would receive a gradient for many updates. The modulation depends on time from the start: with
+        zero modulation both branches start identical, and learning to distinguish the condition from the noise took
+        twice as long. Queries and keys start with a large common bias, which rotary positions turn into attention to
+        the same position in both branches; with random initialisation the network needs thousands of updates to find
+        the condition (docs/log.md).
         """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
@@ -269,9 +280,10 @@ class TinyDiT(RoleNet):
                 norm.weight.data.fill_(3.0)
 
     def lora_targets(self, role: Role) -> str:
-        """Every Linear that the tokens which this role adapts pass, less those whose result nothing reads.
+        """Return a regular expression that matches the Linears to adapt: all whose output for adapted tokens is used.
 
-        Dual branch: condition tokens, of which the last block only reads keys and values. Single branch: noise tokens, as far as the role sees.
+        Dual-branch roles adapt the condition tokens; in the last block only their keys and values are used.
+        Single-branch roles adapt the noise tokens, in the blocks that the role uses.
         """
         last = (role.blocks or self.config.depth) - 1
         all_of_it = "(mod|to_q|to_k|to_v|to_out|fc1|fc2)"
@@ -280,16 +292,16 @@ class TinyDiT(RoleNet):
         return rf"img_in|blocks\.(?!{last}\.)\d+\.{all_of_it}|blocks\.{last}\.(mod|to_k|to_v)"
 
     def time_embedding(self, t: Tensor, like: Tensor) -> Tensor:
-        """[B] -> [B, D]; the sinusoid in fp32, whatever the network computes in."""
+        """Embed times [B] as [B, D]; the sinusoid is always in fp32, the result in the dtype of `like`."""
         embedding = sinusoid(t.float(), self.config.width).to(like.dtype)
         return self.time_out(F.silu(self.time_in(embedding)))
 
     def predict(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
     ) -> Tensor:
-        """Velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch.
+        """Predict the velocity at z_t; t_cur modulates the noise branch, t_tar (either sign) the condition branch.
 
-        An unconditional network has the noise branch alone: it reads neither z_lq nor t_tar.
+        An unconditional network has only the noise branch and uses neither z_lq nor t_tar.
         """
         dual = role.branches == "dual" and self.config.conditional
         x, temb_cur = self._trunk(z_t, t_cur, z_lq if dual else None, t_tar, role.adapters, len(self.blocks))
@@ -300,14 +312,14 @@ class TinyDiT(RoleNet):
         return precondition(out, z_t, t_cur, torch.zeros_like(z_t), self.spread)
 
     def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
-        """[B, D, h, w]."""
+        """Return a feature map [B, D, h, w]."""
         x, _ = self._trunk(z_t, t_cur, None, None, role.adapters, role.blocks or len(self.blocks))
         return x.transpose(1, 2).unflatten(2, z_t.shape[-2:])
 
     def _trunk(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, adapters: Adapters, blocks: int
     ) -> tuple[Tensor, Tensor]:
-        """Noise tokens [B, L, D] after so many blocks, and the embedding of t_cur [B, D]."""
+        """Return the noise tokens [B, L, D] after this many blocks, and the embedding of t_cur [B, D]."""
         h, w = z_t.shape[-2:]
         latents = (z_t,) if z_lq is None else (z_t, z_lq)
         times = (t_cur,) if t_tar is None else (t_cur, t_tar)
@@ -328,11 +340,14 @@ class TinyDiT(RoleNet):
 
 
 def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C: Tensor) -> Tensor:
-    """Best linear velocity given z_t and a first guess of z0 with error sigma a channel, plus the network's output scaled to what remains.
+    """Precondition the network's output: return the best linear velocity estimate plus the scaled output.
 
-    With d = z0 - start ~ N(0, sigma^2) and y = z_t - (1 - t) start = (1 - t) d + t eps, the posterior mean of v = eps - z0 is
-    y (t - (1 - t) sigma^2) / n - start and its variance sigma^2 / n, n = (1 - t)^2 sigma^2 + t^2. At t = 1 and a zero output
-    the one-step estimate (TEASR eq. 6) is exactly `start`: the LQ picture, or the mean of a prior.
+    The estimate is based on z_t and on a first guess `start` of z0 whose error has standard deviation sigma per
+    channel. The output is scaled to the remaining standard deviation.
+    With d = z0 - start ~ N(0, sigma^2) and y = z_t - (1 - t) start = (1 - t) d + t eps, the posterior mean of
+    v = eps - z0 is y (t - (1 - t) sigma^2) / n - start and its variance is sigma^2 / n, where
+    n = (1 - t)^2 sigma^2 + t^2. At t = 1 and a zero output, the one-step estimate (TEASR eq. 6) is exactly `start`: the
+    LQ image, or the mean of a prior.
     """
     t, sigma2 = per_sample(t_cur.to(z_t.dtype), z_t), per_sample(sigma_C.to(z_t.dtype) ** 2, z_t[0])
     n = (1 - t) ** 2 * sigma2 + t**2
@@ -341,7 +356,10 @@ def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C
 
 
 def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
-    """A prior's weights and codec, from its folder or the name of a shipped one. ValueError when they are missing, damaged or of other sizes."""
+    """Load a prior's weights and codec from its folder or from a shipped prior of this name.
+
+    Raises ValueError if they are missing, damaged or of different sizes.
+    """
     try:
         folder = checkpoint_folder.resolve(assets.find(place) or Path(place))
         file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
@@ -360,7 +378,7 @@ def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
 class Tiny(Backbone):
     """The tiny backbone: `TinyDiT` and its linear codec."""
 
-    exports_base = True  # a tiny base is not worth a second file
+    exports_base = True  # a tiny base does not need a separate file
 
     def __init__(self, config: TinyConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
         self.config, self.roles = config, tuple(roles)
@@ -370,11 +388,11 @@ class Tiny(Backbone):
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, "tiny init"))
             net = TinyDiT(config)
-            if config.base == "random":  # a frozen zero output would let no gradient through to the LoRA
+            if config.base == "random":  # a frozen zero output layer would block the LoRA's gradient
                 nn.init.xavier_uniform_(net.proj_out.weight)
             elif config.base is not None:
                 load_prior(config.base, net, self.codec)
-            if seen := blocks_seen(roles):  # nothing asks for what lies above
+            if seen := blocks_seen(roles):  # later blocks and the output layer are not used
                 net.blocks, net.norm_out, net.proj_out = net.blocks[:seen], None, None
             for name, p in net.named_parameters():
                 dual = any(role.branches == "dual" and role.trains == "adapter" for role in roles)
@@ -385,10 +403,10 @@ class Tiny(Backbone):
         self.needs_fit, self.restores = True, config.conditional
         self.latent_channels = config.latent_channels
         self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
-        self.tile_px = 192  # it learns from crops of 64 px; on a CPU attention is most of the time in larger tiles
+        self.tile_px = 192  # trained on 64 px crops; on a CPU, attention dominates the time for larger tiles
 
     def _add_role(self, net: TinyDiT, role: Role, seed: int) -> None:
-        """Its LoRA set and parts; those of the student continue the random draws of the network."""
+        """Add the role's LoRA set and parts; the student's continue the random number stream of the network."""
         if role.blocks is not None and not 1 <= role.blocks <= self.config.depth:
             raise ValueError(f"role {role.name} sees {role.blocks} blocks: this backbone has 1 to {self.config.depth}")
         if role.adapter_set != DEFAULT_SET:
@@ -433,7 +451,7 @@ class Tiny(Backbone):
 
     @classmethod
     def inference_config(cls, config: TinyConfig, dtype: str | None, folder: Path) -> TinyConfig:
-        return cls.with_random_weights(config)  # everything is exported, the base too
+        return cls.with_random_weights(config)  # the export includes the base weights
 
     def fixed_state(self) -> dict[str, Tensor]:
         return self.codec.state_dict()
@@ -448,7 +466,8 @@ class Tiny(Backbone):
             self.codec.load_state_dict(other.fixed_state())
         elif not all(torch.equal(getattr(self.codec, n), getattr(other.codec, n)) for n in ("mean", "basis", "scale")):
             raise ValueError(
-                f"prior.base = {self.config.base} and backbone.base = {other.config.base} were trained with different codecs: latents of one "
-                "mean nothing to the other; take a prior that was trained with the codec of the backbone"
+                f"prior.base = {self.config.base} and backbone.base = {other.config.base} were trained with "
+                "different codecs: latents of one mean nothing to the other; take a prior that was trained with the "
+                "codec of the backbone"
             )
         self._fitted()

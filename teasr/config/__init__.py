@@ -1,4 +1,4 @@
-"""Settings as they are written in YAML and as the program holds them: strict reading into frozen dataclasses, overrides, differences.
+"""Configuration: strict parsing of YAML into frozen dataclasses, command-line overrides and diffs.
 
-Imports nothing else of teasr, so that reading a configuration costs no heavy import.
+This folder imports nothing else from teasr, so that reading a config requires no heavy imports.
 """

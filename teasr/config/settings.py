@@ -1,4 +1,4 @@
-"""Settings of training and tracking: plain dataclasses, so that reading a config costs no heavy import."""
+"""Configs of training, previews and tracking as plain dataclasses, so that reading them requires no heavy imports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimisation: everything DeepSpeed needs except sharding and offload, which `deepspeed` names."""
+    """Training config: everything that DeepSpeed needs except sharding and offload, which the file `deepspeed` sets."""
 
     updates: int
-    batch: int  # samples of one update, over all ranks
-    micro_batch: int  # samples of one forward on one rank
+    batch: int  # samples per update, over all ranks
+    micro_batch: int  # samples per forward pass on one rank
     learning_rate: float
     deepspeed: str = "ds_configs/zero3.json"
     betas: tuple[float, float] = (0.9, 0.99)
@@ -20,14 +20,15 @@ class TrainConfig:
     clip_norm: float = 1.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_updates: int = 0
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the network's forward; losses and optimiser stay fp32
+    dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the forward pass; losses and optimiser stay in fp32
     ema: float | None = 0.999
     save_every_updates: int = 500
     keep_checkpoints: int = 2
-    on_full_disk: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
-    max_hours: float | None = None  # then the update is finished and saved, and the run ends well
-    max_skipped: int = 10  # updates in a row that are not finite
-    cpu_threads: int | None = None  # of each rank on a machine without GPU; none: cores / ranks
+    on_full_disk: Literal["stop", "continue"] = "stop"  # what to do when a checkpoint cannot be written
+    # time budget: once it is used up, the current update is finished and saved, and the run ends normally
+    max_hours: float | None = None
+    max_skipped: int = 10  # stop after more consecutive non-finite updates than this
+    cpu_threads: int | None = None  # threads per rank on a machine without GPU; null: cores / ranks
 
     def __post_init__(self):
         for name in ("updates", "batch", "micro_batch", "save_every_updates", "keep_checkpoints"):
@@ -43,7 +44,10 @@ class TrainConfig:
             raise ValueError(f"train.ema = {self.ema}: a decay inside (0, 1) such as 0.999, or null for none")
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one update on each rank; ValueError when the batch does not divide."""
+        """Micro-batches per update on each rank.
+
+        Raises ValueError when `batch` is not a multiple of `micro_batch` x `world_size`.
+        """
         each = self.micro_batch * world_size
         if self.batch % each:
             raise ValueError(
@@ -53,7 +57,7 @@ class TrainConfig:
         return self.batch // each
 
     def rate(self, update: int) -> float:
-        """Learning rate of an update (0-based): linear warm-up, then constant or cosine to a twentieth."""
+        """Learning rate of an update (0-based): linear warm-up, then constant or cosine decay to 5 %."""
         import math
 
         warm = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
@@ -64,26 +68,29 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """A fixed handful of pictures restored during the run, before the first update too; one sheet a time, in previews/."""
+    """Previews: a few fixed images restored before the first update and at intervals during the run.
+
+    Each preview is a comparison sheet in previews/.
+    """
 
     every_updates: int | None = None  # null: whenever a checkpoint is saved; 0: never
     pictures: int = 4
-    steps: tuple[int, ...] = (1, 4)  # PSNR-Y at the first of them chooses the best checkpoint
-    shards: str | None = None  # held-out pairs; null: pictures of the training set, and no best checkpoint
+    steps: tuple[int, ...] = (1, 4)  # sampling steps; PSNR-Y at the first value selects the best checkpoint
+    shards: str | None = None  # held-out pairs; null: training pairs, and no best checkpoint is selected
 
     def __post_init__(self):
         if self.pictures < 1 or not self.steps or min(self.steps) < 1 or (self.every_updates or 0) < 0:
             raise ValueError(
-                f"preview.pictures = {self.pictures} and preview.steps = {list(self.steps)} must be >= 1, preview.every_updates = "
-                f"{self.every_updates} >= 0 (0 for no previews)"
+                f"preview.pictures = {self.pictures} and preview.steps = {list(self.steps)} must be >= 1, "
+                f"preview.every_updates = {self.every_updates} >= 0 (0 for no previews)"
             )
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go beside metrics.csv. The environment variable MLFLOW_TRACKING_URI wins over a null `uri`."""
+    """Where metrics are logged in addition to metrics.csv. A null `uri` means MLFLOW_TRACKING_URI if that is set."""
 
     mlflow: bool = True
-    uri: str | None = None  # null: a sqlite file beside the run folders, <run_dir>/../mlflow.db
+    uri: str | None = None  # null and no MLFLOW_TRACKING_URI: the SQLite file <run_dir>/../mlflow.db
     experiment: str = "teasr"
     run_name: str | None = None  # null: the name of the run folder

@@ -1,4 +1,7 @@
-"""Strict YAML to frozen dataclasses: an unknown key is an error that names the nearest one; dotted overrides; diffs."""
+"""Parse YAML strictly into frozen dataclasses; apply dotted overrides; compare configs.
+
+An unknown key is an error that suggests the closest valid key.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file that holds a mapping. ValueError names the file and what is wrong with it."""
+    """Read a YAML file that contains a mapping. Raises ValueError that names the file and the problem."""
     try:
         data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -28,7 +31,10 @@ def read_yaml(path: Path) -> dict:
 
 
 def override(data: dict, assignments: list[str]) -> dict:
-    """Apply `a.b=value` assignments (the value in YAML) to a copy of nested mappings."""
+    """Apply `a.b=value` assignments (the value in YAML) to a copy of nested mappings.
+
+    Raises ValueError for an assignment without a name or `=`, or one that treats a value as a section.
+    """
     data = {key: override(value, []) if isinstance(value, dict) else value for key, value in data.items()}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -45,7 +51,10 @@ def override(data: dict, assignments: list[str]) -> dict:
 
 
 def build(cls: type[T], data: Any, where: str = "") -> T:
-    """Make the dataclass `cls` from a mapping; `where` is the dotted place for messages. Raises ValueError."""
+    """Build the dataclass `cls` from a mapping. `where`: dotted path of `data`, for error messages.
+
+    Raises ValueError for unknown or missing keys and for values of the wrong type.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{where or 'the config'} must be a section with keys, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -61,14 +70,14 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def unknown_key(where: str, key: str, allowed: list[str]) -> str:
-    """The message for a key that does not exist."""
+    """Error message for a key that does not exist."""
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
     return f"config key {where} does not exist: {hint}"
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a YAML value against a type hint and bring it to that type. Raises ValueError naming the place."""
+    """Check a YAML value against a type hint and convert it. Raises ValueError that names the key."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -99,7 +108,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as text
+            return float(value)  # YAML parses 1e-4 as a string
         except ValueError:
             pass
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
@@ -116,7 +125,7 @@ def _type_name(hint: Any) -> str:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain mappings, lists and scalars, as YAML and JSON hold them."""
+    """Convert dataclasses to plain dicts, lists and scalars, ready for YAML or JSON."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
@@ -125,7 +134,7 @@ def to_dict(config: Any) -> Any:
 
 
 def flatten(data: dict, where: str = "") -> dict[str, Any]:
-    """Nested mappings -> {"a.b.c": value}."""
+    """Flatten nested mappings to {"a.b.c": value}."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= flatten(value, _join(where, key)) if isinstance(value, dict) else {_join(where, key): value}
@@ -133,6 +142,6 @@ def flatten(data: dict, where: str = "") -> dict[str, Any]:
 
 
 def diff(old: dict, new: dict) -> list[str]:
-    """Lines `key: old -> new` for what differs between two nested mappings."""
+    """Differences between two nested mappings as lines `key: old -> new`."""
     a, b = flatten(old), flatten(new)
     return [f"{k}: {a.get(k, '(none)')} -> {b.get(k, '(none)')}" for k in sorted(a | b) if a.get(k) != b.get(k)]

@@ -1,4 +1,4 @@
-"""Pairs of low and high quality pictures: the shard format, reading shards for training, held-out pairs for scoring; prep/ makes the shards.
+"""LQ/HQ pairs: the shard format, reading shards for training, and held-out pairs for evaluation.
 
-May import `config`, `degradation`, `imaging` and `util`.
+prep/ makes the shards. This folder may import `config`, `degradation`, `imaging` and `util`.
 """

@@ -1,4 +1,4 @@
-"""What the loader hands to a method."""
+"""The micro-batch that the data loader passes to a method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """One micro-batch: pictures [B, 3, H, W] in [-1, 1], LQ already brought to the size of HQ; keys name the samples."""
+    """One micro-batch: images [B, 3, H, W] in [-1, 1].
+
+    LQ is already up-sampled to the size of HQ. `keys` are the keys of the samples.
+    """
 
     x_hq: Tensor
     x_lq: Tensor
@@ -18,5 +21,8 @@ class Batch:
 
     @classmethod
     def from_uint8(cls, x_hq: Tensor, x_lq: Tensor, keys: list[str], device: torch.device) -> Batch:
-        """From uint8 pictures, moved to the device first: a quarter of the bytes of float32."""
+        """Build a batch from uint8 images.
+
+        They are moved to the device before conversion, which transfers a quarter of the bytes of float32.
+        """
         return cls(*(x.to(device).float() / 127.5 - 1 for x in (x_hq, x_lq)), keys)

@@ -1,4 +1,4 @@
-"""How a run reads its shards."""
+"""Config of the training data: which shards a run reads, and how."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Literal
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    shards: str | tuple[str, ...]  # folder or URL with index.json, or URL with {name} for the file's name; or several
-    streams: int = 4  # shards read side by side; a multiple of ranks x workers, at most the number of shards
-    workers: int = 0  # loader processes of each rank; 0 reads in the training process
+    shards: str | tuple[str, ...]  # one or several: folder or URL with index.json, or URL with {name} for the file name
+    streams: int = 4  # shards read in parallel; a multiple of ranks x workers, at most the number of shards
+    workers: int = 0  # loader processes per rank; 0 reads in the training process
     augment: Literal["none", "flip", "dihedral"] = "flip"
-    degrade: Literal["stored", "online"] = "stored"  # online: LQ is made anew from HQ each time
-    degradation: str | None = None  # preset of online degradation; default: the one that the shards were made with
-    max_bad_share: float = 0.01  # stop when more of the samples are broken
+    degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
+    degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
+    max_bad_share: float = 0.01  # stop when a larger fraction of the samples is broken
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """`shards` as a tuple, for `ShardSet.open`."""
+        """`shards` as a tuple, as `ShardSet.open` expects."""
         return (self.shards,) if isinstance(self.shards, str) else self.shards
 
     def __post_init__(self):

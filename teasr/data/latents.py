@@ -1,10 +1,13 @@
-"""VAE latents of a shard set as sidecar shards: encoded once, so that training does without the VAE's encoder.
+"""Cache the VAE latents of a shard set in sidecar shards, so that training does not need the VAE's encoder.
 
-<out>/shard-000000.tar    {key}.latents.safetensors for every sample of the shard of that name: hq, lq [, lq.1 ..], each [C, h, w],
-                          normalised by the VAE's mean and deviation; LQ was brought to the size of HQ first
-<out>/shard-000000.json   manifest; <out>/index.json commits the set; both as in layout.py
+<out>/shard-000000.tar    {key}.latents.safetensors for every sample of the shard of the same name: hq, lq [, lq.1 ..],
+                          each [C, h, w], normalised by the VAE's mean and standard deviation; LQ was up-sampled to
+                          the size of HQ first
+<out>/shard-000000.json   manifest, as in layout.py
+<out>/index.json          index, as in layout.py; it is written last and marks the set as complete
 
-The bytes depend on the shard, the VAE, both dtypes and the libraries; another `batch` or kind of device may move last digits.
+The bytes depend on the shard, the VAE, both dtypes and the library versions; another `batch` or device type may change
+the last digits.
 """
 
 from __future__ import annotations
@@ -38,15 +41,15 @@ MEMBER = "latents.safetensors"
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """Which shards are encoded by which VAE."""
+    """Config of the latent cache: which shards are encoded, and with which VAE."""
 
     shards: str  # folder of the shard set
-    vae: str  # local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
-    out: str | None = None  # folder of the sidecars; default: latents/ inside `shards`
+    vae: str  # local folder of a Qwen-Image VAE or of a model with one in vae/; or a model name on the hub
+    out: str | None = None  # folder of the sidecar shards; default: latents/ inside `shards`
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the stored latents
     compute_dtype: Literal["bf16", "fp32"] = "fp32"  # of the VAE
-    batch: int = 8  # pictures at once
+    batch: int = 8  # images encoded at once
 
     def __post_init__(self):
         if self.batch < 1:
@@ -54,7 +57,7 @@ class LatentsConfig:
 
 
 class Encoder:
-    """The frozen encoder of AutoencoderKLQwenImage. ValueError when it cannot be loaded completely."""
+    """The frozen encoder of AutoencoderKLQwenImage. Raises ValueError when it cannot be loaded completely."""
 
     def __init__(self, config: LatentsConfig):
         from diffusers import AutoencoderKLQwenImage
@@ -69,7 +72,11 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, pictures: list[np.ndarray]) -> Tensor:
-        """Pictures of one size, uint8 [H, W, 3] -> (mode - mean) / deviation, [B, C, h, w], fp32 on the CPU."""
+        """Images of one size, uint8 [H, W, 3] -> normalised latents [B, C, h, w], fp32 on the CPU.
+
+        The latents are (mode - mean) / standard deviation, with the mode of the VAE's posterior. Raises ValueError when
+        the size does not fit the VAE, the GPU runs out of memory, or a latent is not finite.
+        """
         h, w = pictures[0].shape[:2]
         unit = self.vae.spatial_compression_ratio
         if h % unit or w % unit:
@@ -93,7 +100,7 @@ def _hash_of(state: dict[str, Tensor]) -> str:
 
 
 class _Set:
-    """A set of sidecars in the making: what is encoded with what, and where it goes."""
+    """A set of sidecar shards that is being written: its source shards, encoder and output folder."""
 
     def __init__(self, config: LatentsConfig):
         self.config, self.source = config, Path(config.shards).expanduser()
@@ -109,16 +116,19 @@ class _Set:
         }  # fmt: skip
 
     def finished(self, row: dict) -> dict | None:
-        """The manifest of a shard's sidecar when it need not be made."""
+        """Return the manifest of a shard's sidecar if the sidecar is finished and up to date, else None."""
         return read_manifest(self.out / row["shard"], self.identity(row))
 
     def identity(self, row: dict) -> str:
-        """Hash of everything that decides the bytes of a shard's sidecar, libraries aside."""
+        """Hash of everything that determines the bytes of a shard's sidecar, except library versions."""
         text = json.dumps([FORMAT, MEMBER, row["sha256"], self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, row: dict, line: ProgressLine, before: int) -> dict:
-        """Write one sidecar and its manifest, returned; `before`: samples done so far. ValueError names what is broken."""
+        """Write one sidecar and its manifest, and return the manifest.
+
+        `before` is the number of samples done so far. Raises ValueError naming what is broken.
+        """
         path, source = self.out / row["shard"], self.source / row["shard"]
         try:
             raw = read_shard(str(source))
@@ -140,7 +150,7 @@ class _Set:
         return commit_shard(path, keys, hashed, self.identity(row), libraries=made_with, device=device)
 
     def finish(self, manifests: list[dict]) -> dict:
-        """Write index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
+        """Write index.json, which marks the set as complete, delete leftovers of an earlier set; return the index."""
         index = {
             "format": FORMAT,
             "settings": {"vae": self.config.vae} | self.settings,
@@ -151,7 +161,7 @@ class _Set:
         return index
 
     def _latents(self, raw: list[dict], source: Path) -> Iterator[tuple[str, str, Tensor]]:
-        """(key, name, latent [C, h, w]) of every picture in order; neighbours of one size are encoded together."""
+        """Yield (key, name, latent [C, h, w]) of every image in order; consecutive images of one size form a batch."""
         for _, alike in groupby(_pictures(raw, self.variants, source), key=lambda picture: picture[2].shape):
             while batch := list(islice(alike, self.config.batch)):
                 z = self.encoder([x for _, _, x in batch]).to(prompts.DTYPES[self.config.dtype])
@@ -159,7 +169,10 @@ class _Set:
 
 
 def _pictures(raw: list[dict], variants: int, source: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(key, name, uint8 [H, W, 3]) of HQ and of every LQ at the size of HQ. ValueError names a broken sample."""
+    """Yield (key, name, uint8 [H, W, 3]) of HQ and of every LQ, up-sampled to the size of HQ.
+
+    Raises ValueError naming a broken sample.
+    """
     for record in raw:
         for variant in range(variants):
             try:
@@ -173,15 +186,17 @@ def _pictures(raw: list[dict], variants: int, source: Path) -> Iterator[tuple[st
 
 def _broken(source: Path, error: object) -> ValueError:
     return ValueError(
-        f"{error}; finished sidecars are kept: look at the set with data_prep/verify_shards.py, delete {source} and its .json, "
+        f"{error}; finished sidecars are kept: look at the set with data_prep/verify_shards.py, "
+        f"delete {source} and its .json, "
         "make it again with the command that made the set, then run this command again"
     )
 
 
 def cache_latents(config: LatentsConfig, rank: int = 0, world: int = 1) -> None:
-    """Encode what is missing of a shard set, or of part `rank` of `world`; whoever finds all done commits the index.
+    """Encode the shards that have no finished sidecar yet, or those in part `rank` of `world`.
 
-    ValueError names what cannot be used, OSError when the disk fails; finished sidecars are kept.
+    The process that finds all sidecars finished writes the index. Raises ValueError naming what cannot be used, and
+    OSError when the disk fails; finished sidecars are kept.
     """
     work = _Set(config)
     work.out.mkdir(parents=True, exist_ok=True)
@@ -189,7 +204,7 @@ def cache_latents(config: LatentsConfig, rank: int = 0, world: int = 1) -> None:
     done = {row["shard"]: m for row in work.rows if (m := work.finished(row))}
     missing = [row for row in my_part(work.rows, rank, world) if row["shard"] not in done]
     if missing:
-        (work.out / INDEX).unlink(missing_ok=True)  # of an earlier set: nobody must read a mixture of the two
+        (work.out / INDEX).unlink(missing_ok=True)  # it belongs to an earlier set: no reader may mix the two
     count = sum(m["nsamples"] for m in done.values())
     line = ProgressLine("latents", count + sum(row["nsamples"] for row in missing), "samples", count)
     for row in missing:
@@ -209,9 +224,9 @@ def cache_latents(config: LatentsConfig, rank: int = 0, world: int = 1) -> None:
 
 
 def read_latents(url: str) -> dict[str, dict[str, Tensor]]:
-    """A sidecar -> {key: {"hq": [C, h, w], "lq": .., "lq.1": ..}}, normalised, in the stored dtype.
+    """Read a sidecar -> {key: {"hq": [C, h, w], "lq": .., "lq.1": ..}}, normalised, in the stored dtype.
 
-    The URL is any that webdataset opens. ValueError when anything is missing or not as it was written.
+    `url` is any URL that webdataset opens. Raises ValueError when anything is missing or corrupted.
     """
     latents, samples = {}, set()
     try:

@@ -1,10 +1,10 @@
-"""The format of a shard set: what writer, reader and verifier agree on.
+"""The format of a shard set, shared by the writer, the reader and the verifier.
 
-index.json              settings, sources, skipped pictures, and for each shard its size, samples and hash
+index.json              config, sources, skipped images, and the size, number of samples and hash of each shard
 shard-000000.tar        {key}.hq.png|webp|jpg  {key}.lq.png [{key}.lq.1.png ..]  {key}.json
-shard-000000.json       the shard's manifest; a tar without it was interrupted
-README.md               data card: where the photographs come from and under which licences
-latents/ ..             sidecar sets with the same keys
+shard-000000.json       the shard's manifest; a tar without a manifest is incomplete
+README.md               data card: sources and licences of the photographs
+latents/                sidecar shards with the same keys (see latents.py)
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ INDEX = "index.json"
 
 
 def shard_name(shard: int) -> str:
-    """File name of a shard."""
+    """File name of a shard, from its number."""
     return f"shard-{shard:06d}.tar"
 
 
 def sample_key(sample: int) -> str:
-    """Key of a sample: webdataset cuts names at the first dot, so it holds none."""
+    """Key of a sample, from its number. It contains no dot, because webdataset splits names at the first one."""
     return f"{sample:09d}"
 
 
 def lq_field(variant: int) -> str:
-    """Name of a degraded variant inside its sample."""
+    """Member name of a degraded variant within its sample."""
     return "lq.png" if variant == 0 else f"lq.{variant}.png"
 
 
 def commit_shard(path: Path, keys: list[str], file: Hashed, identity: str, **more: object) -> dict:
-    """Write the manifest of a shard that lies at `path`, which makes it finished; returns it."""
+    """Write the manifest of the shard at `path`, which marks the shard as finished, and return it."""
     manifest = {
         "shard": path.name,
         "nsamples": len(keys),
@@ -50,12 +50,12 @@ def commit_shard(path: Path, keys: list[str], file: Hashed, identity: str, **mor
 
 
 def set_hash(rows: list[dict]) -> str:
-    """Hash of a set from its manifests."""
+    """Hash of a shard set, computed from its manifests."""
     return hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()
 
 
 def commit(folder: Path, index: dict) -> None:
-    """Write the index, which makes the set whole, and drop the shards that an earlier set left behind."""
+    """Write the index, which marks the set as complete, and delete the shards left over from an earlier set."""
     write_atomic(folder / INDEX, json.dumps(index, indent=1).encode())
     wanted = {row["shard"] for row in index["shards"]}
     for stale in folder.glob("shard-*.tar"):
@@ -65,11 +65,11 @@ def commit(folder: Path, index: dict) -> None:
 
 
 def read_manifest(path: Path, identity: str) -> dict | None:
-    """The manifest beside a finished shard `path`; None when it is missing, torn, or of other settings."""
+    """Return the manifest of the finished shard `path`; None if it is missing, truncated, or has another identity."""
     try:
         manifest = json.loads(path.with_suffix(".json").read_text())
         if manifest["identity"] == identity and path.stat().st_size == manifest["bytes"]:
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or interrupted: made again
+        pass  # missing or incomplete: the shard will be made again
     return None

@@ -1,4 +1,7 @@
-"""Held-out pairs to score on, from wherever they lie: a shard set, two folders, or originals whose LQ is made by bicubic reduction."""
+"""Held-out LQ/HQ pairs for evaluation.
+
+They come from a shard set, from two folders, or from one folder of originals, which are reduced bicubically to make LQ.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from teasr.imaging import images
 
 @dataclass(frozen=True)
 class Pairs:
-    """A named set. Iterating gives (key, load), `load()` the decoded pair; `identity` changes when the set does."""
+    """A named set of pairs. Iterating yields (key, load), where `load()` returns the decoded pair.
+
+    `identity` changes when the set changes.
+    """
 
     name: str
     count: int
@@ -32,7 +38,11 @@ class Pairs:
 
 
 def from_shards(location: str, name: str | None = None) -> Pairs:
-    """A shard set, in file order. ValueError when it cannot be opened; a broken sample is an error when loaded: less is not what was asked for."""
+    """Pairs of a shard set, in file order.
+
+    Raises ValueError when the set cannot be opened. Loading a broken sample also raises ValueError instead of skipping
+    it, because scores must cover the whole set.
+    """
     shards = ShardSet.open(location)
 
     def entries() -> Iterator[tuple[str, Callable[[], Sample]]]:
@@ -45,10 +55,11 @@ def from_shards(location: str, name: str | None = None) -> Pairs:
 
 
 def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = None, count: int | None = None) -> Pairs:
-    """Pictures of `hq` with those of the same name (without ending) in `lq`, or, with lq None, with their own bicubic reduction.
+    """Pairs of the images in `hq` and those of the same name (without suffix) in `lq`.
 
-    The reduction is Pillow's, which like MATLAB's widens the kernel; originals lose what is beyond a multiple of `scale`. `count`: how many there must
-    be. ValueError names an unpaired picture, and a wrong count.
+    If `lq` is None, LQ is the bicubic reduction of HQ by Pillow, which widens the kernel as MATLAB does; originals are
+    first cropped to a multiple of `scale`. `count` is the expected number of images. Raises ValueError naming an
+    unpaired image, or when the count is wrong.
     """
     originals = _by_stem(hq)
     if count is not None and len(originals) != count:

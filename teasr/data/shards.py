@@ -1,4 +1,7 @@
-"""A shard set opened and read: its index, raw samples through webdataset, decoded pairs. The format is in layout.py."""
+"""Read a shard set: its index, raw samples (through webdataset), and decoded pairs.
+
+The format is described in layout.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from teasr.imaging import images
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened index, or several: shard URLs, the samples each holds, and the settings they were made with."""
+    """One or several opened indices: shard URLs, samples and bytes per shard, and the config they were made with."""
 
     location: str
     urls: tuple[str, ...]
@@ -28,10 +31,12 @@ class ShardSet:
 
     @classmethod
     def open(cls, location: str, *more: str) -> ShardSet:
-        """Read the index of a folder or URL, any that webdataset opens: `pipe:cat /data/{name}`, `http://..`, `gs://..`, `hf://..`; or `s3://..`.
+        """Read the index of one or several shard sets.
 
-        Several make one set, each with the weight of its samples; its `settings` are those that all share. ValueError when an index is
-        missing, unreadable or empty, or when their numbers of degraded variants differ.
+        A location is a folder, any URL that webdataset opens (`pipe:cat /data/{name}`, `http://..`, `gs://..`,
+        `hf://..`), or `s3://..`. Several locations form one set, in which each counts in proportion to its number of
+        samples; its `settings` are those shared by all. Raises ValueError when an index is missing, unreadable or
+        empty, or when the numbers of degraded variants differ.
         """
         if more:
             return cls._joined([cls.open(each) for each in (location, *more)])
@@ -55,7 +60,8 @@ class ShardSet:
         for other in sets[1:]:
             if other.variants != sets[0].variants:
                 raise ValueError(
-                    f"{sets[0].location} has {sets[0].variants} degraded version(s) of each HQ and {other.location} {other.variants}: "
+                    f"{sets[0].location} has {sets[0].variants} degraded version(s) of each HQ and "
+                    f"{other.location} {other.variants}: "
                     "sets that are read together need the same, make one of them again"
                 )
         shared = {k: v for k, v in sets[0].settings.items() if all(s.settings.get(k) == v for s in sets)}
@@ -67,12 +73,15 @@ class ShardSet:
 
     @property
     def variants(self) -> int:
-        """Degraded versions of every HQ."""
+        """Number of degraded versions of every HQ."""
         return self.settings.get("variants", 1)
 
 
 def url_of(location: str, name: str) -> str:
-    """URL of a file of the set, for webdataset; s3:// goes through the AWS command line, as its documentation has it."""
+    """URL of a file of the set, for webdataset.
+
+    s3:// is read through the AWS command line, as webdataset's documentation recommends.
+    """
     if location.startswith("s3://"):
         return f"pipe:aws s3 cp {shlex.quote(f'{location}/{name}')} -"
     return location.replace("{name}", name) if "{name}" in location else f"{location}/{name}"
@@ -80,7 +89,10 @@ def url_of(location: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded pair, uint8 [H, W, 3]; LQ at its own size. `bad` names what had to be passed over to get here."""
+    """One decoded pair, uint8 [H, W, 3]; LQ at its own size.
+
+    `bad` holds one message for each broken sample or shard that was skipped to find this one.
+    """
 
     key: str
     hq: np.ndarray
@@ -89,21 +101,21 @@ class Sample:
 
     @property
     def scale(self) -> int:
-        """How many times larger HQ is."""
+        """Ratio of the side of HQ to that of LQ."""
         return self.hq.shape[0] // self.lq.shape[0]
 
     @cached_property
     def lq_up(self) -> np.ndarray:
-        """LQ brought to the size of HQ by bicubic up-sampling."""
+        """LQ, up-sampled bicubically to the size of HQ."""
         return images.upsample(self.lq, self.scale)
 
 
 def read_shard(url: str) -> list[dict]:
-    """All raw samples of one shard in file order, through webdataset. ValueError names a shard that cannot be read."""
+    """All raw samples of one shard in file order, through webdataset. Raises ValueError when it cannot be read."""
     try:
         stream = tariterators.tar_file_expander(tariterators.url_opener([{"url": url}]))
         raw = list(tariterators.group_by_keys(stream))
-    except Exception as error:  # webdataset raises its own, tarfile's, OSError and ValueError alike
+    except Exception as error:  # webdataset's own exceptions, tarfile's, OSError or ValueError
         raise ValueError(f"shard {url} cannot be read ({error!r}); make it again or remove it from {INDEX}") from error
     if not raw:
         raise ValueError(f"shard {url} is empty; make it again or remove it from {INDEX}")
@@ -111,7 +123,7 @@ def read_shard(url: str) -> list[dict]:
 
 
 def decode(raw: dict, variant: int = 0) -> Sample:
-    """A raw sample -> pictures. ValueError names the member that is missing or broken."""
+    """Decode a raw sample. Raises ValueError naming the member that is missing or broken."""
     name = f"{raw.get('__url__', '?')}/{raw['__key__']}"
     hq_field = next((f for f in raw if f.startswith("hq.")), "hq.png")
     hq, lq = (_decode_member(raw, field, name) for field in (hq_field, lq_field(variant)))
@@ -125,7 +137,7 @@ def decode(raw: dict, variant: int = 0) -> Sample:
 def _decode_member(raw: dict, field: str, name: str) -> np.ndarray:
     if field not in raw:
         raise ValueError(f"{name}.{field} is missing")
-    if not field.endswith(".png"):  # a PNG has check sums of its own; elsewhere a flipped bit would go unseen
+    if not field.endswith(".png"):  # PNG has its own checksums; in other formats a flipped bit would be unnoticed
         try:
             wanted = json.loads(raw["json"])["crc32"][field]
         except (KeyError, ValueError, TypeError):
@@ -136,9 +148,10 @@ def _decode_member(raw: dict, field: str, name: str) -> np.ndarray:
 
 
 def decode_near(raw: list[dict], place: int, url: str, variant: int = 0) -> Sample:
-    """Sample `place` of a shard, or the next usable one after it, naming what was passed over.
+    """Decode sample `place` of a shard, or the next usable one after it; `Sample.bad` lists what was skipped.
 
-    Standing in for a broken sample keeps every later position where it was. ValueError when none is usable.
+    Because a broken sample is replaced, not removed, all later positions stay the same. Raises ValueError when no
+    sample is usable.
     """
     bad: list[str] = []
     for offset in range(len(raw)):

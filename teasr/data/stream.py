@@ -1,9 +1,10 @@
-"""The endless training samples of a run, in an order that is a pure function of (seed, position).
+"""The infinite stream of training samples of a run, in an order that is a pure function of (seed, position).
 
-Sample n of the run belongs to virtual stream n % streams; stream v reads the shards [v::streams] of a fresh permutation every
-epoch, its samples in a fresh order too. Rank r takes n = r, r + world, ..: whatever the number of ranks and loader workers,
-update k trains on the same pictures, and resuming at update k needs no other state than k. A broken sample or shard is stood in
-for by a neighbour, so nothing shifts.
+Sample n of the run belongs to virtual stream n % streams. Every epoch draws a new permutation of the shards and of
+the samples within each shard; stream v reads the shards [v::streams] of the permutation. Rank r takes the samples
+n = r, r + world, .. Update k therefore trains on the same images for any number of ranks and loader workers, and
+resuming at update k needs no state other than k. A broken sample or shard is replaced by a neighbour, so that the
+position of all other samples stays the same.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
 from teasr.imaging import images
 from teasr.util.seed import seed_of
 
-BAD_ALLOWED = 8  # broken samples that are no reason to stop, whatever their share
+BAD_ALLOWED = 8  # number of broken samples that is always tolerated, whatever their fraction
 
 
 class Slot(NamedTuple):
-    """Where a position of a virtual stream lies: sample `place` of shard `shard`, in epoch `epoch`."""
+    """The sample at a position of a virtual stream: number `place` of shard `shard`, in epoch `epoch`."""
 
     shard: int
     place: int
@@ -37,7 +38,7 @@ class Slot(NamedTuple):
 
 
 def slots(shards: ShardSet, seed: int, stream: int, streams: int, start: int) -> Iterator[Slot]:
-    """Endless slots of one virtual stream from its position `start`."""
+    """Yield the slots of one virtual stream without end, from position `start` on."""
     position, epoch = 0, 0
     while True:
         order = np.random.default_rng(seed_of(seed, "shards", epoch)).permutation(len(shards.urls))
@@ -53,13 +54,13 @@ def slots(shards: ShardSet, seed: int, stream: int, streams: int, start: int) ->
 
 
 class PairStream(IterableDataset):
-    """The endless samples of one rank from update `start` on: (x_hq, x_lq, key, bad).
+    """Infinite dataset of the samples of one rank, from sample `first` on: (x_hq, x_lq, key, bad).
 
-    Pictures are uint8 [3, H, W], LQ up-sampled to HQ size; `bad` names what was passed over.
+    Images are uint8 [3, H, W], LQ up-sampled to the size of HQ; `bad` holds messages on the samples that were skipped.
     """
 
     def __init__(self, shards: ShardSet, config: DataConfig, seed: int, rank: int, world: int, first: int):
-        """`first`: position of this rank's first sample in its own sequence, = update x samples of a rank."""
+        """`first`: position of the first sample in this rank's sequence, = update x samples per rank and update."""
         check_streams(shards, config, world)
         self.shards, self.config, self.seed = shards, config, seed
         self.rank, self.world, self.first = rank, world, first
@@ -83,7 +84,7 @@ class PairStream(IterableDataset):
             i += workers
 
     def _read(self, slot: Slot, stream: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> Sample:
-        """The sample of a slot; where its whole shard is unusable, one of the next shard that is not."""
+        """Read the sample of a slot; if its shard is unusable, a sample of the next usable shard."""
         bad: list[str] = []
         for offset in range(len(self.shards.urls)):
             shard = (slot.shard + offset) % len(self.shards.urls)
@@ -102,9 +103,9 @@ class PairStream(IterableDataset):
         raise ValueError(f"no shard of {self.shards.location} can be used: {bad[0]}")
 
     def _hold(self, shard: int, place: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> list[dict]:
-        """The raw samples of a shard, read once; and so is the error of one that cannot be read."""
+        """Return the raw samples of a shard, or raise its read error; both are cached, so that it is read only once."""
         if place not in held or held[place][0] != shard:
-            held.pop(place, None)  # before the next is read: shards are large
+            held.pop(place, None)  # free the old shard before reading the next: shards are large
             try:
                 held[place] = (shard, read_shard(self.shards.urls[shard]))
             except ValueError as error:
@@ -130,7 +131,10 @@ class PairStream(IterableDataset):
 
 
 def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degradation | None:
-    """The settings to degrade with in the loader, None for the stored LQ. ValueError when the set cannot be degraded."""
+    """Return the degradation to apply in the loader, or None to use the stored LQ.
+
+    Raises ValueError when the HQ of the set cannot be degraded.
+    """
     if config.degrade == "stored":
         return None
     if shards.settings.get("lq"):
@@ -140,18 +144,20 @@ def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degr
     needed = {"lq", "degradation", "peer_exact"}
     if not needed <= set(shards.settings):
         raise ValueError(
-            f"{shards.location} were made with different settings ({', '.join(sorted(needed - set(shards.settings)))}), so that their "
+            f"{shards.location} were made with different settings "
+            f"({', '.join(sorted(needed - set(shards.settings)))}), so that their "
             "HQ cannot be degraded alike: set data.degrade=stored, or make them alike"
         )
     return degradation.preset(config.degradation or shards.settings["degradation"], shards.settings["peer_exact"])
 
 
 def check_streams(shards: ShardSet, config: DataConfig, world: int) -> None:
-    """ValueError unless the streams divide over ranks and workers and there are shards enough for them."""
+    """Raise ValueError unless the streams divide evenly over ranks and workers and each has a shard."""
     readers = world * max(1, config.workers)
     if config.streams % readers:
         raise ValueError(
-            f"data.streams = {config.streams} does not divide over {world} rank(s) x {max(1, config.workers)} worker(s): "
+            f"data.streams = {config.streams} does not divide over {world} rank(s) x "
+            f"{max(1, config.workers)} worker(s): "
             f"use a multiple of {readers}"
         )
     if config.streams > len(shards.urls):
@@ -162,10 +168,11 @@ def check_streams(shards: ShardSet, config: DataConfig, world: int) -> None:
 
 
 def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit: int = 16) -> list[str]:
-    """Read up to `limit` shards spread over the set before anything long: present, usable, of a size the model takes.
+    """Check up to `limit` shards, spread over the set, before a run: present, usable, of a size the model accepts.
 
-    `check_size(height_px, width_px)` raises ValueError for a picture that the backbone cannot take. Returns what is wrong
-    with unusable shards; ValueError when more than `max_bad_share` of them are.
+    `check_size(height_px, width_px)` must raise ValueError for an image size that the backbone does not accept. Returns
+    messages on the unusable shards. Raises ValueError when their fraction exceeds `max_bad_share`, or when a size is
+    not accepted.
     """
     chosen = sorted({round(i * (len(shards.urls) - 1) / max(1, limit - 1)) for i in range(limit)})
     bad: list[str] = []
@@ -189,9 +196,10 @@ def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit
 def batches(
     stream: PairStream, micro_batch: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Endless micro-batches of one rank on its device, and the names of what was passed over while making each.
+    """Yield the micro-batches of one rank without end, on its device, each with messages on the samples skipped for it.
 
-    ValueError when more than `max_bad_share` of the samples so far were broken.
+    Raises ValueError when the fraction of broken samples so far exceeds `max_bad_share`, or when the samples of a
+    micro-batch differ in size.
     """
     config, seen, broken = stream.config, 0, 0
     loader = DataLoader(
@@ -209,7 +217,8 @@ def batches(
         seen, broken = seen + micro_batch, broken + sum(map(bool, bad))
         if broken > max(BAD_ALLOWED, config.max_bad_share * seen):
             raise ValueError(
-                f"{broken} of {seen} samples are broken, more than data.max_bad_share = {config.max_bad_share} ({names[0]}): "
+                f"{broken} of {seen} samples are broken, more than data.max_bad_share = {config.max_bad_share} "
+                f"({names[0]}): "
                 "look at the set with data_prep/verify_shards.py, make what is broken again, or raise the share"
             )
         yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device), names

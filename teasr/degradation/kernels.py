@@ -1,6 +1,7 @@
-"""Blur kernels of Real-ESRGAN: six Gaussian families and the circular low-pass ("sinc"), drawn, then built.
+"""Blur kernels of Real-ESRGAN: six Gaussian families and the circular low-pass filter ("sinc").
 
-What is drawn is a plain mapping that goes into a sample's JSON; `build` turns it into the same kernel again.
+`draw` samples the parameters as a plain mapping, which is stored in a sample's JSON; `build` computes the kernel from
+them.
 Families: Wang et al. 2021, sec. 3.2 (generalised Gaussian and plateau: Liu et al. 2020); sinc: sec. 3.3.
 """
 
@@ -16,7 +17,7 @@ PROBABILITIES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
 
 
 def draw(stage, rng: np.random.Generator) -> dict:
-    """Parameters of a blur kernel under the ranges of a `Stage`: family, odd size 7..21, and what the family needs."""
+    """Draw the parameters of a blur kernel from the ranges of a `Stage`: family, odd size 7..21, family parameters."""
     k = _size(rng)
     if rng.random() < stage.sinc_probability:
         return {"family": "sinc", "size": k, "cutoff": rng.uniform(math.pi / 3 if k < 13 else math.pi / 5, math.pi)}
@@ -28,18 +29,18 @@ def draw(stage, rng: np.random.Generator) -> dict:
     beta = 1.0
     if "_" in family:
         low, high = stage.beta_generalized if family.startswith("generalized") else stage.beta_plateau
-        # A quirk to keep: where `low` is 1, half of the plateaus have beta = 1 exactly.
+        # Kept from Real-ESRGAN on purpose: when `low` is 1, half of the plateau kernels have beta = 1 exactly.
         beta = rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high)
     return {"family": family, "size": k, "sigma": [sigma_x, sigma_y], "rotation": rotation, "beta": beta}
 
 
 def draw_final_sinc(rng: np.random.Generator) -> dict:
-    """Parameters of the low-pass that ends the pipeline."""
+    """Draw the parameters of the final sinc filter of the pipeline."""
     return {"family": "sinc", "size": _size(rng), "cutoff": rng.uniform(math.pi / 3, math.pi)}
 
 
 def build(drawn: dict) -> np.ndarray:
-    """The kernel [k, k] float64, sum 1, of drawn parameters."""
+    """Build the kernel, [k, k] float64 with sum 1, from drawn parameters."""
     if drawn["family"] == "sinc":
         return sinc(drawn["cutoff"], drawn["size"])
     plateau = drawn["family"].startswith("plateau")
@@ -49,7 +50,10 @@ def build(drawn: dict) -> np.ndarray:
 def gaussian(
     k: int, sigma_x: float, sigma_y: float, rotation: float, beta: float = 1.0, plateau: bool = False
 ) -> np.ndarray:
-    """Generalised Gaussian exp(-q^beta / 2), or plateau 1 / (1 + q^beta); q is the Mahalanobis form. [k, k], sum 1."""
+    """Generalised Gaussian exp(-q^beta / 2), or plateau 1 / (1 + q^beta); [k, k], sum 1.
+
+    q is the squared Mahalanobis distance from the centre.
+    """
     c, s = math.cos(rotation), math.sin(rotation)
     turn = np.array([[c, -s], [s, c]])
     inverse = np.linalg.inv(turn @ np.diag([sigma_x**2, sigma_y**2]) @ turn.T)
@@ -60,9 +64,9 @@ def gaussian(
 
 
 def sinc(cutoff: float, k: int) -> np.ndarray:
-    """Circular low-pass c J1(c r) / (2 pi r) with cutoff c in radians a pixel: ringing. [k, k], sum 1."""
+    """Circular low-pass c J1(c r) / (2 pi r), cutoff c in radians per pixel; it causes ringing. [k, k], sum 1."""
     radius = np.hypot(*(np.mgrid[:k, :k] - float(k // 2)))
-    radius[k // 2, k // 2] = 1  # any: set below
+    radius[k // 2, k // 2] = 1  # any non-zero value, overwritten below
     kernel = cutoff * j1(cutoff * radius) / (2 * math.pi * radius)
     kernel[k // 2, k // 2] = cutoff**2 / (4 * math.pi)
     return kernel / kernel.sum()

@@ -1,8 +1,9 @@
-"""The operators of the pipeline, fast on one CPU core. Pictures are float32 [H, W, 3] in 0..255 unless said otherwise.
+"""Degradation operators optimised for one CPU core. Images are float32 [H, W, 3] in 0..255 unless stated otherwise.
 
-Same law as the public pipelines, three deviations: resizes take explicit sizes and a true box filter for "area", JPEG
-is libjpeg (integer quality, 4:2:0), and noise comes from quantile tables (65,536 equally likely values of a normal, 2,048 of a
-Poisson variable) that are indexed with random bits. What each operator costs: bench/degradation.py.
+The degradations have the same distribution as in public pipelines, with three deviations: resizing takes explicit
+sizes and uses a true box filter for "area"; JPEG is libjpeg (integer quality, 4:2:0); and noise is looked up in
+quantile tables (65,536 equally likely values of a normal variable, 2,048 of a Poisson variable) that are indexed with
+random bits. bench/degradation.py measures the cost of each operator.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import numpy as np
 import scipy.fft
 from scipy.special import ndtri, pdtr
 
-cv2.setNumThreads(1)  # callers parallelise over pictures
+cv2.setNumThreads(1)  # callers parallelise over images
 
 MODES = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-ERROR = 1e-4  # what a blur may leave out, as a share of the kernel's weight: 0.026 of a grey level at most
-DENSE_MS = {1: 0.1, 3: 0.3, 5: 0.6, 7: 1.1, 9: 1.8, 11: 2.6}  # cv2.filter2D at 512 px by kernel side, measured
-SEPARABLE_MS = 0.15, 0.054  # cv2.sepFilter2D: a term, and a tap of each of its two passes
-FFT_MS = 4.1  # whatever the kernel
+ERROR = 1e-4  # fraction of a kernel's weight that a blur may drop: an error of at most 0.026 grey levels
+DENSE_MS = {1: 0.1, 3: 0.3, 5: 0.6, 7: 1.1, 9: 1.8, 11: 2.6}  # measured: cv2.filter2D at 512 px, by kernel size
+SEPARABLE_MS = 0.15, 0.054  # cv2.sepFilter2D: cost per term, and per tap of its two passes
+FFT_MS = 4.1  # for any kernel size
 POISSON_BITS = 11
 
 
 def blur(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate with `kernel` [k, k], the borders reflected; uint8 or float32 in, float32 out.
+    """Correlate with `kernel` [k, k], with reflected borders; uint8 or float32 in, float32 out.
 
-    The cheapest of three exact ways: a sum of separable terms, directly, or by FFT. Outer rings and terms whose
-    weight is below `ERROR` are left out.
+    Uses the cheapest of three equivalent methods: a sum of separable terms, direct filtering, or FFT. Outer rings and
+    separable terms with a weight below `ERROR` are dropped.
     """
     kernel = _trim(np.asarray(kernel, np.float64))
     k = len(kernel)
@@ -47,14 +48,14 @@ def blur(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def _trim(kernel: np.ndarray) -> np.ndarray:
-    """Drop outer rings of negligible weight; what is left sums to 1 again."""
+    """Drop outer rings of negligible weight and normalise the rest to sum 1."""
     while len(kernel) > 1 and np.abs(kernel).sum() - np.abs(kernel[1:-1, 1:-1]).sum() < ERROR / 2:
         kernel = kernel[1:-1, 1:-1]
     return kernel / kernel.sum()
 
 
 def _separable_terms(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows [n, k] whose outer products sum to the kernel, as few as `ERROR` allows."""
+    """Columns and rows, each [n, k], whose outer products sum to the kernel; n is as small as `ERROR` allows."""
     u, s, v = np.linalg.svd(kernel)
     partial = np.cumsum(u.T[:, :, None] * s[:, None, None] * v[:, None, :], axis=0)
     n = int(np.argmax(np.abs(kernel - partial).sum((1, 2)) < ERROR / 2)) + 1
@@ -71,7 +72,7 @@ def _blur_fft(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     border = r, size[0] - height - r, r, size[1] - width - r, cv2.BORDER_REFLECT_101
     transfer = scipy.fft.rfft2(kernel[::-1, ::-1].astype(np.float32), s=size)
     planes = []
-    for plane in cv2.split(x.astype(np.float32, copy=False)):  # one by one: a plane fits into the cache
+    for plane in cv2.split(x.astype(np.float32, copy=False)):  # plane by plane: one plane fits into the cache
         spectrum = scipy.fft.rfft2(cv2.copyMakeBorder(plane, *border), overwrite_x=True)
         spectrum *= transfer
         blurred = scipy.fft.irfft2(spectrum, s=size, overwrite_x=True)
@@ -80,31 +81,31 @@ def _blur_fft(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def resize(x: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """To `size` (width, height) by "area" (box filter), "bilinear" or "bicubic", the last two without antialiasing."""
+    """Resize to `size` (width, height); `mode`: "area" (box filter), or "bilinear" or "bicubic" (not antialiased)."""
     return x if x.shape[1::-1] == size else cv2.resize(x, size, interpolation=MODES[mode])
 
 
 def resize_by(x: np.ndarray, factor: float, mode: str) -> np.ndarray:
-    """To the rounded size; the whole picture is mapped on the whole picture, so nothing shifts."""
+    """Resize by `factor` to the rounded size. Image borders stay aligned, so that LQ is not shifted against HQ."""
     height, width = x.shape[:2]
     return resize(x, (max(1, round(width * factor)), max(1, round(height * factor))), mode)
 
 
 def resize_relative(x: np.ndarray, size: tuple[int, int], factor: float, mode: str) -> np.ndarray:
-    """To `factor` times `size` (width, height), rounded."""
+    """Resize to `factor` times `size` (width, height), rounded."""
     return resize(x, tuple(max(1, round(n * factor)) for n in size), mode)
 
 
 def gaussian_noise(x: np.ndarray, sigma: float, gray: bool, rng: np.random.Generator) -> np.ndarray:
-    """Add normal noise of standard deviation `sigma` (grey levels), one value a pixel when `gray`; clipped to 0..255."""
+    """Add Gaussian noise of standard deviation `sigma` (grey levels), one value per pixel if `gray`; clip to 0..255."""
     noise = cv2.LUT(_random_uint16((*x.shape[:2], 1 if gray else 3), rng), _normal_quantiles())
     return _add(x, noise, sigma)
 
 
 def poisson_noise(x: np.ndarray, scale: float, gray: bool, rng: np.random.Generator) -> np.ndarray:
-    """Add `scale` times the Poisson noise of the rounded picture (of its luma when `gray`); clipped to 0..255.
+    """Add `scale` times the Poisson noise of the rounded image (of its luma if `gray`); clip to 0..255.
 
-    The photon count at full white is the next power of two of the number of distinct levels, as in public code.
+    As in public code, the photon count at full white is the number of distinct levels, rounded up to a power of two.
     """
     levels = to_uint8(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) if gray else x)
     counts = (cv2.calcHist([levels], [c], None, [256], [0, 256]) for c in range(1 if gray else 3))
@@ -116,7 +117,7 @@ def poisson_noise(x: np.ndarray, scale: float, gray: bool, rng: np.random.Genera
 
 
 def _add(x: np.ndarray, noise: np.ndarray, weight: float) -> np.ndarray:
-    """x + weight * noise, clipped to 0..255; one plane of noise serves all three."""
+    """x + weight * noise, clipped to 0..255; a single plane of noise is used for all three channels."""
     if noise.shape != x.shape:
         noise = cv2.merge([noise] * 3)
     total = cv2.scaleAdd(noise, weight, x)
@@ -138,7 +139,7 @@ def _normal_quantiles() -> np.ndarray:
 def _poisson_quantiles(count: int) -> np.ndarray:
     """Flat [256 * 2048]: (Poisson(level / 255 * count) / count - level / 255) * 255 at equally spaced probabilities."""
     rates = np.arange(256) / 255 * count
-    # Twelve deviations above the largest rate: beyond what 2,048 quantiles can reach.
+    # The table ends twelve standard deviations above the largest rate, beyond the highest of the 2,048 quantiles.
     below = pdtr(np.arange(math.ceil(count + 12 * math.sqrt(count)) + 1)[None], rates[:, None])
     probabilities = (np.arange(2**POISSON_BITS) + 0.5) / 2**POISSON_BITS
     events = np.stack([np.searchsorted(row, probabilities) for row in below])
@@ -146,7 +147,7 @@ def _poisson_quantiles(count: int) -> np.ndarray:
 
 
 def jpeg(x: np.ndarray, quality: float) -> np.ndarray:
-    """One libjpeg round trip at the nearest integer quality, 4:2:0; float32 or uint8 in, uint8 out."""
+    """Encode and decode with libjpeg at the nearest integer quality, 4:2:0; float32 or uint8 in, uint8 out."""
     ok, coded = cv2.imencode(
         ".jpg", cv2.cvtColor(to_uint8(x), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, round(quality)]
     )
@@ -160,9 +161,10 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def sharpen(x: np.ndarray, weight: float = 0.5, side: int = 51, threshold: float = 10.0) -> np.ndarray:
-    """Unsharp masking of the ground truth, uint8 in and out: where the detail exceeds `threshold` grey levels, add half of it.
+    """Sharpen the ground truth by unsharp masking, uint8 in and out.
 
-    Real-ESRGAN's USMSharp: Gaussian of 51 taps (sigma 8), soft mask by the same Gaussian.
+    Where the detail exceeds `threshold` grey levels, `weight` (half) of it is added. As in Real-ESRGAN's USMSharp, the
+    Gaussian has 51 taps (sigma 8), and the mask is softened with the same Gaussian.
     """
     taps = cv2.getGaussianKernel(side, 0)
     detail = x - _separable(x, taps, taps)

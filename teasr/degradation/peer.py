@@ -1,8 +1,11 @@
-"""The operators of the pipeline with the peculiarities of public code, for parity with models trained by it.
+"""Degradation operators that reproduce public code (BasicSR), for parity with models trained with it.
 
-Same interface as lean.py (float32 [H, W, 3] in 0..255). What BasicSR's operators do differently: the first resize steps by the
-exact factor but floors the size, so LQ shifts against HQ by up to several pixels; "area" is adaptive average pooling; JPEG is a
-float approximation with transposed quantisation tables, nearest chroma, zero padding, a float quality and no rounding of pixels.
+The interface is the same as in lean.py (float32 [H, W, 3] in 0..255). BasicSR's operators differ as follows:
+- The first resize samples at steps of the exact factor but floors the output size, so that LQ is shifted against HQ by
+  up to several pixels.
+- "area" is adaptive average pooling.
+- JPEG is a float approximation with transposed quantisation tables, nearest-neighbour chroma, zero padding, a float
+  quality and no rounding of pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import cv2
 import numpy as np
 import scipy.fft
 
-# Annex K of the JPEG standard, luma and chroma; used transposed, as there.
+# Luma and chroma tables of the JPEG standard, Annex K; transposed, as in BasicSR.
 LUMA = np.array([
     [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
     [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
@@ -26,23 +29,23 @@ RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]], np.flo
 
 
 def blur(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate with `kernel` [k, k], the borders reflected; float32 out."""
+    """Correlate with `kernel` [k, k], with reflected borders; float32 out."""
     return cv2.filter2D(x, cv2.CV_32F, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
 def resize(x: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """To `size` (width, height) as `F.interpolate(size=...)`."""
+    """Resize to `size` (width, height) like `F.interpolate(size=...)`."""
     return _resample(x, size, (x.shape[1] / size[0], x.shape[0] / size[1]), mode)
 
 
 def resize_by(x: np.ndarray, factor: float, mode: str) -> np.ndarray:
-    """As `F.interpolate(scale_factor=...)`: floored size, steps of 1 / factor."""
+    """Resize like `F.interpolate(scale_factor=...)`: floored output size, sampling steps of 1 / factor."""
     size = (math.floor(x.shape[1] * factor), math.floor(x.shape[0] * factor))
     return _resample(x, size, (1 / factor, 1 / factor), mode)
 
 
 def resize_relative(x: np.ndarray, size: tuple[int, int], factor: float, mode: str) -> np.ndarray:
-    """To `factor` times `size` (width, height), floored."""
+    """Resize to `factor` times `size` (width, height), floored."""
     return resize(x, (int(size[0] * factor), int(size[1] * factor)), mode)
 
 
@@ -52,7 +55,7 @@ def _resample(x: np.ndarray, size: tuple[int, int], step: tuple[float, float], m
 
 
 def _weights(n: int, m: int, step: float, mode: str) -> np.ndarray:
-    """[m, n]: how much of each of n inputs goes into each of m outputs."""
+    """Interpolation matrix [m, n]: the weight of each of n inputs in each of m outputs."""
     weights, out = np.zeros((m, n)), np.arange(m)
     if mode == "area":
         for i in out:
@@ -76,13 +79,13 @@ def _cubic(d: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 def gaussian_noise(x: np.ndarray, sigma: float, gray: bool, rng: np.random.Generator) -> np.ndarray:
-    """Add normal noise of standard deviation `sigma` (grey levels), one value a pixel when `gray`; clipped to 0..255."""
+    """Add Gaussian noise of standard deviation `sigma` (grey levels), one value per pixel if `gray`; clip to 0..255."""
     noise = rng.standard_normal((*x.shape[:2], 1 if gray else 3), dtype=np.float32)
     return (x + noise * np.float32(sigma)).clip(0, 255)
 
 
 def poisson_noise(x: np.ndarray, scale: float, gray: bool, rng: np.random.Generator) -> np.ndarray:
-    """Add `scale` times the Poisson noise of the rounded picture (of its luma when `gray`); clipped to 0..255."""
+    """Add `scale` times the Poisson noise of the rounded image (of its luma if `gray`); clip to 0..255."""
     base = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None] if gray else x
     levels = base.round().clip(0, 255)
     count = 2 ** math.ceil(math.log2(len(np.unique(levels))))
@@ -91,7 +94,7 @@ def poisson_noise(x: np.ndarray, scale: float, gray: bool, rng: np.random.Genera
 
 
 def jpeg(x: np.ndarray, quality: float) -> np.ndarray:
-    """DiffJPEG: the round trip in float32, quality and all; float32 out, not rounded."""
+    """Encode and decode like DiffJPEG, in float32 with a float quality; float32 out, not rounded."""
     height, width = x.shape[:2]
     padded = np.pad(np.clip(x, 0, 255).astype(np.float32), ((0, -height % 16), (0, -width % 16), (0, 0)))
     factor = np.float32((5000 / quality if quality < 50 else 200 - quality * 2) / 100)
@@ -104,7 +107,7 @@ def jpeg(x: np.ndarray, quality: float) -> np.ndarray:
 
 
 def _quantise(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Blockwise DCT, rounding to multiples of `table`, and back; the plane in 0..255."""
+    """Apply the blockwise DCT, round to multiples of `table`, and invert it; the plane is in 0..255."""
     h, w = plane.shape
     blocks = (plane - 128).reshape(h // 8, 8, w // 8, 8).swapaxes(1, 2)
     coefficients = np.round(scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho") / table) * table

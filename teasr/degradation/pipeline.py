@@ -1,7 +1,8 @@
-"""Presets, draws, and the order of the operators.
+"""Degradation presets, their random parameters, and the order of the operators.
 
-`draw(settings, rng)` fixes everything but the noise of single pixels, as a mapping that JSON can hold; `apply` makes LQ from it.
-Both are pure: the same picture, settings and numpy Generator give the same bytes.
+`draw(settings, rng)` draws every random parameter except the noise of individual pixels, as a JSON-serialisable
+mapping; `apply` computes LQ from it. Both are deterministic: the same image, config and numpy Generator state give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from teasr.degradation import kernels, lean, peer
 
 @dataclass(frozen=True)
 class Stage:
-    """One round of blur, resize, noise and JPEG. Ranges are uniform; sigmas of noise and qualities in 8-bit units."""
+    """One round of blur, resize, noise and JPEG.
+
+    Ranges are sampled uniformly. Noise sigmas are in grey levels of 0..255, JPEG qualities in 0..100.
+    """
 
     blur_probability: float
     blur_sigma: tuple[float, float]
@@ -34,23 +38,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Degradation:
-    """All settings of one pipeline; no stages means plain antialiased bicubic down-sampling."""
+    """Config of one degradation pipeline; without stages it is plain antialiased bicubic down-sampling."""
 
     name: str
     scale: int = 4
     stages: tuple[Stage, ...] = ()
     final_sinc_probability: float = 0.8
-    usm: bool = False  # the ground truth is sharpened first, by `sharpen`
-    peer_exact: bool = False  # operators with the peculiarities of public code (see peer.py), 25 times slower
+    usm: bool = False  # the ground truth is first sharpened with `sharpen`
+    peer_exact: bool = False  # operators that reproduce public code (see peer.py), 25 times slower
 
 
 def _preset(name: str, usm: bool = False, **of_stage: tuple) -> Degradation:
-    """Settings from columns: for each field of `Stage` one value a stage."""
+    """Build a preset; each keyword is a field of `Stage` and holds one value per stage."""
     rows = zip(*of_stage.values(), strict=True)
     return Degradation(name, stages=tuple(Stage(**dict(zip(of_stage, row, strict=True))) for row in rows), usm=usm)
 
 
-# Real-ESRGAN's options file for x4plus. SeeSR, DiffBIR v2.1, HYPIR and OSEDiff use the same numbers.
+# From Real-ESRGAN's options file for x4plus. SeeSR, DiffBIR v2.1, HYPIR and OSEDiff use the same values.
 _HEAVY = {
     "blur_probability": (1.0, 0.8),
     "blur_sigma": ((0.2, 3.0), (0.2, 1.5)),
@@ -63,9 +67,9 @@ _HEAVY = {
     "jpeg_quality": ((30.0, 95.0), (30.0, 95.0)),
 }
 PRESETS = {
-    "osediff": _preset("osediff", **_HEAVY),  # OSEDiff leaves the ground truth as it is
+    "osediff": _preset("osediff", **_HEAVY),  # OSEDiff does not sharpen the ground truth
     "realesrgan_usm": _preset("realesrgan_usm", usm=True, **_HEAVY),  # Real-ESRGAN, SeeSR, DiffBIR, HYPIR sharpen it
-    "stablesr": _preset(  # StableSR's options file for 512 px with text; it sharpens too
+    "stablesr": _preset(  # from StableSR's options file for 512 px with text; it also sharpens
         "stablesr",
         usm=True,
         blur_probability=(1.0, 0.5),
@@ -83,29 +87,29 @@ PRESETS = {
 
 
 def preset(name: str, peer_exact: bool = False) -> Degradation:
-    """Settings by name; ValueError names the presets there are."""
+    """Return a preset by name. Raises ValueError listing the available presets when the name is unknown."""
     if name not in PRESETS:
         raise ValueError(f"degradation preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], peer_exact=peer_exact)
 
 
 def sharpen(hq: np.ndarray, settings: Degradation) -> np.ndarray:
-    """The ground truth that `settings` train on, [H, W, 3] uint8: sharpened where they say so, else the same array."""
+    """Return the ground truth to train on, [H, W, 3] uint8: sharpened if `settings.usm`, else the same array."""
     return lean.sharpen(hq) if settings.usm else hq
 
 
 def degrade(hq: np.ndarray, settings: Degradation, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """HQ [H, W, 3] RGB, uint8 or float32 in [0, 1] -> (LQ [H / scale, W / scale, 3] uint8, every drawn parameter).
+    """HQ [H, W, 3] RGB, uint8 or float32 in [0, 1] -> (LQ [H / scale, W / scale, 3] uint8, drawn parameters).
 
-    Under settings with `usm`, `hq` is what `sharpen` returned. ValueError when the picture is not RGB or its sides are
-    not multiples of the scale.
+    If `settings.usm`, pass the output of `sharpen` as `hq`. Raises ValueError when the image is not RGB or its height
+    or width is not a multiple of the scale.
     """
     drawn = draw(settings, rng)
     return apply(hq, drawn, rng), drawn
 
 
 def draw(settings: Degradation, rng: np.random.Generator) -> dict:
-    """Everything random but the noise of single pixels, in values that JSON can hold."""
+    """Draw every random parameter except the noise of individual pixels, as JSON-serialisable values."""
     drawn: dict = {"preset": settings.name, "scale": settings.scale}
     if not settings.stages:
         return drawn
@@ -138,7 +142,10 @@ def _mode(rng: np.random.Generator) -> str:
 
 
 def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.ndarray:
-    """LQ [H / scale, W / scale, 3] uint8 from drawn parameters; `rng` makes the noise of the pixels, None leaves it out."""
+    """Compute LQ [H / scale, W / scale, 3] uint8 from drawn parameters.
+
+    `rng` draws the noise of the pixels; with None no noise is added.
+    """
     size = _lq_size(hq, drawn["scale"])
     if "stages" not in drawn:
         return np.asarray(Image.fromarray(_as_uint8(hq)).resize(size, Image.Resampling.BICUBIC))
@@ -161,7 +168,7 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
 
 
 def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarray:
-    """Bring to LQ size with an optional sinc filter, and JPEG, in the drawn order."""
+    """Resize to LQ size, apply the optional sinc filter, and compress with JPEG before or after these, as drawn."""
     final, quality = drawn["final"], drawn["stages"][-1]["jpeg"]
     if final["jpeg_first"]:
         x = ops.jpeg(x, quality).astype(np.float32, copy=False)
@@ -174,7 +181,8 @@ def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarra
 def _lq_size(hq: np.ndarray, scale: int) -> tuple[int, int]:
     if hq.dtype not in (np.uint8, np.float32) or hq.ndim != 3 or hq.shape[2] != 3:
         raise ValueError(
-            f"degrade needs a picture [H, W, 3] in uint8, or float32 in [0, 1], got {hq.shape} in {hq.dtype}: convert it to RGB first"
+            f"degrade needs a picture [H, W, 3] in uint8, or float32 in [0, 1], got {hq.shape} in {hq.dtype}: "
+            "convert it to RGB first"
         )
     height, width = hq.shape[:2]
     if height % scale or width % scale:

@@ -1,4 +1,4 @@
-"""The algebra of flow matching and the losses, one equation of a paper a function, on plain tensors.
+"""Flow-matching algebra and losses on plain tensors, with one function per paper equation.
 
-Imports nothing else of teasr: neither a network nor a configuration is known here.
+Files here import nothing else from teasr. They know neither networks nor configs.
 """

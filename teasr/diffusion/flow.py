@@ -1,7 +1,8 @@
-"""Flow-matching algebra of TEASR: paths, velocities, shortcuts and the TAR weight, one paper equation a function.
+"""Flow-matching algebra of TEASR: paths, velocities, shortcuts and the TAR weight, one function per paper equation.
 
-Convention (TwinFlow, TEASR): t = 1 is noise, t = 0 is data, z_t = (1 - t) z0 + t eps, velocity v = eps - z0. Times are
-float32 [B]; latents are [B, C, h, w]. Pure functions on tensors in the dtype they are given (fp32 in training).
+Convention (TwinFlow, TEASR): t = 1 is noise, t = 0 is data, z_t = (1 - t) z0 + t eps, and the velocity is v = eps - z0.
+Times are float32 [B]; latents are [B, C, h, w]. All functions are pure and keep the dtype of their inputs (fp32 in
+training).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
-    """Shape a per-sample quantity [B] so that it broadcasts over `like` [B, ...]."""
+    """Reshape a per-sample quantity [B] so that it broadcasts over `like` [B, ...]."""
     return t.reshape(-1, *([1] * (like.dim() - 1)))
 
 
@@ -27,7 +28,10 @@ def velocity_target(z0: Tensor, eps: Tensor) -> Tensor:
 
 
 def z0_from_velocity(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Clean latent implied by a velocity, z0 = z_t - t v; with z_t = eps and t = 1 the one-step estimate (TEASR eq. 6)."""
+    """Clean latent implied by a velocity, z0 = z_t - t v.
+
+    With z_t = eps and t = 1 it is the one-step estimate (TEASR eq. 6).
+    """
     return z_t - per_sample(t, z_t) * v
 
 
@@ -42,10 +46,10 @@ def step(z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def shortcut_target(u1: Tensor, u2: Tensor, t: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    """Average velocity over t -> s composed of t -> m (u1) and m -> s (u2), for any midpoint s <= m <= t (TEASR eqs. 2-3).
+    """Average velocity over t -> s, composed of t -> m (u1) and m -> s (u2) (TEASR eqs. 2-3).
 
-    ((t - m) u1 + (m - s) u2) / (t - s); with m = (t + s) / 2 the plain mean of the paper. Where t == s (after
-    rounding to a time grid) the two coincide and their mean is returned.
+    Computes ((t - m) u1 + (m - s) u2) / (t - s) for any midpoint s <= m <= t; m = (t + s) / 2 gives the plain mean of
+    the paper. Where t == s (after rounding to a time grid), u1 and u2 coincide and their mean is returned.
     """
     span = t - s
     share = torch.where(span > 0, (t - m) / span.clamp(min=torch.finfo(span.dtype).tiny), torch.full_like(span, 0.5))
@@ -69,7 +73,7 @@ def tar_weight(s: Tensor, cap: float | None = None) -> Tensor:
 
 
 def sampling_times(steps: int) -> list[tuple[float, float]]:
-    """Pairs (t_cur, t_tar) of Algorithm 1: linear from 1 to 0 in `steps` intervals, the last pair (1/N, 0)."""
+    """Pairs (t_cur, t_tar) of Algorithm 1, linear from 1 to 0 in `steps` intervals; the last pair is (1/N, 0)."""
     if steps < 1:
         raise ValueError(f"steps = {steps}: the sampler needs at least 1 step; use steps >= 1")
     return [(1 - i / steps, 1 - (i + 1) / steps) for i in range(steps)]

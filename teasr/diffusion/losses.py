@@ -1,4 +1,4 @@
-"""Loss functions on tensors: mean squared error, LPIPS, the squared rectification loss, a checkerboard detector; and gradients of inputs."""
+"""Losses on tensors (MSE, LPIPS, squared rectification), a checkerboard detector, and gradients of inputs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _ONLY_INPUT: ContextVar[bool] = ContextVar("only_input_gradient", default=False)
 
 
 def gradient_through(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Value of the scalar function(z), and its gradient with respect to z at a detached leaf; both without a graph.
+    """Return the value of the scalar function(z) and its gradient with respect to z, both without a graph.
 
-    No parameter gets a gradient on the way: this is how a generator learns through a discriminator, a decoder or LPIPS. A plain backward pass
-    would add to the discriminator's own gradient, with the wrong sign. Inside `function`, networks may be called as usual.
+    z is detached first. No parameter receives a gradient: this is how a generator learns through a discriminator, a
+    decoder or LPIPS. A plain backward pass would add to the discriminator's own gradient, with the wrong sign. Networks
+    can be called as usual inside `function`.
     """
     leaf = z.detach().requires_grad_()
     token = _ONLY_INPUT.set(True)
@@ -37,21 +38,26 @@ def gradient_through(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[T
 
 
 def only_input_gradient() -> bool:
-    """Whether this is inside the function of a `gradient_through`."""
+    """Whether the caller runs inside the function of a `gradient_through` call."""
     return _ONLY_INPUT.get()
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over everything, in fp32 at least: L_flow, L_cons (TEASR eq. 4), L_adv (eq. 8), pixels (eq. 12)."""
+    """Mean squared error over all elements, computed in at least fp32.
+
+    Used for L_flow, L_cons (TEASR eq. 4), L_adv (eq. 8) and the pixels (eq. 12).
+    """
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
     return F.mse_loss(prediction, target)
 
 
 def rectification(v: Tensor, difference: Tensor, w: Tensor) -> Tensor:
-    """L_rectify = 1/2 mean || v - sg(v - w D) ||^2 (TEASR eqs. 9-11), *squared*, with w [B] and D from `score_difference`.
+    """*Squared* rectification loss, L_rectify = 1/2 mean || v - sg(v - w D) ||^2 (TEASR eqs. 9-11).
 
-    Deviation: eq. 11 prints an un-squared norm; its gradient D / ||D|| would not depend on w(s) at all.
+    w is [B]; D is the result of `score_difference`.
+
+    Deviation: eq. 11 prints an un-squared norm, but its gradient D / ||D|| would not depend on w(s) at all.
     """
     target = (v - per_sample(w, v) * difference).detach()
     return 0.5 * F.mse_loss(v, target)
@@ -63,15 +69,16 @@ def rectification_gradient(difference: Tensor, w: Tensor) -> Tensor:
 
 
 def lpips_weight_file(net: str) -> Path:
-    """Where torchvision's backbone for LPIPS has to lie on this machine (TORCH_HOME is honoured)."""
+    """Path where torchvision's backbone for LPIPS is expected (TORCH_HOME is honoured)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
 
 
 def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
-    """LPIPS v0.1 (Zhang et al. 2018), frozen; call it with images [B, 3, H, W] in [-1, 1], it returns [B, 1, 1, 1].
+    """Load LPIPS v0.1 (Zhang et al. 2018), frozen.
 
-    The calibrated heads come with the `lpips` package; the backbone is torchvision's and is never downloaded from
-    here. Raises ValueError naming file and place when it is missing. `weights=False` gives a random backbone (tests).
+    Call the result with images [B, 3, H, W] in [-1, 1]; it returns [B, 1, 1, 1]. The calibrated heads come with the
+    `lpips` package. The backbone is torchvision's and is never downloaded from here: raises ValueError naming the file
+    and its expected path when it is missing. `weights=False` gives a random backbone (for tests).
     """
     path = lpips_weight_file(net)
     if weights and not path.is_file():
@@ -81,7 +88,7 @@ def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
         )
     import lpips
 
-    with warnings.catch_warnings():  # it calls torchvision in a deprecated way
+    with warnings.catch_warnings():  # lpips calls a deprecated torchvision API
         warnings.simplefilter("ignore")
         model = lpips.LPIPS(net=net, version="0.1", pnet_rand=not weights, verbose=False)
     return model.requires_grad_(False).eval()
@@ -95,9 +102,9 @@ def rms(x: Tensor) -> Tensor:
 def checkerboard_energy(x: Tensor, period_px: int) -> Tensor:
     """Share of the high-pass energy of images [B, 3, H, W] that repeats every `period_px` pixels, mean over B.
 
-    One-step diffusion transformers tend to print their patch grid on the picture. Folding the high-passed luma on the
-    grid keeps exactly its harmonics of 1 / period (Parseval), so no FFT is needed. 1 = nothing else, and a picture
-    without a grid gives about 1 / (number of cells).
+    One-step diffusion transformers tend to make their patch grid visible in the image. Averaging the high-pass luma
+    over all grid cells keeps exactly the harmonics of 1 / period (Parseval), so no FFT is needed. A value of 1 means
+    that all of this energy is periodic; an image without a grid gives about 1 / (number of cells).
     """
     luma = x.float().mean(1, keepdim=True)
     high = luma - F.avg_pool2d(luma, 3, 1, 1, count_include_pad=False)

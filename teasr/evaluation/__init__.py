@@ -1,4 +1,4 @@
-"""Scoring restored pictures: metrics, the protocols of published tables, a model on a whole set of pairs.
+"""Scoring restored pictures: metrics, the protocols of published tables, and evaluation on whole sets of pairs.
 
 May import `data`, `diffusion`, `imaging` and `util`.
 """

@@ -1,7 +1,9 @@
-"""A model, or pictures that anything made, on a set of pairs: pictures, scores with confidence intervals, sheets; resumed where it was stopped.
+"""Evaluate a model, or existing pictures, on a set of pairs, with resuming.
 
-Every pair leaves its pictures and a part file with its scores. Ranks take pairs in turn; rank 0 waits for all parts and puts the results together, so that
-any number of ranks and interruptions gives the same `scores.json`. Folders carry a hash of all that decides their content: nothing stale is used.
+The results are pictures, scores with confidence intervals, and comparison sheets. For every pair, the pictures and a
+part file with the scores are written. The pairs are distributed over the ranks in turn; rank 0 waits for all part files
+and merges them, so `scores.json` does not depend on the number of ranks or on interruptions. Folder names contain a
+hash of everything that determines their content, so outdated results are never used.
 """
 
 from __future__ import annotations
@@ -26,17 +28,21 @@ from teasr.imaging import images
 from teasr.util.files import write_atomic
 from teasr.util.progress import ProgressLine
 
-COMPARED = 6  # pictures in comparison.png, at most
-EXTREMES = 5  # best and worst pictures in extremes.png
-SHOWN_PX = 384  # of a picture in a sheet: larger ones show their centre
-RESAMPLES = 1000  # of the bootstrap
+COMPARED = 6  # the most pictures in comparison.png
+EXTREMES = 5  # number of best and of worst pictures in extremes.png
+SHOWN_PX = 384  # largest side of a picture in a sheet; larger ones are cropped to their centre
+RESAMPLES = 1000  # number of bootstrap resamples
 BICUBIC, SHOWN = "bicubic", "shown"
 Restore = Callable[[Sample], np.ndarray]
 
 
 @dataclass
 class Evaluation:
-    """methods: name -> how it makes a picture; `made_by`: what decides their pictures (checkpoint, seed, ..), for resuming."""
+    """An evaluation of one or several methods on a set of pairs.
+
+    methods: name -> function that restores a picture. made_by: what determines their pictures (checkpoint, seed, ..);
+    existing results are reused only if it is unchanged.
+    """
 
     pairs: Pairs
     scorer: Scorer
@@ -59,7 +65,10 @@ class Evaluation:
         self.settings = scored
 
     def run(self) -> None:
-        """This rank's pairs; on rank 0 then the results. ValueError names a pair that cannot be read or does not fit."""
+        """Evaluate this rank's pairs; rank 0 then writes the results.
+
+        Raises ValueError naming a pair that cannot be read or whose pictures do not match in size.
+        """
         line = ProgressLine("evaluate", len(self.pairs), "pictures", enabled=self.rank == 0)
         keys = []
         for i, (key, load) in enumerate(self.pairs):
@@ -74,7 +83,7 @@ class Evaluation:
             self._put_together(keys)
 
     def image_path(self, method: str, key: str) -> Path:
-        """Where a method's picture of a pair lies."""
+        """Return the path of a method's picture for a pair."""
         return self.images / method.replace(" ", "_") / f"{key}.png"
 
     @property
@@ -99,7 +108,7 @@ class Evaluation:
         write_atomic(path, json.dumps(part).encode())
 
     def _pictures(self, key: str, sample: Sample, seconds: dict[str, float]) -> Iterable[tuple[str, np.ndarray]]:
-        """Bicubic (unless the pairs have no LQ), and every method's; those that lie there already are read."""
+        """Yield the bicubic picture (unless the pairs have no LQ) and that of every method; existing ones are read."""
         if self.beside_bicubic:
             yield BICUBIC, sample.lq_up
         for name, restore in self.methods.items():
@@ -144,7 +153,10 @@ class Evaluation:
                 shutil.rmtree(old)
 
     def _means(self, parts: list[dict], method: str) -> dict[str, dict[str, float]]:
-        """Mean of every metric and its 95 % interval by resampling pictures; and the same of what is gained over bicubic picture by picture."""
+        """Return the mean of every metric with its 95 % bootstrap interval over pictures.
+
+        The same is returned for the gain over bicubic, taken picture by picture.
+        """
         draws = np.random.default_rng(0).integers(0, len(parts), (RESAMPLES, len(parts)))
 
         def interval(values: np.ndarray, prefix: str = "") -> dict[str, float]:
@@ -173,7 +185,10 @@ class Evaluation:
         return {metric: {"mean": value} for metric, value in self.scorer.sets(name, "hq").items()}
 
     def _write_speed(self, parts: dict[str, dict]) -> None:
-        """Seconds a picture: the median over those made this time or before, the first left out where there are more."""
+        """Write speed.json with the median seconds per picture and the peak memory.
+
+        The median covers the pictures of this and earlier runs; the first picture is excluded if there are others.
+        """
         import torch
 
         speed = {}
@@ -194,7 +209,7 @@ class Evaluation:
         write_atomic(self.out / "speed.json", json.dumps(found, indent=1).encode())
 
     def _write_shown(self, rows: dict[str, list[np.ndarray]], titles: list[str]) -> None:
-        """shown/0/bicubic.png ..: centres of the compared pictures one by one, for pages."""
+        """Write the centre of each compared picture as its own file, such as shown/0/bicubic.png, for web pages."""
         shutil.rmtree(self.out / SHOWN, ignore_errors=True)
         for i, row in enumerate(rows.values()):
             for title, x in zip(titles, row, strict=True):
@@ -203,7 +218,10 @@ class Evaluation:
                 write_atomic(path, images.png_bytes(x))
 
     def _draw_sheets(self, parts: dict[str, dict]) -> None:
-        """comparison.png: pictures spread over the set. extremes.png: the best and worst by PSNR gained over bicubic, or by the first metric."""
+        """Draw comparison.png, with pictures spread over the set, and extremes.png, with the best and worst pictures.
+
+        Best and worst refer to the first metric (PSNR by default): its gain over bicubic, or its value without bicubic.
+        """
         keys = list(parts)
         spread = {keys[round(i * (len(keys) - 1) / max(1, COMPARED - 1))] for i in range(COMPARED)}
         first, metric = next(iter(self.methods)), self.scorer.picture_names[0]
@@ -226,23 +244,23 @@ class Evaluation:
 
 
 def shown_name(title: str) -> str:
-    """File name of a method's picture in `shown/`."""
+    """Return the file name of a method's picture in `shown/`."""
     return f"{title.replace(' ', '_')}.png"
 
 
 def step_name(steps: int) -> str:
-    """How a step count is called in tables."""
+    """Return the name of a step count in tables, such as "4 steps"."""
     return f"{steps} step{'s' * (steps != 1)}"
 
 
 def steps_of(name: str) -> int | None:
-    """The step count of a method's name, None for other methods."""
+    """Return the step count from a method's name, or None if the name is not a step count."""
     head, _, tail = name.partition(" ")
     return int(head) if head.isdigit() and tail in ("step", "steps") else None
 
 
 def table(scores: dict) -> str:
-    """The results as text, skipped metrics below."""
+    """Format the results as a text table, with the skipped metrics listed below."""
     names = [m for m in scores["metrics"] if any(m in row for row in scores["methods"].values())]
     lines = [f"{'':>14s}" + "".join(f"  {METRICS[m].label:>9s}" for m in names)]
     for name, row in scores["methods"].items():
@@ -253,7 +271,8 @@ def table(scores: dict) -> str:
             told = row[names[0]]
             unit = METRICS[names[0]].label
             lines.append(
-                f"{name} - bicubic: {told['gain_mean']:+.3f} {unit}, 95 % {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
+                f"{name} - bicubic: {told['gain_mean']:+.3f} {unit}, "
+                f"95 % {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
             )
             break
     for name, told in scores["metrics"].items():
@@ -272,7 +291,7 @@ def _centre(x: np.ndarray) -> np.ndarray:
 
 
 def _same_size(rows: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Padded with white to the largest."""
+    """Pad all pictures with white to the size of the largest."""
     height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
     return [
         [np.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in row]

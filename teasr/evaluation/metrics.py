@@ -1,8 +1,9 @@
-"""The metrics of the published Real-ISR tables: which there are, by which protocol, with which weight files, and what is missing.
+"""The metrics of the published Real-ISR tables, with their protocols and weight files.
 
-`Scorer` scores pictures one by one and sets as a whole. A metric whose weights are not at hand has the status "skipped: put FILE in PLACE": never a NaN,
-never a gap. PSNR, SSIM and the Frechet distance are our own exact ones; LPIPS is of the package `lpips`; the rest is pyiqa's (an extra: its
-licence is PolyForm Noncommercial).
+`Scorer` scores single pictures and whole sets. A metric whose weight file is missing is not computed, and its status is
+"skipped: put FILE in PLACE". PSNR, SSIM and the Frechet distance are computed by our own exact code, LPIPS by the
+package `lpips`, and the other published metrics by pyiqa (an optional dependency, under the licence PolyForm
+Noncommercial).
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import numpy as np
 from teasr.imaging.exact_metrics import frechet_distance, psnr, ssim
 from teasr.util.files import sha256_of
 
-WEIGHTS = Path(os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights"))  # where files are looked for
+WEIGHTS = Path(os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights"))  # folder of weight files
 PYIQA = "pip install 'teasr[metrics]'"
-GRID_PX = 16  # holds the token grids of 8 and 16 px, which a transformer may print on its pictures
+GRID_PX = 16  # also detects a period of 8 px: token grids of 8 or 16 px may show as artefacts
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How PSNR and SSIM look at pictures; the other metrics see whole RGB pictures in every protocol."""
+    """How PSNR and SSIM are computed; the other metrics use whole RGB pictures in every protocol."""
 
     name: str
     luma: bool
@@ -38,7 +39,7 @@ class Protocol:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """Describe the protocol in words."""
         space = "Y of BT.601 ycbcr (limited range)" if self.luma else "RGB"
         return f"{space}, {f'{self.border_px} px of border cropped' if self.border_px else 'no border cropped'}"
 
@@ -46,8 +47,8 @@ class Protocol:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("osediff", luma=True, border_px=0),  # of the tables of OSEDiff, TSD-SR and TEASR
-        Protocol("crop4", luma=True, border_px=4),  # of classical SR, and of SeeSR
+        Protocol("osediff", luma=True, border_px=0),  # used in the tables of OSEDiff, TSD-SR and TEASR
+        Protocol("crop4", luma=True, border_px=4),  # used in classical SR and by SeeSR
         Protocol("rgb", luma=False, border_px=0),
     )
 }
@@ -55,7 +56,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class File:
-    """A weight file by its published name; `sha256`: the beginning of its hash, as far as it is published."""
+    """A weight file by its published name; `sha256`: the beginning of its hash, as much of it as is published."""
 
     name: str
     sha256: str = ""
@@ -63,11 +64,11 @@ class File:
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of a table. kind: `full` (against the original), `none` (no reference) or `set` (all pictures at once)."""
+    """A column of a table. kind: `full` (full reference), `none` (no reference) or `set` (all pictures at once)."""
 
     name: str
     label: str
-    higher: bool  # is better
+    higher: bool  # whether higher is better
     kind: str
     package: str | None = None
     files: tuple[File, ...] = ()
@@ -79,7 +80,9 @@ METRICS = {
     for m in (
         Metric("psnr", "PSNR", True, "full"),
         Metric("ssim", "SSIM", True, "full"),
-        Metric("lpips", "LPIPS", False, "full", "lpips", (File("alexnet-owt-7be5be79.pth", "7be5be79"),), "AlexNet, v0.1"),
+        Metric(
+            "lpips", "LPIPS", False, "full", "lpips", (File("alexnet-owt-7be5be79.pth", "7be5be79"),), "AlexNet, v0.1",
+        ),
         Metric(
             "dists", "DISTS", False, "full", "pyiqa",
             (File("vgg16-397923af.pth", "397923af"), File("DISTS_weights-f5e65c96.pth", "f5e65c96")),
@@ -88,24 +91,37 @@ METRICS = {
             "fid", "FID", False, "set", "pyiqa", (File("pt_inception-2015-12-05-6726825d.pth", "6726825d"),),
             "whole pictures brought to 299 px by PIL's bicubic (clean-fid), no patches",
         ),
-        Metric("niqe", "NIQE", False, "none", "pyiqa", (File("niqe_modelparameters.mat"),), "on yiq luma, BasicSR's table"),
-        Metric("musiq", "MUSIQ", True, "none", "pyiqa", (File("musiq_koniq_ckpt-e95806b9.pth", "e95806b9"),), "KonIQ-10k"),
+        Metric(
+            "niqe", "NIQE", False, "none", "pyiqa", (File("niqe_modelparameters.mat"),), "on yiq luma, BasicSR's table",
+        ),
+        Metric(
+            "musiq", "MUSIQ", True, "none", "pyiqa", (File("musiq_koniq_ckpt-e95806b9.pth", "e95806b9"),), "KonIQ-10k",
+        ),
         Metric(
             "maniqa", "MANIQA", True, "none", "pyiqa",
-            (File("MANIQA_PIPAL-ae6d356b.pth", "ae6d356b"), File("vit_base_patch8_224.augreg2_in21k_ft_in1k.safetensors")),
+            (
+                File("MANIQA_PIPAL-ae6d356b.pth", "ae6d356b"),
+                File("vit_base_patch8_224.augreg2_in21k_ft_in1k.safetensors"),
+            ),
             "PIPAL (not pyiqa's default); the second file is model.safetensors of timm's model of that name",
         ),
         Metric(
             "clipiqa", "CLIPIQA", True, "none", "pyiqa",
             (File("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),),
         ),
-        Metric("checkerboard", "Grid", False, "none", about=f"share of the high-pass energy that repeats every {GRID_PX} px"),
+        Metric(
+            "checkerboard", "Grid", False, "none",
+            about=f"share of the high-pass energy that repeats every {GRID_PX} px",
+        ),
     )
 }  # fmt: skip
 
 
 class Scorer:
-    """Some metrics in one protocol, ready to score. `status` says "ok" or why a metric is skipped, `identity` what was used."""
+    """Compute some metrics in one protocol.
+
+    `status` is "ok" or the reason why a metric is skipped; `identity` describes the code and files used.
+    """
 
     def __init__(
         self,
@@ -115,9 +131,10 @@ class Scorer:
         require: bool = False,
         device: str = "cpu",
     ):
-        """names: of METRICS, default all; weights: folder of weight files; require: a metric that cannot be had is a ValueError.
+        """names: keys of METRICS (default: all). weights: folder of weight files. require: allow no skipped metric.
 
-        ValueError for unknown names too. Files are hashed here, models are loaded when first needed.
+        Raises ValueError for unknown names and, with `require`, for metrics that are not available. Files are hashed
+        here; models are loaded when first needed.
         """
         self.names = list(METRICS) if names is None else names
         for kind, known, given in (("metric", METRICS, self.names), ("protocol", PROTOCOLS, [protocol])):
@@ -137,12 +154,12 @@ class Scorer:
 
     @property
     def picture_names(self) -> list[str]:
-        """Metrics that score each picture, without the skipped ones."""
+        """Names of the metrics that score single pictures, without the skipped ones."""
         return [n for n in self.names if self.status[n] == "ok" and METRICS[n].kind != "set"]
 
     @property
     def identity(self) -> dict[str, dict]:
-        """What was used: of each metric status, label, direction, protocol, version of its code and hashes of its files."""
+        """For each metric its status, label, direction, protocol, code version and file hashes."""
         found = {}
         for name in self.names:
             metric = METRICS[name]
@@ -155,7 +172,10 @@ class Scorer:
         return found
 
     def picture(self, made: np.ndarray, hq: np.ndarray | None) -> dict[str, float]:
-        """Scores of a picture, both [H, W, 3] uint8 RGB; without `hq` only those that need none. ValueError when sizes differ."""
+        """Score a picture [H, W, 3] uint8 RGB against `hq` of the same kind.
+
+        Without `hq`, only no-reference metrics are computed. Raises ValueError if the sizes differ.
+        """
         return {
             name: self._model(name)(made, hq)
             for name in self.picture_names
@@ -163,12 +183,12 @@ class Scorer:
         }
 
     def add_to_set(self, key: str, x: np.ndarray) -> None:
-        """Collect a picture for the metrics of whole sets; `key` names the set."""
+        """Add a picture to the set `key`, for metrics of whole sets."""
         if self.status.get("fid") == "ok":
             self._features.setdefault(key, []).append(self._model("fid")(x))
 
     def sets(self, made: str, hq: str) -> dict[str, float]:
-        """Scores of a set of collected pictures against another."""
+        """Score the collected set `made` against the set `hq`; empty if either has fewer than 2 pictures."""
         a, b = self._features.get(made), self._features.get(hq)
         return {"fid": frechet_distance(np.stack(a), np.stack(b))} if a and b and min(len(a), len(b)) > 1 else {}
 
@@ -203,7 +223,7 @@ class Scorer:
 
 
 def _find(file: File, folder: Path) -> Path | None:
-    """In the folder, or where torch keeps its downloads."""
+    """Find a weight file in the folder or in the caches of torch, pyiqa and CLIP."""
     hub = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub"
     places = (folder, hub / "checkpoints", hub / "pyiqa", Path("~/.cache/clip").expanduser())
     return next((place / file.name for place in places if (place / file.name).is_file()), None)
@@ -213,7 +233,7 @@ _sha256 = cache(sha256_of)
 
 
 class _only_these(ExitStack):
-    """Libraries find these files in their caches and nothing else, and nothing is downloaded."""
+    """Context in which libraries find only these files in their caches and cannot download others."""
 
     def __init__(self, paths: dict[str, Path]):
         super().__init__()
@@ -284,7 +304,7 @@ def _niqe(paths: dict[str, Path], device: str) -> Callable:
 
 
 def _maniqa(paths: dict[str, Path], device: str) -> Callable:
-    """It always asks timm for its backbone, by name."""
+    """Load MANIQA, which always requests its backbone from timm by name: point timm to the local file."""
     import timm
 
     vit = next(str(path) for name, path in paths.items() if name.startswith("vit_"))
@@ -303,7 +323,7 @@ def _clipiqa(paths: dict[str, Path], device: str) -> Callable:
 
 
 def _fid(paths: dict[str, Path], device: str) -> Callable:
-    """Features [2048] of one picture, as clean-fid has them."""
+    """Return a function that computes the Inception features [2048] of one picture like clean-fid."""
     import torch
     from PIL import Image
     from pyiqa.archs.inception import InceptionV3

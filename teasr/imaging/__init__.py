@@ -1,4 +1,4 @@
-"""Pictures as arrays: files in and out, colour, and the metrics that are exact formulas (PSNR, SSIM, Frechet distance).
+"""Pictures as arrays: reading and writing files, colour correction, and metrics (PSNR, SSIM, Frechet distance).
 
-Imports `util` alone; torch is imported only where a tensor is made.
+Imports only `util`; torch is imported only inside the functions that create tensors.
 """

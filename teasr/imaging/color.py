@@ -1,7 +1,8 @@
-"""Colours of a restored picture taken back to those of its source, by rows of bounded size.
+"""Correct the colours of a restored picture to match its source, in bands of rows to bound memory.
 
-`wavelet`: everything coarser than some 32 pixels is the source's (StableSR's five-level decomposition); `adain`: mean and deviation of each channel
-are the source's (Huang and Belongie 2017); `lab`: the same in CIELAB (Reinhard et al. 2001).
+`wavelet`: take everything coarser than about 32 pixels from the source (StableSR's five-level decomposition).
+`adain`: match the mean and standard deviation of each channel to the source (Huang and Belongie 2017).
+`lab`: the same as `adain`, in CIELAB (Reinhard et al. 2001).
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import cv2
 import numpy as np
 
 LEVELS = 5
-REACH = 2**LEVELS - 1  # rows that the low-pass of a row looks at, above and below
-ROWS = 512  # at a time
+REACH = 2**LEVELS - 1  # rows above and below a row that its low-pass filter reads
+ROWS = 512  # processed at a time
 KINDS = ("none", "wavelet", "adain", "lab")
 
 
 def correct(kind: str, restored: np.ndarray, source: np.ndarray) -> None:
-    """Change `restored` [H, W, 3] in place; `source` has its size and type, uint8 or uint16. ValueError for an unknown kind."""
+    """Correct the colours of `restored` [H, W, 3], uint8 or uint16, in place.
+
+    `source` must have the same size and dtype. Raises ValueError for an unknown kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"colour correction {kind} does not exist: {', '.join(KINDS)}")
     if kind == "wavelet":
@@ -32,7 +36,7 @@ def correct(kind: str, restored: np.ndarray, source: np.ndarray) -> None:
 
 
 def low_pass(x: np.ndarray) -> np.ndarray:
-    """[H, W, C] float32, smoothed by 1 2 1 at distances 1, 2, 4, 8, 16, edges repeated."""
+    """Smooth [H, W, C] float32 with the kernel (1, 2, 1) / 4 dilated by 1, 2, 4, 8 and 16; edges are replicated."""
     for level in range(LEVELS):
         step = 2**level
         kernel = np.zeros(2 * step + 1, np.float32)
@@ -42,7 +46,7 @@ def low_pass(x: np.ndarray) -> np.ndarray:
 
 
 def _wavelet(restored: np.ndarray, source: np.ndarray) -> None:
-    height, kept = len(restored), restored[:0].copy()  # rows above, as they were
+    height, kept = len(restored), restored[:0].copy()  # kept: original rows above the band
     for top in range(0, height, ROWS):
         bottom = min(height, top + ROWS)
         first, last = max(0, top - REACH), min(height, bottom + REACH)

@@ -1,7 +1,8 @@
-"""PSNR, SSIM and the Frechet distance in exact arithmetic and without waste; all else of a metric (protocol, weights) is in metrics.py.
+"""Exact and efficient PSNR, SSIM and Frechet distance. Protocols and weight files are in evaluation/metrics.py.
 
-Pictures are [H, W, 3] uint8 RGB. With `luma` on BT.601 luma of limited range (ycbcr), as the published Real-ISR tables have it; without on RGB.
-They equal pyiqa's `psnr` and `ssim` with test_y_channel=True, color_space='ycbcr', or test_y_channel=False.
+Pictures are [H, W, 3] uint8 RGB. With `on_luma`, PSNR and SSIM are computed on BT.601 luma of limited range (ycbcr), as
+in the published Real-ISR tables, otherwise on RGB. The results equal pyiqa's `psnr` and `ssim` with test_y_channel=True
+and color_space='ycbcr', or with test_y_channel=False.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of 8-bit RGB, + 16: BT.601 limited range
-PSNR_EPS = 1e-8  # pyiqa adds it to the mean squared error of [0, 1] pictures
+LUMA = np.array([65.481, 128.553, 24.966]) / 255  # weights for 8-bit RGB; 16 is added: BT.601 limited range
+PSNR_EPS = 1e-8  # pyiqa adds this to the mean squared error of pictures in [0, 1]
 WINDOW = cv2.getGaussianKernel(11, 1.5)
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
@@ -21,16 +22,20 @@ def luma(x: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) -> float:
-    """Peak signal-to-noise ratio in dB, `border` px left out at every side. ValueError when the sizes differ."""
+    """Peak signal-to-noise ratio in dB; `border` px are cropped on every side.
+
+    Raises ValueError if the sizes differ or if the border leaves nothing of the picture.
+    """
     a, b = _inside(a, b, border)
     a, b = (luma(a), luma(b)) if on_luma else (a.astype(np.float64), b.astype(np.float64))
     return float(10 * np.log10(1 / (np.mean(((a - b) / 255) ** 2) + PSNR_EPS)))
 
 
 def ssim(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) -> float:
-    """Structural similarity (Wang et al. 2004), Gaussian window 11 with sigma 1.5, valid region, luma rounded to integers; RGB: the channels' mean.
+    """Structural similarity (Wang et al. 2004); `border` px are cropped on every side.
 
-    ValueError when the sizes differ or are below the window.
+    The Gaussian window is 11x11 with sigma 1.5, applied to the valid region only. Luma is rounded to integers; for RGB
+    the mean over the channels is returned. Raises ValueError if the sizes differ or are smaller than the window.
     """
     a, b = _inside(a, b, border)
     if min(a.shape[:2]) < 11:
@@ -42,15 +47,17 @@ def ssim(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) ->
 
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    contrast = np.maximum((2 * cov + C2) / (vx + vy + C2), 0)  # pyiqa clips negative structure
+    contrast = np.maximum((2 * cov + C2) / (vx + vy + C2), 0)  # pyiqa clips negative structure values
     return float(np.mean((2 * mx * my + C1) / (mx * mx + my * my + C1) * contrast))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians fitted to features [n, D] and [m, D]: FID when they are Inception's (Heusel et al. 2017).
+    """Squared Frechet distance between Gaussians fitted to features [n, D] and [m, D].
 
-    tr sqrt(S1 S2) is the nuclear norm of Xc Yc^T / sqrt((n - 1)(m - 1)), so that no D x D root is taken; of the two the smaller matrix is
-    decomposed. ValueError for less than 2 samples.
+    For Inception features this is FID (Heusel et al. 2017). tr sqrt(S1 S2) is computed as the nuclear norm of
+    Xc Yc^T / sqrt((n - 1)(m - 1)), where Xc and Yc are the centred features, so that no D x D matrix square root is
+    needed. If n and m are both greater than D, a smaller D x D matrix with the same nuclear norm is decomposed instead.
+    Raises ValueError for fewer than 2 samples, or if the feature lengths differ.
     """
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
@@ -60,7 +67,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     gap = a.mean(0) - b.mean(0)
     x, y = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b))
     trace = (x * x).sum() + (y * y).sum()
-    if min(len(a), len(b)) > a.shape[1]:  # more samples than features: roots of the covariances instead
+    if min(len(a), len(b)) > a.shape[1]:  # more samples than features: factors [D, D] of the covariances
         x, y = (np.linalg.qr(z, mode="r") for z in (x, y))
     return float(gap @ gap + trace - 2 * np.linalg.norm(x @ y.T, "nuc"))
 

@@ -1,6 +1,6 @@
-"""Pictures in and out: files to uint8 RGB, uint8 to tensors in [-1, 1], and the bicubic up-sampling of LQ.
+"""Read pictures to uint8 RGB, encode them, convert them to tensors in [-1, 1] and back, and upsample LQ bicubically.
 
-torch is imported where a tensor is made: the processes that prepare data do without it.
+torch is imported only inside the functions that create tensors, since the data preparation processes do not need it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-MAX_PIXELS = 178_956_970  # Pillow's limit: a file of a few kilobytes may claim to be larger
+MAX_PIXELS = 178_956_970  # Pillow's limit, since a file of a few kilobytes may decompress to far more
 ORIENTATION = 0x0112
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # it warns from here on and refuses at twice as many
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this number and refuses above twice as many
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
-    """A picture file or its bytes -> [H, W, 3] uint8 RGB in sRGB, upright by its EXIF, alpha dropped.
+    """Read a picture file or its bytes as [H, W, 3] uint8 in sRGB, rotated as its EXIF says, without alpha.
 
-    Grey, palette, CMYK and 16-bit pictures are converted. ValueError names one that is broken, animated, of several pages or
-    beyond `MAX_PIXELS`.
+    Grey, palette, CMYK and 16-bit pictures are converted. Raises ValueError, naming the picture, if it is missing,
+    broken, animated, has several pages or has more than `MAX_PIXELS` pixels.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
@@ -47,7 +47,7 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
                 return decode_rgb(data, name)
             return np.asarray(to_srgb(ImageOps.exif_transpose(picture)))
     except UnidentifiedImageError as error:
-        deep = _read_deep_tiff(data)  # three channels of 16 bit, which Pillow does not know
+        deep = _read_deep_tiff(data)  # three channels of 16 bit, which Pillow does not support
         if deep is not None:
             return deep
         raise _broken(name, error) from error
@@ -56,12 +56,12 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
 
 
 def _is_plain(picture: Image.Image, data: bytes) -> bool:
-    """Whether OpenCV would decode to the same pixels, up to twice as fast as Pillow."""
+    """Whether OpenCV, which is up to twice as fast as Pillow, would decode to the same pixels."""
     if picture.mode != "RGB" or picture.format not in ("JPEG", "PNG") or picture.info.get("icc_profile"):
         return False
     if "transparency" in picture.info or "adobe_transform" in picture.info:
         return False
-    if picture.format == "PNG":  # Pillow would decode it to find out
+    if picture.format == "PNG":  # getexif would decode the whole picture
         return b"eXIf" not in data and b"Raw profile" not in data
     return picture.getexif().get(ORIENTATION, 1) == 1
 
@@ -73,7 +73,7 @@ def _broken(name: str, error: Exception) -> ValueError:
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """Any mode -> RGB; an embedded colour profile other than sRGB is applied."""
+    """Convert any mode to RGB, applying an embedded colour profile other than sRGB. Raises ValueError for mode F."""
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         sixteen = np.asarray(picture).astype(np.float32)
         return Image.fromarray((sixteen / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -86,7 +86,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
             if "sRGB" not in ImageCms.getProfileDescription(embedded):
                 return ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile says nothing: the numbers are taken for sRGB
+            pass  # ignore a damaged profile and treat the values as sRGB
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -108,9 +108,9 @@ def has_transparency(data: bytes) -> bool:
 
 
 def decode_rgb(data: bytes, name: str) -> np.ndarray:
-    """Bytes of a PNG, WebP or JPEG that this package wrote -> [H, W, 3] uint8 RGB, faster than `read_rgb`.
+    """Decode a PNG, WebP or JPEG written by this package to [H, W, 3] uint8 RGB, faster than `read_rgb`.
 
-    ValueError names what cannot be decoded.
+    Raises ValueError, with `name`, if the data cannot be decoded.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     x = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
@@ -120,7 +120,7 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
 
 
 def walk_pictures(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """Names of all picture files below a folder, sorted; and (name, reason) for what could not be looked into."""
+    """List all picture files below a folder, sorted, and (name, reason) for every folder that was not searched."""
     names, unreadable, links = [], [], []
     for root, folders, files in os.walk(folder, onerror=unreadable.append):
         names += [os.path.join(root, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
@@ -140,7 +140,7 @@ def png_bytes(x: np.ndarray) -> bytes:
 
 
 def webp_bytes(x: np.ndarray) -> bytes:
-    """[H, W, 3] uint8 -> lossless WebP, its fastest setting."""
+    """[H, W, 3] uint8 -> lossless WebP, at the fastest setting."""
     buffer = io.BytesIO()
     Image.fromarray(x).save(buffer, "WEBP", lossless=True, method=0, quality=0, exact=True)
     return buffer.getvalue()
@@ -171,25 +171,31 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def upsample(lq: np.ndarray, scale: int) -> np.ndarray:
-    """Bicubic up-sampling as Pillow does it (OSEDiff's test): [h, w, 3] uint8 or uint16 -> [h * scale, w * scale, 3] of the same."""
+    """Upsample bicubically like Pillow (as in OSEDiff's test).
+
+    [h, w, 3] uint8 or uint16 -> [h * scale, w * scale, 3] of the same dtype.
+    """
     return resize(lq, lq.shape[0] * scale, lq.shape[1] * scale)
 
 
 def resize(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The same to any size."""
+    """Resize like `upsample`, to any size: [h, w, 3] uint8 or uint16 -> [height, width, 3] of the same dtype."""
     import torch
 
     if x.dtype == np.uint8:
         return _bicubic(planes(x), height, width).permute(1, 2, 0).contiguous().numpy()
     out = np.empty((height, width, 3), x.dtype)
-    for c in range(3):  # one at a time: floats take four bytes
+    for c in range(3):  # one channel at a time to save memory: floats take four bytes
         plane = _bicubic(torch.from_numpy(x[..., c].astype(np.float32))[None], height, width)[0]
         out[..., c] = plane.round_().clamp_(0, np.iinfo(x.dtype).max).numpy()
     return out
 
 
 def upsample_planes(lq: Tensor, scale: int) -> Tensor:
-    """`upsample` for [3, h, w] uint8, by torch's integer path: four times as fast, off by a level in 1 of 10,000 values."""
+    """`upsample` for tensors [3, h, w] uint8 by torch's integer path.
+
+    It is four times as fast and differs by one level in 1 of 10,000 values.
+    """
     return _bicubic(lq, lq.shape[1] * scale, lq.shape[2] * scale)
 
 
@@ -209,7 +215,7 @@ def planes(x: np.ndarray) -> Tensor:
 
 
 def comparison(rows: list[list[np.ndarray]], titles: list[str]) -> np.ndarray:
-    """A grid of equal-sized pictures with a title above each column; small pictures are enlarged by whole factors."""
+    """Draw a grid of equal-sized pictures with a title above each column, enlarging small ones by an integer factor."""
     factor = max(1, 256 // rows[0][0].shape[1])
     rows = [[np.kron(x, np.ones((factor, factor, 1), np.uint8)) for x in row] for row in rows]
     h, w = rows[0][0].shape[:2]

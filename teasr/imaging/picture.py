@@ -1,4 +1,7 @@
-"""Picture files with all that belongs to them: depth, alpha, grey, orientation, colour profile and EXIF survive a restoration."""
+"""Picture files with their metadata.
+
+Bit depth, alpha, greyscale, orientation, colour profile and EXIF are kept when a picture is restored.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,30 @@ from teasr.imaging import images
 from teasr.util.files import write_atomic
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
-NAMES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "TIFF": "tif", "BMP": "png"}  # of Pillow's formats
+NAMES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "TIFF": "tif", "BMP": "png"}  # by Pillow's name
 QUALITY = 95  # of JPEG and WebP
-# Description, make, model, resolution, software, date, artist, copyright, and the folders of camera and GPS data: what is true of the
-# restored picture too. Orientation is not (it is upright), nor are the tags that say how a TIFF was stored.
+# EXIF tags that also hold for the restored picture: description, make, model, resolution, software, date, artist,
+# copyright, and the directories of camera and GPS data. Orientation is left out, since the picture is stored upright,
+# and so are the tags that say how a TIFF was stored.
 KEPT_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """RGB [H, W, 3] in uint8 or uint16, upright; `alpha` [H, W] of the same type. `grey`: to be written with one channel."""
+    """A picture in memory: RGB [H, W, 3] in uint8 or uint16, upright, and `alpha` [H, W] of the same dtype.
+
+    grey: the picture is written with one colour channel.
+    """
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
     grey: bool = False
-    profile: bytes | None = None  # ICC: the values are restored as they are, and the profile goes with them
+    profile: bytes | None = None  # ICC; the values are not converted, and the profile is written with the result
     exif: bytes | None = None
-    format: str = "png"  # a key of FORMATS: how it was stored
+    format: str = "png"  # a key of FORMATS: the format of the source file
 
     def restored(self, rgb: np.ndarray) -> Picture:
-        """The same picture with RGB of another size; alpha is brought to it by bicubic interpolation."""
+        """Return the picture with other RGB values, of any size; alpha is resized to match by bicubic interpolation."""
         alpha = self.alpha
         if alpha is not None:
             alpha = cv2.resize(alpha, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_CUBIC)
@@ -43,12 +50,15 @@ class Picture:
 
 
 def stored_suffix(path: Path) -> str:
-    """The suffix of a file like this one: its own, .png for what is read but not written."""
+    """Return the suffix for the result: that of the source file, or .png for formats that cannot be written."""
     return path.suffix if path.suffix.lower() in (*FORMATS.values(), ".jpeg", ".tiff") else ".png"
 
 
 def read(path: Path) -> Picture:
-    """Read a PNG, JPEG, WebP, TIFF or BMP. ValueError names a file that is missing, broken, animated, or too large to be meant."""
+    """Read a PNG, JPEG, WebP, TIFF or BMP.
+
+    Raises ValueError, naming the file, if it is missing, broken, animated, or has more than `images.MAX_PIXELS` pixels.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -72,13 +82,13 @@ def _read_eight(data: bytes) -> Picture:
 
 
 def _read_deep(data: bytes) -> Picture | None:
-    """A PNG or TIFF of 16 bit a channel; None for others."""
+    """Read a PNG or TIFF with 16 bits per channel; return None for others."""
     png, tif = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10", data[:4] in (b"II*\0", b"MM\0*")
     if not png and not tif:
         return None
     info: dict = {}
     try:
-        with Image.open(io.BytesIO(data)) as opened:  # sizes are checked, pixels not touched
+        with Image.open(io.BytesIO(data)) as opened:  # this reads the header only, no pixels
             info, frames = dict(opened.info), getattr(opened, "n_frames", 1)
             info["exif_object"] = opened.getexif()
             if frames > 1:
@@ -91,7 +101,7 @@ def _read_deep(data: bytes) -> Picture | None:
     x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if x is None:
         if tif and info:
-            return None  # a kind that Pillow reads
+            return None  # a variant that Pillow reads
         raise ValueError("truncated or damaged data")
     if x.dtype != np.uint16:
         return None
@@ -110,7 +120,7 @@ def _kept(exif: Image.Exif) -> bytes | None:
 
 
 def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
-    """As EXIF has it: 2 to 8 are flips and quarter turns."""
+    """Apply the EXIF orientation: values 2 to 8 are flips and rotations by multiples of 90 degrees."""
     if orientation in (5, 6, 7, 8):
         x = x.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -121,7 +131,7 @@ def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def from_pil(opened: Image.Image) -> Picture:
-    """A picture that is in memory already, upright by its EXIF. ValueError for modes that are not restored."""
+    """Convert a Pillow image, rotated as its EXIF says. Raises ValueError for modes that cannot be restored."""
     exif, profile = opened.getexif(), opened.info.get("icc_profile")
     made = ImageOps.exif_transpose(opened)
     if made.mode in ("I;16", "I;16L", "I;16B"):
@@ -140,7 +150,10 @@ def from_pil(opened: Image.Image) -> Picture:
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """As Pillow has it: L, LA, RGB, RGBA or I;16. ValueError for 16 bit in colour, which Pillow does not know."""
+    """Convert to a Pillow image of mode L, LA, RGB, RGBA or I;16.
+
+    Raises ValueError for 16-bit colour, which Pillow does not support.
+    """
     x = _channels(picture)
     if x.dtype == np.uint16 and x.shape[2] > 1:
         raise ValueError("Pillow knows no 16 bit in colour: give numpy arrays")
@@ -151,7 +164,10 @@ def to_pil(picture: Picture) -> Image.Image:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write by the suffix of `path`, whole or not at all. ValueError when the format cannot hold the picture, OSError as `write_atomic`."""
+    """Write the picture atomically, in the format given by the suffix of `path`.
+
+    Raises ValueError if the format cannot hold the picture, and OSError like `write_atomic`.
+    """
     kind = next((name for name, suffix in FORMATS.items() if path.suffix.lower() == suffix), None)
     kind = {".jpeg": "jpg", ".tiff": "tif"}.get(path.suffix.lower(), kind)
     if kind is None:
@@ -164,7 +180,7 @@ def write(path: Path, picture: Picture) -> None:
 
 
 def _channels(picture: Picture) -> np.ndarray:
-    """[H, W, C] with as many channels as are to be written: grey, grey and alpha, RGB, RGBA."""
+    """Return [H, W, C] with the channels to write: grey, grey and alpha, RGB, or RGBA."""
     x = picture.rgb
     if picture.grey:
         x = np.rint(x.mean(2, keepdims=True)).astype(x.dtype)
@@ -185,7 +201,10 @@ def _eight(picture: Picture, kind: str) -> memoryview:
 
 
 def _deep(picture: Picture, kind: str) -> bytes:
-    """16 bit by OpenCV, which knows no grey with alpha (written as RGBA) and no metadata (added here to a PNG)."""
+    """Encode 16 bits per channel with OpenCV.
+
+    OpenCV does not support grey with alpha, which is written as RGBA, or metadata, which is added here for PNG only.
+    """
     x = _channels(picture if picture.alpha is None else replace(picture, grey=False))
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[x.shape[2]]
     good, data = cv2.imencode(FORMATS[kind], np.ascontiguousarray(x[..., order]))

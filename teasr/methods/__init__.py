@@ -1,5 +1,5 @@
-"""The papers: each method is one file that says which networks it trains (roles) and what their losses are; sampler.py restores with them.
+"""Training methods, one file per paper, each defining its networks (roles) and losses; sampler.py holds the samplers.
 
-A method sees models through the contract of base.py. It may import `backbones.model` and `backbones.roles`, `data.batch`, `diffusion` and `util`,
-and knows neither DeepSpeed nor MLflow nor a particular backbone.
+Methods access models through the interface in base.py. Files here may import `backbones.model` and `backbones.roles`,
+`data.batch`, `diffusion` and `util`; they know neither DeepSpeed nor MLflow nor a specific backbone.
 """

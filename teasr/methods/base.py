@@ -1,9 +1,10 @@
-"""What a method is to the rest of teasr: the roles that it trains, their losses, and the sampler that restores with its student.
+"""Interface of a training method: its roles, their losses, and the sampler that restores with its student.
 
-A method is one paper in one file. The trainer back-propagates each loss as soon as it is yielded and only then asks for the next one, so that
-no two graphs are alive at once. All losses of an update are computed with the weights from before it, and all roles step together: for methods
-that step their networks in turn, one to one, this is the same trajectory. A method sees models, `flow` and `losses`; never DeepSpeed, MLflow or
-a particular backbone.
+A method implements one paper in one file. The trainer back-propagates each loss as soon as it is yielded and only then
+requests the next one, so that only one graph is in memory at a time. All losses of an update are computed with the
+weights from before the update, and all roles step together. For methods that step their networks alternately, one step
+each, this gives the same trajectory. A method uses models, `flow` and `losses`, but never DeepSpeed, MLflow or a
+specific backbone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from teasr.util.randomness import Draws
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run is: `update` of `updates`, and which micro-batch of the update (`micro` of `micros`)."""
+    """Position in the run: update `update` of `updates`, and micro-batch `micro` of `micros` within the update."""
 
     update: int
     updates: int
@@ -35,7 +36,7 @@ class Progress:
 
 @dataclass
 class Loss:
-    """A scalar to back-propagate now, the role whose base it is back-propagated through, and numbers to log with it."""
+    """A scalar to back-propagate, the role through whose base it is back-propagated, and values to log with it."""
 
     name: str
     role: str
@@ -44,53 +45,57 @@ class Loss:
 
 
 class Method(ABC):
-    """One paper."""
+    """Base class of training methods, one subclass per paper."""
 
-    cycle = 1  # micro-batches after which the work repeats: an update has a multiple of them
+    cycle = 1  # the work repeats after this many micro-batches; an update must have a multiple of it
 
     def __init__(self, config: Any):
-        """Cheap: `load` builds what takes long or needs files."""
+        """Store the config. This must be cheap: work that is slow or needs files belongs in `load`."""
         self.config = config
 
     @abstractmethod
     def roles(self) -> tuple[Role, ...]:
-        """The networks; the first is the student, which is averaged, previewed, exported and restored with."""
+        """Return the networks. The first is the student, which is averaged, previewed, exported and used to restore."""
 
     @abstractmethod
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
-        """Yield the losses of one micro-batch in order; each graph is freed before the next loss is asked for.
+        """Yield the losses of one micro-batch in order; each graph is freed before the next loss is requested.
 
-        In every update each trained role must get a loss, and each of its parameters a gradient.
+        In every update, each trained role must get a loss and each of its parameters a gradient.
         """
 
     @abstractmethod
     def sampler(self) -> Sampler:
-        """How the student restores: which numbers of steps, and which dials."""
+        """Return the sampler of the student, which defines the supported step counts and the dials."""
 
     @classmethod
     def with_random_weights(cls, config: Any) -> Any:
-        """The config of the same work on random weights, for which no file is needed."""
+        """Return the config of the same computation with random weights, which needs no files."""
         return config
 
     def loss_weights(self, progress: Progress) -> dict[str, float]:
-        """The factor of each logged loss in the total at this point of the run."""
+        """Return the factor of each logged loss in the total at this point of the run."""
         return {}
 
     def load(self) -> None:  # noqa: B027 - most methods hold no networks of their own
-        """Build the frozen networks that the method itself holds (a perceptual metric). ValueError when files lack."""
+        """Build the frozen networks that the method itself owns, such as a perceptual metric.
+
+        Raises ValueError when their files are missing.
+        """
 
     def to(self, device: torch.device) -> None:  # noqa: B027
-        """Move them."""
+        """Move these networks to `device`."""
 
     def memory_groups(self) -> dict[str, list[Tensor]]:
-        """Their tensors, by what they are for."""
+        """Return the tensors of these networks, grouped by purpose."""
         return {}
 
     def check(self, accumulation: int) -> None:
-        """Raise ValueError when this method cannot run with so many micro-batches an update."""
+        """Raise ValueError when this method cannot run with `accumulation` micro-batches per update."""
         if accumulation % self.cycle:
             raise ValueError(
                 f"the method spreads its work over the micro-batches of an update, {accumulation} is not a multiple of "
-                f"{self.cycle}: set train.batch and train.micro_batch so that there are {self.cycle}, {2 * self.cycle}, .. "
+                f"{self.cycle}: set train.batch and train.micro_batch so that there are {self.cycle}, "
+                f"{2 * self.cycle}, .. "
                 "or use method.mode=all"
             )

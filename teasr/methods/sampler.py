@@ -1,6 +1,7 @@
-"""Restoring with a trained student, for previews, evaluation and use: pure loops over times, and the dials that a method offers.
+"""Samplers that restore with a trained student, for previews, evaluation and inference, and the dials they offer.
 
-A sampler sees a `Model`, or anything with `snap`, `velocity` and `adapt` like one (restore/tiled.py). Its dials are numbers in [0, 1].
+A sampler is a pure loop over times. It takes a `Model`, or any object with `snap`, `velocity` and `adapt` like one
+(restore/tiled.py). Its dials are numbers in [0, 1].
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OnStep = Callable[[int, int, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Dial:
-    """A trade that a user may choose, from 0 to 1, without training again."""
+    """A trade-off between 0 and 1 that the user can choose without retraining."""
 
     name: str
     default: float
@@ -30,7 +31,7 @@ class Dial:
 
 
 class Restorer(Protocol):
-    """What a sampler needs of a model."""
+    """The part of a model's interface that a sampler needs."""
 
     def snap(self, t: Tensor) -> Tensor: ...
 
@@ -40,14 +41,14 @@ class Restorer(Protocol):
 
 
 class Sampler(ABC):
-    """How a method restores."""
+    """Base class of samplers, which define how a method restores."""
 
-    step_counts: tuple[int, ...] | None = None  # that it can do; None: any number >= 1
+    step_counts: tuple[int, ...] | None = None  # supported step counts; None: any number >= 1
     dials: tuple[Dial, ...] = ()
 
     @abstractmethod
     def times(self, steps: int) -> list[tuple[float, float]]:
-        """(t_cur, t_tar) of every step, from noise to data."""
+        """Return (t_cur, t_tar) of every step, from noise to data."""
 
     @abstractmethod
     def sample(
@@ -59,13 +60,17 @@ class Sampler(ABC):
         dials: Mapping[str, float] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Restored latents [B, C, h, w] from noise `eps` and the low-quality latent `z_lq`.
+        """Return restored latents [B, C, h, w] from noise `eps` and the low-quality latent `z_lq`.
 
-        on_step(i, steps, z) is called after step i and may return other latents to go on with. ValueError as of `check`.
+        on_step(i, steps, z) is called after step i and may return other latents to continue with. Raises ValueError
+        like `check`.
         """
 
     def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
-        """All dials with their values, defaults filled in. ValueError for a number of steps or a dial that the method does not have."""
+        """Return the values of all dials, with defaults filled in.
+
+        Raises ValueError for a number of steps or a dial that the method does not support.
+        """
         if steps < 1:
             raise ValueError(f"steps = {steps}: the sampler needs at least 1 step; use steps >= 1")
         if self.step_counts is not None and steps not in self.step_counts:
@@ -81,7 +86,7 @@ class Sampler(ABC):
 
 
 class AnyStep(Sampler):
-    """TEASR's Algorithm 1: one pure loop over average velocities, in any number of steps."""
+    """TEASR's Algorithm 1: one pure loop over average velocities, for any number of steps."""
 
     dials = (Dial("fidelity", 0.0, "blends the result of several steps with the one-step result, at no extra cost"),)
 
@@ -89,7 +94,7 @@ class AnyStep(Sampler):
         return flow.sampling_times(steps)
 
     def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Also ValueError for a fidelity in one step, which has nothing to blend."""
+        """Also raise ValueError for fidelity > 0 with one step, where there is nothing to blend."""
         values = super().check(steps, dials)
         if values["fidelity"] > 0 and steps == 1:
             raise ValueError("fidelity blends several steps with the first one's result: use 2 steps or more")
@@ -105,11 +110,12 @@ class AnyStep(Sampler):
         dials: Mapping[str, float] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Each step asks for the average velocity t_cur -> t_tar; the last one ends at 0 (TEASR Algorithm 1).
+        """Restore with one average velocity t_cur -> t_tar per step; the last step ends at 0 (TEASR Algorithm 1).
 
-        fidelity moves the result on the straight line to the one-step estimate of the first step (eq. 6): from pure noise that is about the
-        mean of all pictures that fit, of which the last step ends at one, and on this line lie the best trades between distortion and
-        perception (Freirich et al. 2021). It costs no evaluation.
+        `fidelity` moves the result linearly towards the one-step estimate of the first step (eq. 6). Starting from pure
+        noise, this estimate is approximately the mean of all images consistent with the input, whereas the last step
+        ends at one of them. The best trade-offs between distortion and perception lie on the line between the two
+        (Freirich et al. 2021). The blend needs no additional network evaluation.
         """
         fidelity = self.check(steps, dials)["fidelity"]
         z, first = eps, None
@@ -129,9 +135,10 @@ class AnyStep(Sampler):
 def restore(
     model: Model, sampler: Sampler, x_lq: Tensor, steps: int, seed: int, dials: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Restored pictures from low-quality ones of the same size, both [B, 3, H, W] in [-1, 1]; any size, padded inside.
+    """Restore low-quality images that already have the output size.
 
-    The noise is a function of the seed and the size alone. ValueError for steps or dials that the sampler does not have.
+    Input and output are [B, 3, H, W] in [-1, 1]; any size works, since images are padded internally. The noise depends
+    only on the seed and the size. Raises ValueError for steps or dials that the sampler does not support.
     """
     height, width = x_lq.shape[-2:]
     m = model.pixel_multiple

@@ -1,10 +1,12 @@
-"""TEASR: self-adversarial distillation in one model with time-aware rectification (the paper's sec. 3).
+"""TEASR: self-adversarial distillation in one model with time-aware rectification (sec. 3 of the paper).
 
-One update has four graphs, one alive at a time. A: the one-step estimate (eq. 6); the scores at it (eqs. 9-10) and the
-pixel losses at it (eqs. 12-13) reach the network through *one* backward with an analytic output gradient, since
-z_hat = eps - v means d z_hat / d v = -1. Then L_cons (eqs. 1-4), L_flow and L_adv (eqs. 7-8). The weights do not change
-in between, so the summed gradients are those of the joint loss
-L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l_lpips L_lpips.
+An update has four graphs, only one of which is in memory at a time. The first is that of the one-step estimate (eq. 6):
+the score difference (eqs. 9-10) and the pixel losses (eqs. 12-13) at this estimate reach the network through *one*
+backward pass with an analytic output gradient, since z_hat = eps - v means d z_hat / d v = -1. L_cons (eqs. 1-4),
+L_flow and L_adv (eqs. 7-8) follow. The weights do not change in between, so the summed gradients are those of the joint
+loss
+
+    L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l_lpips L_lpips.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips")
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that is zero until `start`, then rises linearly over `length`; both in `unit`."""
+    """A factor that is zero until `start` and then rises linearly to one over `length`; both are in `unit`."""
 
     start: float
     length: float
@@ -44,7 +46,7 @@ class Ramp:
             )
 
     def factor(self, progress: Progress) -> float:
-        """0 before the start, 1 after the end."""
+        """Return the factor at `progress`: 0 before the start, 1 after the end."""
         at = progress.update / progress.updates if self.unit == "fraction" else progress.update
         if at < self.start:
             return 0.0
@@ -53,7 +55,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class TeasrConfig:
-    """Weights and choices of TEASR; what the paper leaves open has its reason in docs/method.md."""
+    """Loss weights and options of TEASR; docs/method.md gives the reasons for choices that the paper leaves open."""
 
     lambda_flow: float = 1.0
     lambda_cons: float = 1.0
@@ -62,10 +64,10 @@ class TeasrConfig:
     lambda_mse: float = 1.0
     lambda_lpips: float = 1.0
     lpips_net: Literal["vgg", "alex"] = "vgg"
-    lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: the same work, for benchmarks
+    lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
-    s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify and t' of L_adv: 1/s, and +-t look alike near 0
-    score_clamp: float | None = 1.0  # elementwise on v_fake - v_real, before w(s)
+    s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify, t' of L_adv; near 0, 1/s diverges and +-t look alike
+    score_clamp: float | None = 1.0  # elementwise clamp of v_fake - v_real, before w(s)
     w_cap: float | None = None  # cap of w(s) = (1 - s)^2 / s
     time_aware: bool = True  # false: w = 1 (Table 3, without TAR)
     cons_mix: tuple[float, float, float] = (0.5, 0.25, 0.25)  # (t, s): uniform | (1, 0) | inference grid
@@ -96,10 +98,10 @@ class TeasrConfig:
 
 
 class Teasr(Method):
-    """The method on one network, the student: it is generator, real score and fake score at once."""
+    """TEASR on one network, the student, which acts as generator, real score and fake score."""
 
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
-        """`lpips`: the metric network; where it is not given, `load` builds it if lambda_lpips > 0."""
+        """`lpips`: the metric network; if None, `load` builds it when lambda_lpips > 0."""
         super().__init__(config)
         self.cycle = 4 if config.mode == "cycle" else 1
         self.lpips = lpips
@@ -126,7 +128,7 @@ class Teasr(Method):
         return {} if self.lpips is None else {"LPIPS": [*self.lpips.parameters(), *self.lpips.buffers()]}
 
     def loss_weights(self, progress: Progress) -> dict[str, float]:
-        """Factor of each loss at this point of the run: lambda times its ramp."""
+        """Return the factor of each loss at this point of the run: its lambda times its ramp."""
         return {
             name: getattr(self.config, f"lambda_{name}")
             * (self.config.ramps[name].factor(progress) if name in self.config.ramps else 1.0)
@@ -134,7 +136,7 @@ class Teasr(Method):
         }
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
-        """Up to four losses; a loss of zero weight is not computed, nor is anything only it would need."""
+        """Yield up to four losses. Losses with zero weight, and anything only they need, are not computed."""
         student, weight = models["student"], self._select(self.loss_weights(progress), draws, progress)
         with torch.no_grad():
             z0, z_lq = student.encode(batch.x_hq), student.encode(batch.x_lq)
@@ -163,7 +165,7 @@ class Teasr(Method):
             del v, loss
 
         if weight["flow"]:
-            # t_tar = t_cur is the instantaneous velocity, the one that eq. 10 uses as the real score.
+            # t_tar = t_cur gives the instantaneous velocity, which eq. 10 uses as the real score.
             t = times.flow
             v = student.velocity(flow.interpolate(z0, eps, t), t, Condition(z_lq, t))
             loss = losses.mse(v, flow.velocity_target(z0, eps))
@@ -177,9 +179,9 @@ class Teasr(Method):
             yield Loss("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
 
     def _select(self, weight: dict[str, float], draws: Draws, progress: Progress) -> dict[str, float]:
-        """The weights of this micro-batch; the cheaper modes keep their mean over updates or micro-batches.
+        """Return the weights of this micro-batch; the cheaper modes keep their mean over updates or micro-batches.
 
-        Deviation: `cycle` and `alternate_base` (docs/method.md) are cheaper schedules that the paper does not have.
+        Deviation: `cycle` and `alternate_base` (docs/method.md) are cheaper schedules that are not in the paper.
         """
         if self.config.mode == "alternate_base" and weight["flow"] and weight["cons"]:
             on, off = ("flow", "cons") if draws.shared_uniform("alternate base") < 0.5 else ("cons", "flow")
@@ -190,17 +192,17 @@ class Teasr(Method):
         return weight
 
     def _one_step(self, inputs: StepInputs, shortcut: Shortcut | None) -> tuple[Loss, Tensor, Tensor | None]:
-        """L_data + L_rectify at the one-step estimate as one scalar whose gradient is exactly theirs.
+        """Combine L_data and L_rectify at the one-step estimate into one scalar that has exactly their gradient.
 
-        Returns the loss, the detached estimate, and the target of the shortcut, whose first half rides along in the
-        batched forward without graph.
+        Returns the loss, the detached estimate, and the target of the shortcut; the first half of the shortcut is
+        evaluated in the same batched forward pass as the scores, without a graph.
         """
         weight = inputs.weight
         z_hat, v = one_step(inputs)
         z_fake = z_hat.detach()
         logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.flatten(1).std(1).mean()}
         difference, target_velocity = self._score_difference(inputs, z_fake, shortcut)
-        gradient = torch.zeros_like(z_fake)  # of the loss with respect to v
+        gradient = torch.zeros_like(z_fake)  # gradient of the loss with respect to v
         if difference is not None:
             w = self._time_weight(inputs.times.score).to(difference.dtype)
             rectify = weight["rectify"] * losses.rectification_gradient(difference, w)  # eq. 11
@@ -223,7 +225,10 @@ class Teasr(Method):
     def _score_difference(
         self, inputs: StepInputs, z_fake: Tensor, shortcut: Shortcut | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """D of eq. 10 and the target of the shortcut; fake score, real score and first half in one batched forward."""
+        """Return D of eq. 10 and the target of the shortcut.
+
+        Fake score, real score and the first half of the shortcut are computed in one batched forward pass.
+        """
         rows: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t, t_cur, t_tar
         if inputs.weight["rectify"]:
             s = inputs.times.score
@@ -242,7 +247,10 @@ class Teasr(Method):
         return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
 
     def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient of the pixel losses (eqs. 12-13) at the one-step estimate; the decoder's graph dies here."""
+        """Return the gradient of the pixel losses (eqs. 12-13) at the one-step estimate.
+
+        The decoder's graph is freed before this returns.
+        """
         logs: dict[str, Tensor] = {}
 
         def pixel_losses(z: Tensor) -> Tensor:
@@ -261,7 +269,7 @@ class Teasr(Method):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What all losses of one micro-batch share."""
+    """Inputs shared by all losses of one micro-batch."""
 
     student: Model
     x_hq: Tensor
@@ -273,7 +281,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A shortcut t -> m -> s of L_cons that starts at z_t."""
+    """A shortcut t -> m -> s of L_cons, starting at z_t."""
 
     z_t: Tensor
     t: Tensor
@@ -282,14 +290,20 @@ class Shortcut:
 
 
 def second_half(inputs: StepInputs, shortcut: Shortcut, u1: Tensor) -> Tensor:
-    """The second half m -> s from where the first half `u1` arrives, and the velocity of both together (eqs. 2-3)."""
+    """Evaluate the second half m -> s of a shortcut and return the average velocity of both halves (eqs. 2-3).
+
+    The second half starts at the point that the first half, with velocity `u1`, reaches.
+    """
     z_m = flow.step(shortcut.z_t, u1, shortcut.t, shortcut.m)
     u2 = inputs.student.velocity(z_m, shortcut.m, Condition(inputs.z_lq, shortcut.s))
     return flow.shortcut_target(u1, u2, shortcut.t, shortcut.m, shortcut.s)
 
 
 def one_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
-    """The one-step estimate z_hat = eps - v(eps, 1, z_lq, 0) (eq. 6) and its velocity, with graph if enabled."""
+    """Return the one-step estimate z_hat = eps - v(eps, 1, z_lq, 0) (eq. 6) and the velocity v.
+
+    Both carry a graph if gradients are enabled.
+    """
     eps = inputs.draws.normal("one-step noise", inputs.z_lq)
     one, zero = torch.ones(len(eps), device=eps.device), torch.zeros(len(eps), device=eps.device)
     v = inputs.student.velocity(eps, one, Condition(inputs.z_lq, zero))
@@ -298,7 +312,7 @@ def one_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Times:
-    """All times of one update, float32 [B], on the backbone's grid."""
+    """All times of one update, float32 [B], on the backbone's time grid."""
 
     t: Tensor  # L_cons shortcuts t -> s
     m: Tensor
@@ -309,7 +323,7 @@ class Times:
 
     @classmethod
     def draw(cls, config: TeasrConfig, draws: Draws, model: Model) -> Times:
-        """Draw them: L_flow U(0, 1); L_adv and L_rectify U(s_range); L_cons from the mix of the config."""
+        """Draw the times: U(0, 1) for L_flow, U(s_range) for L_adv and L_rectify, `cons_mix` for L_cons."""
         t, s = shortcut_times(config, draws)
         t, s = model.snap(t), model.snap(s)
         return cls(
@@ -323,7 +337,10 @@ class Times:
 
 
 def shortcut_times(config: TeasrConfig, draws: Draws) -> tuple[Tensor, Tensor]:
-    """(t, s) of L_cons: t ~ U(0, 1), s ~ U(0, t) | the one-step jump (1, 0) | a pair of the inference grid."""
+    """Draw (t, s) of L_cons from the mixture `cons_mix`.
+
+    Its components are: t ~ U(0, 1) with s ~ U(0, t); the one-step jump (1, 0); a pair of the inference grid.
+    """
     t = draws.uniform("cons t")
     s = t * draws.uniform("cons s")
     kind = draws.uniform("cons kind")

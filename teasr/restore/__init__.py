@@ -1,4 +1,5 @@
-"""Restoring pictures with a trained model: Upscaler, tiles, many files, the web page, a pipeline in diffusers' manner.
+"""Restoring pictures with a trained model: `Upscaler`, tiling, many files, the web page, a diffusers-style pipeline.
 
-May import `backbones`, `methods`, `imaging` and `util`, and nothing of `training` or `tracking`: restoring needs neither DeepSpeed nor MLflow.
+May import `backbones`, `methods`, `imaging` and `util`, but not `training` or `tracking`: restoring needs neither
+DeepSpeed nor MLflow.
 """

@@ -1,7 +1,8 @@
-"""How many steps a picture needs: as few as give what twice as many would.
+"""Choose the number of sampling steps for a picture: the smallest number that doubling would hardly change.
 
-All step counts start from the same noise and end at the same picture if the model is self-consistent (L_cons, TEASR eq. 4); where it is not, they
-differ. The part of the picture with most detail is restored in 1, 2, 4 and 8 steps until doubling changes less than a tolerance.
+All step counts start from the same noise. If the model is self-consistent (L_cons, TEASR eq. 4), they all end at the
+same picture; otherwise their results differ. The most detailed part of the picture is restored in 1, 2, 4 and 8 steps
+until doubling the number of steps changes the result by no more than a tolerance.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import numpy as np
 
 MOST = 8
 TOLERANCE = 4.0  # root mean square, in grey levels of 255: 36 dB between the two results
-LOOKED_AT_PX = 512  # longer side of the reduced picture in which detail is looked for
+LOOKED_AT_PX = 512  # longer side of the downscaled picture in which detail is measured
 
 
 def choose(restore: Callable[[int], np.ndarray], most: int = MOST, tolerance: float = TOLERANCE) -> tuple[int, float]:
-    """The step count, 1, 2, 4 .. most, and the change that twice as many would have made (of `most`: that half as many did).
+    """Return the step count (1, 2, 4, .., `most`) and the change that doubling it would make, in grey levels of 255.
 
-    restore(steps): the part, [H, W, 3] uint8 or uint16. Costs at most 2 * most - 1 evaluations of it.
+    If the step count is `most`, the returned change is the one from half as many steps. `restore(steps)` returns the
+    restored part, [H, W, 3] uint8 or uint16. In total at most 2 * most - 1 steps are computed.
     """
     steps, before = 1, restore(1).astype(np.float32)
     change = 0.0
@@ -33,7 +35,11 @@ def choose(restore: Callable[[int], np.ndarray], most: int = MOST, tolerance: fl
 
 
 def busiest(frame: np.ndarray, side: int, unit: int) -> np.ndarray:
-    """The square of `side` px (or less, where the frame [H, W, 3] ends) with most detail; its place and size are multiples of `unit`, as are side and frame."""
+    """Return the square of `side` px with most detail, cropped from the frame [H, W, 3].
+
+    It is smaller than `side` where the frame is. Its position and size are multiples of `unit`; `side` and the sides of
+    the frame must be multiples of `unit` too.
+    """
     height, width = frame.shape[:2]
     rows, columns = min(side, height), min(side, width)
     factor = min(1.0, LOOKED_AT_PX / max(height, width))

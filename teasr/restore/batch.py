@@ -1,4 +1,7 @@
-"""Restoring many picture files: which they are, where the results go, one line for each, and no half-written file ever."""
+"""Restore many picture files: find them, choose the output paths, and report one line per file.
+
+Results are written atomically.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,18 @@ from teasr.util.progress import duration
 
 @dataclass(frozen=True)
 class Job:
-    """One file to restore, and its result."""
+    """A file to restore and the path of its result."""
 
     source: Path
     target: Path
 
 
 def jobs(inputs: Iterable[str], out: Path, suffix: str = "", kind: str | None = None) -> list[Job]:
-    """Files, folders (with what lies below, sub-folders kept) and globs -> jobs.
+    """Expand files, folders (searched recursively, keeping their sub-folders) and glob patterns into jobs.
 
-    kind: png, jpg, webp or tif; default: as stored. A single file may be given a file name as `out`. ValueError when nothing is found or two
-    would be written to one place.
+    kind: output format, png, jpg, webp or tif; default: the format of the source. If there is a single input file,
+    `out` may be a file name. Raises ValueError if an input matches no picture, if two results would have the same path,
+    or if a result would overwrite its source.
     """
     sources = [pair for text in inputs for pair in _expand(text)]
     if len(sources) == 1 and sources[0][0].is_file() and out.suffix.lower() in images.SUFFIXES and not out.is_dir():
@@ -36,7 +40,8 @@ def jobs(inputs: Iterable[str], out: Path, suffix: str = "", kind: str | None = 
         job = Job(source, out / name.with_name(f"{name.stem}{suffix}{ending}"))
         if job.target in made:
             raise ValueError(
-                f"{source} and {made[job.target].source} would both be written to {job.target}: restore them into two folders"
+                f"{source} and {made[job.target].source} would both be written to {job.target}: "
+                "restore them into two folders"
             )
         if job.target.resolve() == source.resolve():
             raise ValueError(f"{source} would be overwritten by its own result: choose another folder, or --suffix")
@@ -45,7 +50,7 @@ def jobs(inputs: Iterable[str], out: Path, suffix: str = "", kind: str | None = 
 
 
 def _expand(text: str) -> list[tuple[Path, Path]]:
-    """(file, its name below OUT) of one input."""
+    """Expand one input into pairs of a file and its path relative to the output folder."""
     path = Path(text).expanduser()
     if path.is_dir():
         names, _ = images.walk_pictures(path)
@@ -70,9 +75,10 @@ def run(
     restore: Callable[[picture.Picture, Tell, Say], picture.Picture],
     skip_existing: bool = False,
 ) -> int:
-    """Restore all; returns how many failed. One line for each file; a broken one is named and the rest goes on.
+    """Restore all files and return how many failed. Prints one line per file; failures are reported and skipped.
 
-    restore(picture, tell, say): `tell(done, all)` as it goes on (drawn on a terminal), `say` what the file's line shall mention.
+    `restore(picture, tell, say)` calls `tell(done, all)` to report progress (shown only on a terminal) and `say(text)`
+    to add a note to the file's line.
     """
     failed, began, spent = 0, time.monotonic(), 0
     for i, job in enumerate(todo):
@@ -101,14 +107,14 @@ def run(
 
 
 class Inside:
-    """How far one picture is, and its time left; drawn on a terminal alone."""
+    """Progress and remaining time within one picture, shown only on a terminal."""
 
     def __init__(self, head: str):
         self.head, self.began, self.drawn = head, time.monotonic(), 0.0
         self.terminal = sys.stdout.isatty()
 
     def show(self, done: int, of: int) -> None:
-        """`done` of all parts are through."""
+        """Report that `done` of `of` parts are finished."""
         now = time.monotonic()
         if self.terminal and now - self.drawn > 0.2:
             self.drawn = now
@@ -116,6 +122,6 @@ class Inside:
             print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)}", end="", flush=True)
 
     def clear(self) -> None:
-        """Make room for the file's line."""
+        """Erase the progress line, before the file's own line is printed."""
         if self.drawn:
             print("\r\033[K", end="", flush=True)

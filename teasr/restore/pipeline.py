@@ -1,4 +1,4 @@
-"""The same restorer in the manners of a diffusers pipeline, for programs that are written for one.
+"""`Upscaler` with the interface of a diffusers pipeline, for programs that are written for diffusers.
 
 from teasr.restore.pipeline import TeasrPipeline
 pipe = TeasrPipeline.from_pretrained("runs/demo", torch_dtype=torch.bfloat16)
@@ -25,16 +25,20 @@ Pictures = Image.Image | np.ndarray | Tensor
 
 @dataclass
 class PipelineOutput:
-    """What a call returns."""
+    """The output of `TeasrPipeline`."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class TeasrPipeline:
-    """Restores pictures. Tiling is on, since it costs nothing where a picture fits; the offloading switch loads the model again."""
+    """Restore pictures through the interface of a diffusers pipeline.
+
+    Tiling is on by default, since it costs nothing for pictures that fit into one tile. Enabling CPU offload loads the
+    model again.
+    """
 
     def __init__(self, upscaler: Upscaler, origin: dict | None = None):
-        """`origin`: the arguments of `Upscaler.from_pretrained`, for switches that need them again."""
+        """origin: the arguments of `Upscaler.from_pretrained`, needed to load the model again for CPU offload."""
         self.upscaler, self._origin = upscaler, origin
         self._tile_px: int | None = None
         self._progress = True
@@ -43,9 +47,10 @@ class TeasrPipeline:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | str | None = None, **rest
     ) -> TeasrPipeline:
-        """As `Upscaler.from_pretrained`, whose other arguments (weights, device, offload) may be given too.
+        """Load a model like `Upscaler.from_pretrained`, which receives the other arguments (weights, device, offload).
 
-        torch_dtype: float32, bfloat16 or float16 of torch, or a name such as `nf4`. ValueError for what the model cannot do.
+        torch_dtype: torch.float32, torch.bfloat16 or torch.float16, or a name such as `nf4`. Raises ValueError for a
+        dtype that the model does not support.
         """
         if isinstance(torch_dtype, torch.dtype) and torch_dtype not in DTYPES:
             raise ValueError(f"torch_dtype = {torch_dtype}: {', '.join(map(str, DTYPES))}, or a name such as 'nf4'")
@@ -53,16 +58,16 @@ class TeasrPipeline:
         return cls(Upscaler.from_pretrained(**origin), origin)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """As `Upscaler.save_pretrained`."""
+        """Save the model like `Upscaler.save_pretrained`."""
         self.upscaler.save_pretrained(save_directory)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which the model computes."""
         return self.upscaler.device
 
     def to(self, device: str | torch.device) -> TeasrPipeline:
-        """Move the model. ValueError when it is offloaded: it moves by itself then."""
+        """Move the model. Raises ValueError if it is offloaded, or for a CUDA device if no GPU is visible."""
         if self._origin and self._origin.get("offload"):
             raise ValueError("an offloaded model moves by itself: load it without offload to place it")
         device = torch.device(device)
@@ -73,7 +78,7 @@ class TeasrPipeline:
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep the blocks in host memory, from where they visit the GPU one by one. ValueError without a GPU."""
+        """Keep the blocks in host memory and move them to the GPU one by one. Raises ValueError without a GPU."""
         if self._origin is None:
             raise ValueError("offloading loads the model again: make the pipeline by from_pretrained")
         origin = self._origin | {"device": str(device), "offload": True}
@@ -82,15 +87,15 @@ class TeasrPipeline:
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
     def enable_vae_tiling(self, tile_px: int | None = None) -> None:
-        """Tiles for encoder, transformer and decoder, as large as memory allows, or `tile_px`."""
+        """Use tiles for encoder, transformer and decoder, of `tile_px` px or as large as memory allows."""
         self._tile_px = tile_px
 
     def disable_vae_tiling(self) -> None:
-        """The whole picture at once; when memory does not suffice, tiles are taken after all, and it says so."""
+        """Process the whole picture at once. If memory does not suffice, tiles are used and a message says so."""
         self._tile_px = 2**31
 
     def set_progress_bar_config(self, disable: bool = False, **_) -> None:
-        """Whether a call shows its progress; other settings of tqdm have no meaning here."""
+        """Show or hide the progress of a call; the other tqdm settings are ignored."""
         self._progress = not disable
 
     @torch.no_grad()
@@ -108,11 +113,17 @@ class TeasrPipeline:
         fidelity: float | None = None,
         color_fix: str = "none",
     ) -> PipelineOutput | tuple:
-        """Restore one picture or several: PIL, list of PIL, [H, W, 3] or [B, H, W, 3] numpy (uint8, uint16, or float in [0, 1]), or tensor [B, 3, H, W].
+        """Restore one picture or several.
 
-        height, width: of the result in px (default: 4 times). generator: of the noise, on any device; a list has one for each picture. output_type: pil,
-        np (float in [0, 1], [B, H, W, 3]) or pt ([B, 3, H, W]). callback_on_step_end(pipe, i, t, {"latents": [1, C, h, w]}) is called
-        after each step of each picture and may return other latents. ValueError for what cannot be restored.
+        image: a PIL image, a list of PIL images, a numpy array [H, W, 3] or [B, H, W, 3] (uint8, uint16, or float in
+        [0, 1]), or a tensor [B, 3, H, W].
+        generator: for the noise, on any device; a list holds one generator per picture.
+        height, width: size of the result in px (default: 4 times that of the input).
+        output_type: `pil`, `np` (float in [0, 1], [B, H, W, 3]) or `pt` ([B, 3, H, W]).
+        callback_on_step_end(pipe, i, t, {"latents": [1, C, h, w]}) is called after each step of each picture and may
+        return other latents, in a dictionary with the same key.
+
+        Raises ValueError for invalid arguments and for pictures that cannot be restored.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type = {output_type}: pil, np or pt")
@@ -154,7 +165,7 @@ class TeasrPipeline:
 
 
 def _list(image: Pictures | Sequence[Image.Image]) -> list[Pictures]:
-    """One picture each; floats in 16 bit."""
+    """Split the input into single pictures; float arrays are converted to uint16."""
     if isinstance(image, Image.Image):
         return [image]
     if isinstance(image, np.ndarray):

@@ -1,4 +1,7 @@
-"""A trained model to restore with: from a run, a checkpoint, a saved folder, an exported LoRA or the hub; and saving one."""
+"""Load a trained model for restoration, and save one.
+
+A model is a run folder, a checkpoint, a saved folder, an exported LoRA, a hub repository, or shipped with teasr.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from teasr.run_config import BACKBONES, RunConfig, parse
 from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of backbones without a dtype of their own
-STORED = {"fp32": torch.float32} | AUTOCAST  # what a saved model's weights may be rounded to
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # for backbones that do not set their own dtype
+STORED = {"fp32": torch.float32} | AUTOCAST  # dtypes in which the weights of a model can be saved
 
 
 def load(
@@ -29,11 +32,14 @@ def load(
     dtype: str | None = None,
     offload: bool = False,
 ) -> tuple[Model, Sampler, RunConfig, torch.device]:
-    """The student, ready on its device, how its method restores, the configuration of its run, and the device.
+    """Load a model; return the student on its device, the sampler of its method, the config of its run, and the device.
 
-    model: folder of a run (its newest checkpoint), of a checkpoint, of `save` or of launch/export.py, `owner/name` on the hub, or the name of a
-    shipped one (`teasr.assets`). weights: `ema` or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`. offload: blocks stay in host memory and visit the GPU one by one.
-    Raises ValueError naming what is missing, damaged or impossible here.
+    model: folder of a run (its newest checkpoint is loaded), of a checkpoint, or written by `save` or launch/export.py;
+    `owner/name` on the hub; or the name of a model shipped with teasr (`teasr.assets`).
+    weights: `ema` (averaged) or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`.
+    offload: keep the blocks in host memory and move them to the GPU one by one.
+
+    Raises ValueError naming what is missing, damaged or not possible on this machine.
     """
     place = _device(device, offload)
     folder = _find(model)
@@ -58,9 +64,11 @@ def load(
 
 
 def save(backbone: Backbone, names: list[str], config: RunConfig, folder: Path, dtype: str = "fp32") -> None:
-    """Write what `load` reads, whole or not at all: the parameters `names`, codec, config, and files that the config names.
+    """Write a folder that `load` can read, atomically.
 
-    dtype: fp32, or what the parameters are rounded to; the codec stays. ValueError when the folder holds something else already, or a file is missing.
+    It holds the parameters `names`, the codec, the config, and the files that the config refers to.
+    dtype: fp32, or the dtype to which the parameters are rounded; the codec is not rounded. Raises ValueError if the
+    folder already holds other files, or if a file that the config refers to is missing.
     """
     if folder.exists() and not (folder / checkpoint_folder.MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files: choose a new folder")
@@ -80,7 +88,7 @@ def save(backbone: Backbone, names: list[str], config: RunConfig, folder: Path, 
 
 
 def copy_files(kind: type[Backbone], config: object, folder: Path) -> None:
-    """Copy the files that a config of a backbone names beside its weights. ValueError when one is missing."""
+    """Copy the files that a backbone needs besides its weights to `folder`. Raises ValueError if one is missing."""
     for name, path in kind.files(config).items():
         if not path.is_file():
             raise ValueError(f"{path}, which the model needs, is not here: put it back, or run where it lies")
@@ -123,7 +131,7 @@ def _config_of_lora(folder: Path) -> RunConfig:
 
 
 def _weights(folder: Path, which: str) -> dict[str, torch.Tensor]:
-    """Those asked for; where the average covers a part of them, the others as they are."""
+    """Read the requested weights; parameters that the average does not cover are taken from `weights`."""
     file = folder / f"{which}.safetensors"
     if not file.is_file():
         tensors = (f.stem for f in sorted(folder.glob("*.safetensors")))

@@ -1,7 +1,8 @@
-"""A model that works tile by tile, so that memory is that of one tile: the frame and its latents stay in host memory.
+"""Run a model tile by tile: device memory is needed for one tile, while the frame and its latents stay in host memory.
 
-Encoder, transformer and decoder go over the same tiles, planned once. In every sampling step the tiles' velocities are blended before the next
-one, and the noise is that of the whole frame, so that tiles agree on what they draw. Out of memory? The tiles get smaller, and it says so.
+Encoder, transformer and decoder use the same tiles, which are planned once. The velocities of all tiles are blended in
+every sampling step, and the noise is drawn for the whole frame, so that neighbouring tiles produce consistent content.
+If memory runs out, the tiles are made smaller and a message says so.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from teasr.backbones.model import NOTHING, Condition, Model
 from teasr.restore.tiling import Plan, Tile
 from teasr.util.meter import Meter, free_memory
 
-OVERLAP = 1 / 8  # of a tile's side, with its neighbours
-MARGIN = 1 / 32  # of a tile's side, at its inner ends: context, of which nothing is shown
-SMALLEST = 8  # units of a tile's side
-PROBE = 16  # units of the side of the tile whose memory is counted
-USABLE = 0.8  # of free memory
+OVERLAP = 1 / 8  # with each neighbouring tile, as a fraction of a tile's side
+MARGIN = 1 / 32  # context at a tile's inner edges that is discarded, as a fraction of its side
+SMALLEST = 8  # side of the smallest tile, in units
+PROBE = 16  # side of the tile on which memory is measured, in units
+USABLE = 0.8  # fraction of free memory that tiles may use
 T = TypeVar("T")
 
 
 class Tiled:
-    """What a sampler needs of a model, and encoding and decoding between whole frames [H, W, 3] and latents."""
+    """A model applied tile by tile: the methods that a sampler needs, and `encode` and `decode` for whole
+    frames [H, W, 3].
+    """
 
     def __init__(
         self,
@@ -39,10 +42,10 @@ class Tiled:
         say: Callable[[str], None] = print,
         on_tile: Callable[[], None] = lambda: None,
     ):
-        """Sides are multiples of `model.pixel_multiple`. `on_tile` is called after each tile of each stage."""
+        """Sides must be multiples of `model.pixel_multiple`. `on_tile` is called after each tile of each stage."""
         self.model, self.device, self.say, self.on_tile = model, device, say, on_tile
         self.unit = model.pixel_multiple
-        self.places = self.unit // model.backbone.downsample  # latent pixels of a unit
+        self.places = self.unit // model.backbone.downsample  # latent pixels per unit, along a side
         self.height, self.width = height_px // self.unit, width_px // self.unit
         self._plan(max(SMALLEST, tile_px // self.unit))
 
@@ -51,11 +54,11 @@ class Tiled:
         self.plan = Plan.of(self.height, self.width, size, max(3, int(size * OVERLAP)), int(size * MARGIN))
 
     def snap(self, t: Tensor) -> Tensor:
-        """As the model's."""
+        """See `Model.snap`."""
         return self.model.snap(t)
 
     def encode(self, frame: np.ndarray) -> Tensor:
-        """[H, W, 3] uint8 or uint16 -> latents [1, C, h, w] in host memory."""
+        """Encode a frame [H, W, 3] uint8 or uint16 to latents [1, C, h, w] in host memory."""
 
         def of_tile(tile: Tile) -> Tensor:
             pixels = torch.from_numpy(self._pixels(frame, tile)).to(self.device).float()
@@ -64,11 +67,11 @@ class Tiled:
         return self._tile_by_tile(of_tile)
 
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor:
-        """As the model's, of latents in host memory."""
+        """See `Model.adapt`; takes and returns latents in host memory."""
         return self._tile_by_tile(lambda tile: self.model.adapt(self._part(z_lq, tile), t.to(self.device)))
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor:
-        """As the model's, of latents in host memory."""
+        """See `Model.velocity`; takes and returns latents in host memory."""
         t = t_cur.to(self.device)
         r = None if condition.t_tar is None else condition.t_tar.to(self.device)
 
@@ -79,11 +82,11 @@ class Tiled:
         return self._tile_by_tile(of_tile)
 
     def _part(self, z: Tensor, tile: Tile) -> Tensor:
-        """The latents of a tile, on the device."""
+        """Copy the latents of a tile to the device."""
         return tile.of(z, self.places).to(self.device).contiguous()
 
     def _tile_by_tile(self, of_tile: Callable[[Tile], Tensor]) -> Tensor:
-        """Latents of the whole frame from those of its tiles, blended where they overlap."""
+        """Compute the latents of the whole frame from those of its tiles, blended in their overlaps."""
 
         def all_tiles() -> Tensor:
             whole = self._latents()
@@ -94,7 +97,7 @@ class Tiled:
         return self._with_room(all_tiles)
 
     def decode(self, z: Tensor, out: np.ndarray) -> None:
-        """Latents in host memory -> `out` [H, W, 3] uint8 or uint16, a row of tiles at a time."""
+        """Decode latents in host memory into `out` [H, W, 3] uint8 or uint16, one row of tiles at a time."""
 
         def all_tiles() -> None:
             tops = [*self.plan.rows.starts, self.height]
@@ -104,7 +107,7 @@ class Tiled:
                 inside = slice(tile.left * self.unit, (tile.left + tile.width) * self.unit)
                 band[:, :, inside] += x.float().cpu() * self.plan.weight(tile, self.unit)
                 self.on_tile()
-                if tile.column == len(self.plan.columns.starts) - 1:  # rows above the next tiles are complete
+                if tile.column == len(self.plan.columns.starts) - 1:  # rows above the next tiles are now complete
                     done = (tops[tile.row + 1] - tile.top) * self.unit
                     start = tile.top * self.unit
                     out[start : start + done] = self._to_integers(band[:, :done], out.dtype)
@@ -125,7 +128,10 @@ class Tiled:
         self.on_tile()
 
     def _with_room(self, act: Callable[[], T]) -> T:
-        """`act`, and again with smaller tiles for as long as memory does not suffice."""
+        """Call `act`, and repeat it with smaller tiles while memory does not suffice.
+
+        Raises MemoryError if the tiles cannot be made smaller.
+        """
         while True:
             try:
                 return act()
@@ -137,8 +143,8 @@ class Tiled:
                 torch.cuda.empty_cache()
             if self.size // 2 < SMALLEST:
                 raise MemoryError(
-                    f"not even a tile of {self.size * self.unit} px fits ({problem}): close other programs, or take a smaller dtype "
-                    "or model"
+                    f"not even a tile of {self.size * self.unit} px fits ({problem}): close other programs, "
+                    "or take a smaller dtype or model"
                 )
             self._plan(min(self.size, max(self.height, self.width)) // 2)
             self.say(f"out of memory: going on with tiles of {self.size * self.unit} px")
@@ -152,9 +158,10 @@ class Tiled:
 
 @torch.no_grad()
 def bytes_of_unit(model: Model, device: torch.device) -> float:
-    """What one unit of a tile's area takes on the device, counted on a tile of PROBE units; linear in the area, attention being fused.
+    """Measure the device memory in bytes for one unit of a tile's area.
 
-    Infinite when not even that fits.
+    It is measured on a square tile with a side of PROBE units. Memory is linear in the area, since attention is fused.
+    Returns infinity if not even that tile fits.
     """
     side = PROBE * model.pixel_multiple
     try:
@@ -171,13 +178,16 @@ def bytes_of_unit(model: Model, device: torch.device) -> float:
 
 
 def units_that_fit(unit_bytes: float, device: torch.device, kept_bytes: int) -> int:
-    """Units of a tile's side that free memory has room for, when `kept_bytes` of it are needed for other things; SMALLEST at least."""
+    """Return the side, in units, of the largest tile that fits in free memory, at least SMALLEST.
+
+    unit_bytes: memory for one unit of a tile's area. kept_bytes: free memory reserved for other purposes.
+    """
     room = max(0, free_memory(device) - kept_bytes) * USABLE
     return max(SMALLEST, int((room / unit_bytes) ** 0.5))
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether it is; the CPU allocator raises a plain RuntimeError."""
+    """Whether an error means that memory ran out; PyTorch's CPU allocator raises a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory"))

@@ -1,7 +1,7 @@
-"""Large pictures in overlapping tiles: where the tiles lie, and weights with which their results add up to one picture.
+"""Split large pictures into overlapping tiles: positions of the tiles, and weights to blend their results.
 
-A plan counts in units, the steps in which a backbone takes pictures; with a factor the same tiles are those of latents (places for a unit)
-or of pixels.
+A plan is in units of the backbone's `pixel_multiple`. A `factor` converts it to latent pixels or to pixels: the number
+of them per unit, along a side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Axis:
-    """Spans of equal `size` from `starts` on, which cover 0 .. length; `margin` places at their inner ends are context only."""
+    """Spans of equal `size`, beginning at `starts`, that cover the range 0 .. length.
+
+    The outermost `margin` positions at the inner ends of the spans are context only: their weight is zero.
+    """
 
     length: int
     size: int
@@ -26,8 +29,10 @@ class Axis:
 
     @classmethod
     def of(cls, length: int, size: int, overlap: int, margin: int = 0) -> Axis:
-        """As few spans of at most `size` as share at least `overlap` with their neighbours, and no longer than that takes: what more they shared would
-        be computed twice. ValueError when the overlap leaves no room.
+        """Plan the fewest spans of at most `size` that overlap their neighbours by at least `overlap`.
+
+        The spans are made as short as this allows, since a larger overlap would be computed twice for no benefit.
+        Raises ValueError if the overlap is not larger than two margins or not smaller than `size`.
         """
         if length <= size:
             return cls(length, length, (0,))
@@ -39,7 +44,7 @@ class Axis:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a handful of small tensors
     def weights(self, factor: int = 1) -> list[Tensor]:
-        """[size * factor] for every span: linear ramps where spans overlap; at every place the weights sum to one."""
+        """Return the weights [size * factor] of every span, with linear ramps in overlaps; they sum to one."""
         starts, size, margin = [s * factor for s in self.starts], self.size * factor, self.margin * factor
         hats = torch.zeros(len(starts), self.length * factor, dtype=torch.float64)
         inside = torch.arange(size, dtype=torch.float64) + 0.5
@@ -58,7 +63,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile, in units, and its place in the plan."""
+    """One tile: its row and column in the plan, and its position and size in units."""
 
     row: int
     column: int
@@ -68,7 +73,7 @@ class Tile:
     width: int
 
     def of(self, x: Tensor, factor: int = 1) -> Tensor:
-        """The part of x [.., H, W] under the tile (a view); `factor`: places of x for a unit."""
+        """Return the part of x [.., H, W] that the tile covers, as a view; `factor`: pixels of x per unit."""
         return x[
             ...,
             self.top * factor : (self.top + self.height) * factor,
@@ -78,25 +83,25 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a picture."""
+    """The tiles of a picture. Iterating yields them row by row."""
 
     rows: Axis
     columns: Axis
 
     @classmethod
     def of(cls, height: int, width: int, size: int, overlap: int, margin: int = 0) -> Plan:
-        """All in units. ValueError when tiles are too small for their overlap."""
+        """Plan the tiles; all arguments are in units. Raises ValueError if tiles are too small for their overlap."""
         return cls(Axis.of(height, size, overlap, margin), Axis.of(width, size, overlap, margin))
 
     def __len__(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)
 
     def __iter__(self) -> Iterator[Tile]:
-        """Row by row."""
+        """Yield the tiles row by row."""
         for i, top in enumerate(self.rows.starts):
             for j, left in enumerate(self.columns.starts):
                 yield Tile(i, j, top, left, self.rows.size, self.columns.size)
 
     def weight(self, tile: Tile, factor: int = 1) -> Tensor:
-        """[height, width] of a tile, times factor: what its result counts at every place."""
+        """Return the blending weights of a tile, [height * factor, width * factor]."""
         return self.rows.weights(factor)[tile.row][:, None] * self.columns.weights(factor)[tile.column]

@@ -1,7 +1,7 @@
-"""A picture in, a restored picture out, in any number of steps and at any size.
+"""`Upscaler`: restore pictures of any size with a trained model.
 
 from teasr import Upscaler
-upscaler = Upscaler.from_pretrained()  # the small model that comes along, or a folder
+upscaler = Upscaler.from_pretrained()  # the small model shipped with teasr; or pass a folder
 upscaler(picture, steps=4).save("restored.png")
 """
 
@@ -28,26 +28,26 @@ from teasr.restore.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
 from teasr.run_config import RunConfig
 
 MAX_SCALE = 16.0
-LATENT_COPIES = 6  # of a frame's latents in host memory while it is sampled, at most
+LATENT_COPIES = 6  # the most copies of a frame's latents in host memory during sampling
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What a program needs to know of a model to use it."""
+    """What a program needs to know about a model to use it."""
 
-    scale: int  # of the pairs that it was trained on; others work, with more or less effect
-    pixel_multiple: int  # sides are padded to it inside
+    scale: int  # of the training pairs; other factors work too, with varying effect
+    pixel_multiple: int  # sides are padded to a multiple of it internally
     min_tile_px: int
-    tile_px: int  # what large pictures are cut into, memory permitting
-    precisions: tuple[str, ...]  # for `dtype` of from_pretrained
+    tile_px: int  # side of the tiles of large pictures, if memory permits
+    precisions: tuple[str, ...]  # values of `dtype` in from_pretrained
     step_counts: tuple[int, ...] | None  # None: any number of steps
-    dials: tuple[Dial, ...]  # trades that may be chosen at each call
-    dtypes: tuple[str, ...] = ("uint8", "uint16")  # of pictures, in and out
+    dials: tuple[Dial, ...]  # trade-offs that can be set at each call
+    dtypes: tuple[str, ...] = ("uint8", "uint16")  # of input and output pictures
     channels: tuple[str, ...] = ("grey", "RGB", "RGBA")
 
 
 class Upscaler:
-    """A trained model, ready to restore."""
+    """A trained model that restores pictures."""
 
     def __init__(
         self,
@@ -57,7 +57,11 @@ class Upscaler:
         config: RunConfig | None = None,
         device: torch.device | None = None,
     ):
-        """sampler: how its method restores (default: in any number of steps). device: where the model computes, if not where its weights are."""
+        """sampler: the sampler of the model's method (default: `AnyStep`, for any number of steps).
+
+        device: where the model computes (default: where its weights are). Raises ValueError for an unconditional prior,
+        which cannot restore.
+        """
         backbone = model.backbone
         if not backbone.restores:
             raise ValueError(
@@ -66,7 +70,7 @@ class Upscaler:
         self.model, self.backbone, self.sampler = model, backbone, sampler or AnyStep()
         self.scale, self.config = scale, config
         self.device = device or next(backbone.net.parameters()).device
-        self._unit_bytes = float("inf")  # of a tile's area; counted when first needed
+        self._unit_bytes = float("inf")  # memory for one unit of a tile's area; measured when first needed
         self._exported = list(backbone.exported(model.role.name))
         backbone.net.requires_grad_(False).eval()
 
@@ -79,11 +83,15 @@ class Upscaler:
         dtype: str | None = None,
         offload: bool = False,
     ) -> Upscaler:
-        """From a run folder (its newest checkpoint), a checkpoint, what `save_pretrained` or launch/export.py wrote, `owner/name` on the
-        hub, or the name of a shipped model; none: the small one, of which the log says what it is.
+        """Load a model.
 
-        weights: `ema` (averaged) or `weights` (last). dtype: one of the descriptor's precisions; default: as trained. offload: for a GPU that is
-        too small, blocks stay in host memory. Raises ValueError naming what is missing, damaged or impossible here.
+        path: a run folder (its newest checkpoint is loaded), a checkpoint, a folder written by `save_pretrained` or
+        launch/export.py, `owner/name` on the hub, or the name of a model shipped with teasr. Default: the small shipped
+        model; a note about it is then logged.
+        weights: `ema` (averaged) or `weights` (last). dtype: one of the descriptor's precisions; default: as trained.
+        offload: keep the blocks in host memory, for a GPU that is too small.
+
+        Raises ValueError naming what is missing, damaged or not possible on this machine.
         """
         if path is None:
             path = assets.DEFAULT
@@ -92,9 +100,10 @@ class Upscaler:
         return cls(model, sampler, config=config, device=place)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> Path:
-        """Write what `from_pretrained` reads (weights, codec, config), whole or not at all; returns the folder. dtype: weights rounded to it.
+        """Write the weights, codec and config for `from_pretrained`, atomically, and return the folder.
 
-        ValueError when the folder holds something else already.
+        dtype: the dtype to which the weights are rounded. Raises ValueError if the folder already holds other files, or
+        if the model has no config.
         """
         if self.config is None:
             raise ValueError("a model without its run's configuration cannot be saved: make it by from_pretrained")
@@ -103,7 +112,7 @@ class Upscaler:
 
     @property
     def descriptor(self) -> Descriptor:
-        """Scale, multiples, tiles and types."""
+        """Scale, size multiples, tile sizes, precisions, step counts and dials of the model."""
         unit = self.backbone.pixel_multiple
         sizes = (self.scale, unit, SMALLEST * unit, self.backbone.tile_px)
         return Descriptor(*sizes, self.backbone.dtypes, self.sampler.step_counts, self.sampler.dials)
@@ -124,15 +133,25 @@ class Upscaler:
         on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
         say: Callable[[str], None] = print,
     ) -> Image.Image | np.ndarray | Tensor | Picture:
-        """Restore a picture in `steps` steps; what comes in comes out: PIL of any mode, [H, W, 3] uint8 or uint16, or a tensor [3, H, W] or
-        [B, 3, H, W] in [0, 1].
+        """Restore a picture in `steps` steps.
 
-        steps: `auto` takes as few as give what twice as many would (`teasr.restore.auto_steps`). fidelity: 0 to 1, blends the result of several
-        steps with the one-step result; short for dials={"fidelity": ..}. dials: trades that the model's method offers, as `descriptor` lists them. scale: of the sides (default: the model's, 4), at least 1; or size: (width, height) in pixels.
-        color_fix: none, wavelet, adain or lab (`teasr.imaging.color`). tile_px: side of the tiles of large pictures (default: the backbone's, or
-        what fits in free memory); device memory is that of one tile, host memory that of the picture and six times its latents.
-        on_progress(done, all) counts tiles; on_step as in `Sampler.sample`, with latents [1, C, h, w] of the whole frame in host memory; `say` is
-        told when tiles shrink and what `auto` chose. ValueError for what cannot be restored, MemoryError when not even a small tile fits.
+        picture: PIL image of any mode, [H, W, 3] uint8 or uint16, `Picture`, or tensor [3, H, W] or [B, 3, H, W] in
+        [0, 1]. The result has the same type.
+        steps: number of steps, or `auto` for the smallest number that doubling would hardly change
+        (`teasr.restore.auto_steps`).
+        fidelity: 0 to 1, blends the result of several steps with the one-step result; short for dials={"fidelity": ..}.
+        dials: trade-offs that the model's method offers, listed in `descriptor`.
+        scale: upscaling factor of the sides, at least 1 (default: the model's, 4). size: alternatively, the (width,
+        height) of the result in pixels.
+        color_fix: none, wavelet, adain or lab (`teasr.imaging.color`).
+        tile_px: side of the tiles of large pictures (default: the backbone's, or what fits in free memory). Device
+        memory is needed for one tile, host memory for the picture and six times its latents.
+        on_progress(done, all): called with the number of tiles. on_step: as in `Sampler.sample`, with latents
+        [1, C, h, w] of the whole frame in host memory. say: receives a message when tiles shrink and when `auto` has
+        chosen a number of steps.
+
+        Raises ValueError for invalid arguments and for pictures that cannot be restored, MemoryError if not even a
+        small tile fits.
         """
         if isinstance(picture, Image.Image):
             given = from_pil(picture)
@@ -171,7 +190,10 @@ class Upscaler:
         return to_pil(made) if isinstance(picture, Image.Image) else made
 
     def _size(self, array: np.ndarray, scale: float | None, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Height and width of the result."""
+        """Return the height and width of the result.
+
+        Raises ValueError if scale and size are both given, or if sides would shrink or grow too much.
+        """
         height, width = array.shape[:2]
         if size is not None:
             if scale is not None:
@@ -183,13 +205,14 @@ class Upscaler:
         factors = (wanted[0] / height, wanted[1] / width)
         if not (min(factors) >= 1 and max(factors) <= MAX_SCALE):
             raise ValueError(
-                f"{width}x{height} px cannot be restored to {wanted[1]}x{wanted[0]}: sides may grow 1 to {MAX_SCALE:g} times"
+                f"{width}x{height} px cannot be restored to {wanted[1]}x{wanted[0]}: "
+                f"sides may grow 1 to {MAX_SCALE:g} times"
             )
         return wanted
 
     @staticmethod
     def _tensor(x: Tensor, act: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-        """[3, H, W] or [B, 3, H, W] in [0, 1], by way of 16 bit."""
+        """Apply `act` to a tensor [3, H, W] or [B, 3, H, W] in [0, 1], converted to uint16 and back."""
         batch = x[None] if x.ndim == 3 else x
         if batch.ndim != 4 or batch.shape[1] != 3 or not x.is_floating_point():
             raise ValueError(
@@ -202,7 +225,7 @@ class Upscaler:
 
     @torch.no_grad()
     def _restore(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
-        """A frame [H, W, 3] that was brought to its size already; the result may take its place in memory."""
+        """Restore a frame [H, W, 3] that already has the size of the result; the frame may be overwritten."""
         height, width = frame.shape[:2]
         m = self.backbone.pixel_multiple
         if height % m or width % m:
@@ -216,7 +239,7 @@ class Upscaler:
         return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say)[:height, :width]
 
     def _frame(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
-        """A frame whose sides are multiples of `pixel_multiple`; the result takes its place in memory."""
+        """Restore a frame whose sides are multiples of `pixel_multiple`; the result overwrites it."""
         done = 0
 
         def on_tile() -> None:
@@ -235,7 +258,7 @@ class Upscaler:
         return frame
 
     def _fitting_tile(self, size: tuple[int, int]) -> int:
-        """Side in px for a frame of this size."""
+        """Return the side in px of tiles that fit in free memory, for a frame of this size."""
         kept = 0
         if self.device.type == "cpu":
             places = size[0] * size[1] // self.backbone.downsample**2

@@ -1,4 +1,8 @@
-"""`teasr demo`: a local page to try a model on: picture in, before and after under a slider, result to download. Nothing leaves the machine."""
+"""`teasr demo`: a local web page to try a model.
+
+It shows the picture before and after restoration under a slider and offers the result as a download. No data leaves
+the machine.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ from teasr.imaging import color, picture
 from teasr.restore.upscaler import Upscaler
 
 MOST_STEPS = 30
-SHOWN_PX = 2048  # longer side of what the slider shows; the download is whole
-PROGRESS = gr.Progress()  # gradio looks for one among the defaults
-FONTS = ["system-ui", "sans-serif"]  # gradio's own would be fetched from elsewhere
+SHOWN_PX = 2048  # longer side of the pictures in the slider; the download has full size
+PROGRESS = gr.Progress()  # gradio recognises it as the default value of a parameter
+FONTS = ["system-ui", "sans-serif"]  # gradio's default fonts would be downloaded
 
 
 def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
-    """The page of a model; results go to `folder`."""
+    """Build the page for a model; results are written to `folder`."""
 
     def restore(path: str | None, steps: float, fidelity: float, color_fix: str, seed: float, progress=PROGRESS):
         if path is None:
@@ -76,9 +80,9 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
 
 
 def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Show the page until Ctrl-C. OSError when the port is taken."""
+    """Serve the page until Ctrl-C. Raises OSError if the port is in use."""
     with tempfile.TemporaryDirectory(prefix="teasr-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded and shown goes when the page does
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and previews are deleted with this folder when the server ends
         page = build(upscaler, Path(folder))
         theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
         print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
@@ -86,7 +90,7 @@ def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None
 
 
 def _shown(x: np.ndarray, width: int, height: int) -> np.ndarray:
-    """[H, W, 3] uint8 for the slider, both sides of one size."""
+    """Resize a picture to [H, W, 3] uint8 for the slider, which needs two pictures of the same size."""
     factor = min(1.0, SHOWN_PX / max(width, height))
     x = (x >> 8).astype(np.uint8) if x.dtype == np.uint16 else x
     return cv2.resize(x, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_CUBIC)

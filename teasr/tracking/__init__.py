@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: CSV files in the run folder, and an MLflow run that mirrors it.
+"""Logging of a run: CSV files in the run folder, and an MLflow run that mirrors it.
 
-Only the files mlflow_*.py import MLflow. Imports `config` and `util`.
+Only the files mlflow_*.py import MLflow. Files here may import `config` and `util`.
 """

@@ -1,4 +1,4 @@
-"""CSV files of numbers by update: appended to without ever leaving half a row, and read from where the last look ended."""
+"""CSV logs with one row per update: a failed append leaves no partial row, and readers can fetch only the new rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from teasr.util.files import write_atomic
 
 
 class CsvLog:
-    """Rows of numbers by update, appended and flushed; a new column rewrites the file, a resume drops later rows.
+    """Appends rows of numbers, one per update, and flushes each; a new column rewrites the file.
 
-    While the file cannot be written (a full disk) rows are kept in memory and come with the next one that can.
+    Resuming drops the rows of later updates. While the file cannot be written (for example, because the disk is full),
+    rows are kept in memory and written with the next append that succeeds.
     """
 
     def __init__(self, path: Path, resume_from: int = 0):
-        """Keep the rows up to update `resume_from`; none where the run starts afresh."""
+        """Keep the existing rows up to update `resume_from`; 0 starts an empty file."""
         self.path = path
         rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and resume_from else []
         rows = [row for row in rows if row["update"] and int(row["update"]) <= resume_from]
@@ -33,7 +34,7 @@ class CsvLog:
         write_atomic(self.path, text.getvalue().encode())
 
     def append(self, update: int, values: dict[str, float]) -> None:
-        """Add one row; whole numbers whole, others with 9 significant digits."""
+        """Add one row; integers are written as integers, other numbers with 9 significant digits."""
         self._waiting.append({"update": update} | {k: v if type(v) is int else f"{v:.9g}" for k, v in values.items()})
         try:
             self._write()
@@ -60,18 +61,18 @@ class CsvLog:
             with open(self.path, "a") as file:
                 file.write(text.getvalue())
         except OSError:
-            os.truncate(self.path, size)  # no half rows
+            os.truncate(self.path, size)  # leave no partial row
             raise
 
 
 class Tail:
-    """The rows that were added to a CSV file since the last look; all of them again when it got another column."""
+    """Reads the rows added to a CSV file since the previous read, or all rows again if a column was added."""
 
     def __init__(self, path: Path):
         self.path, self.header, self.offset = path, b"", 0
 
     def rows(self) -> list[dict[str, str]]:
-        """New complete rows. OSError when there is no such file."""
+        """Return new complete rows. Raises OSError when the file does not exist."""
         with open(self.path, "rb") as file:
             header = file.readline()
             if header != self.header:

@@ -1,4 +1,4 @@
-"""Which code and which packages a run was made with."""
+"""Source commit and package versions that a run was made with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @functools.cache
 def git_commit() -> str:
-    """Commit of the source tree, with `+changes` when it is not clean; `unknown` outside a checkout."""
+    """Commit of the source tree, with `+changes` appended when it is not clean; `unknown` outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -26,7 +26,7 @@ def git_commit() -> str:
 
 
 def environment() -> str:
-    """Python, platform, commit and the version of every installed package, as text."""
+    """Python version, platform, commit and the version of every installed package, as text."""
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}, key=str.lower)
     head = [f"python {platform.python_version()}", platform.platform(), f"commit {git_commit()}"]
     return "\n".join([*head, *packages]) + "\n"

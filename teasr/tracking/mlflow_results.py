@@ -1,4 +1,4 @@
-"""Results and models in MLflow: scores added to a run, exported models registered, results of other runs fetched."""
+"""Results and models in MLflow: log scores to a run, register exported models, download the results of other runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from teasr.util.files import sha256_of
 
 @contextlib.contextmanager
 def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> Iterator[tuple[Any, str, str]]:
-    """(client, uri, run id) of the run of a run folder, to put `what` into; ValueError naming the store when it does not take that."""
+    """Yield (client, uri, run id) of the MLflow run that belongs to a run folder, to store `what` in it.
+
+    Raises ValueError naming the store when this fails.
+    """
     fail_fast()
     from mlflow import MlflowClient
 
@@ -36,11 +39,12 @@ def log_results(
     files: list[Path],
     folder: str | None = None,
 ) -> str:
-    """Add results {name: {step: value}} and files (into `folder` of the artifacts) to the MLflow run of a run folder; returns "uri, run id".
+    """Log metrics and files to the MLflow run of a run folder; returns "uri, run id".
 
-    CSV files become tables that MLflow shows and compares, too.
+    `metrics` is {name: {step: value}}; `files` go to `folder` of the artifacts. CSV files are also logged as tables,
+    which MLflow can show and compare.
 
-    Raises ValueError naming the store when MLflow does not take them.
+    Raises ValueError naming the store when MLflow does not accept them.
     """
     with _store(run_dir, config, params, "results") as (client, uri, run_id):
         for name, values in metrics.items():
@@ -63,14 +67,14 @@ def log_results(
 def register_model(
     run_dir: Path, config: TrackingConfig, params: dict, folder: Path, name: str, tags: dict[str, str]
 ) -> str:
-    """Log an exported folder to the MLflow run of a run folder and make it a new version of the registered model `name`; returns "name, version n, uri".
+    """Log an exported folder to the MLflow run of a run folder and register it as a new version of the model `name`.
 
-    Raises ValueError naming the store when MLflow does not take it.
+    Returns "name, version n, uri". Raises ValueError naming the store when MLflow does not accept it.
     """
     with _store(run_dir, config, params, "model") as (client, uri, run_id):
         from mlflow.exceptions import MlflowException
 
-        place = f"model/{_digest(folder)}"  # versions do not overwrite each other
+        place = f"model/{_digest(folder)}"  # so that versions do not overwrite each other
         client.log_artifacts(run_id, str(folder), place)
         client.set_terminated(run_id)
         try:
@@ -84,7 +88,7 @@ def register_model(
 
 
 def _digest(folder: Path) -> str:
-    """Of names and contents."""
+    """Hash of the file names and contents in a folder."""
     whole = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         whole.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
@@ -92,7 +96,10 @@ def _digest(folder: Path) -> str:
 
 
 def download_results(uri: str, experiment: str | None, place: Path) -> list[tuple[str, Path]]:
-    """What `log_results` put below `eval/` of the runs of an experiment: (run name, folder), newest run first. ValueError when there is none."""
+    """Download what `log_results` stored under `eval/` in the runs of an experiment.
+
+    Returns (run name, folder) pairs, newest run first. Raises ValueError when there are none.
+    """
     fail_fast()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException

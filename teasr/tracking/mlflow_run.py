@@ -1,7 +1,8 @@
-"""The MLflow run that belongs to a run folder: its store, its identity there, and keeping it up to date while a training writes the folder.
+"""The MLflow run of a run folder: which store and run it is, and how it is kept up to date during training.
 
-The files of the run folder are the truth and the queue at once: the mirror asks the store what it has and sends the rest. A store that is slow,
-away or restarted therefore costs the training nothing and loses nothing; `teasr sync-mlflow RUN` sends what is missing at the end.
+The files of the run folder are both the source of truth and the queue: the mirror asks the store what it already has
+and sends the rest. A slow, unreachable or restarted store therefore neither slows down training nor loses data; `teasr
+sync-mlflow RUN` sends what is missing at the end.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_
 from teasr.util.files import write_atomic
 
 SEND_EVERY_S, RETRY_S = 2.0, 5.0
-BATCH = 1000  # metrics that MLflow takes at once
+BATCH = 1000  # metrics that MLflow accepts in one call
 
 
 class Sender(threading.Thread):
-    """Keeps the MLflow run of a training up to date; whatever MLflow does must not reach the training."""
+    """Thread that keeps the MLflow run of a training up to date; MLflow errors must never reach the training."""
 
     def __init__(self, mirror: Mirror):
         super().__init__(daemon=True, name="mlflow")
@@ -33,7 +34,7 @@ class Sender(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Send, wait, send; after a failure from what the store says that it has."""
+        """Send and wait in a loop; after a failure, continue from what the store reports to have."""
         pause = 0.0
         while True:
             ending = self._ending.wait(pause)
@@ -53,28 +54,28 @@ class Sender(threading.Thread):
                     self.away = True
                     reason = " ".join(str(error).split())[:300]
                     print(
-                        f"MLflow at {self.mirror.uri} failed ({reason}): going on without it, metrics.csv has everything; what it "
-                        "misses is sent when it is back",
+                        f"MLflow at {self.mirror.uri} failed ({reason}): going on without it, "
+                        "metrics.csv has everything; what it misses is sent when it is back",
                         flush=True,
                     )
             if ending:
                 return
 
     def close(self, status: str, timeout_s: float = 60.0) -> None:
-        """Send what is left and set the status, for at most `timeout_s`; say what to do when that did not work."""
+        """Send the remaining data and set the status within `timeout_s`; if that fails, print what to do."""
         self._status = status
         self._ending.set()
         self.join(timeout_s)
         if not self.complete:
             print(
-                f"MLflow at {self.mirror.uri} lacks the end of this run: when it is back, `teasr sync-mlflow {self.mirror.run_dir}` "
-                "sends it",
+                f"MLflow at {self.mirror.uri} lacks the end of this run: when it is back, "
+                f"`teasr sync-mlflow {self.mirror.run_dir}` sends it",
                 flush=True,
             )
 
 
 class Mirror:
-    """The MLflow run of a run folder. It needs nothing but the folder: what the store has already, the store itself says."""
+    """Mirrors a run folder to its MLflow run; it needs only the folder, since the store reports what it already has."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, resumed_from: int = 0):
         fail_fast()
@@ -84,13 +85,16 @@ class Mirror:
         self.forget()
 
     def forget(self) -> None:
-        """Ask the store again at the next `send`."""
+        """Discard all cached state, so that the next `send` asks the store again."""
         self.client, self.sent, self._files, self._previews = None, -1, {}, set()
         self._metrics, self._timing = (Tail(self.run_dir / name) for name in (METRICS, TIMING))
         self._waiting: dict[int, dict[str, str]] = {}  # rows of metrics.csv whose timing is not written yet
 
     def send(self) -> int:
-        """Bring the store up to date; returns the updates sent. Raises whatever MLflow raises: `forget`, and try again."""
+        """Bring the store up to date and return the number of updates sent.
+
+        MLflow's exceptions are passed on; call `forget` before trying again.
+        """
         from mlflow.entities import Metric
 
         if self.client is None:
@@ -106,7 +110,7 @@ class Mirror:
         return len(rows)
 
     def finish(self, status: str) -> None:
-        """Set the run's status, as MLflow names it."""
+        """Set the run's status, using MLflow's names."""
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
         else:
@@ -119,14 +123,14 @@ class Mirror:
         path = self.run_dir / PARAMS_FILE
         params = json.loads(path.read_text()) if path.is_file() else {}
         self.run_id = open_run(client, self.run_dir, self.uri, self.config, params, self.resumed_from)
-        # rows go in order and whole, so the newest tells
+        # updates are sent completely and in order, so the newest one shows what the store has
         self.sent = max((m.step for m in client.get_metric_history(self.run_id, "update_s")), default=-1)
         self._previews = {_step(f.path) for f in client.list_artifacts(self.run_id, "images")}
         self.client = client
 
     def _new_rows(self) -> list[tuple[int, int, dict[str, float]]]:
-        """(update, milliseconds, values) of what both files hold and the store does not."""
-        timings = self._timing.rows()  # first: each of them is in the other file already
+        """Return (update, milliseconds, values) of the updates in both CSV files that the store lacks."""
+        timings = self._timing.rows()  # read first: an update is written to metrics.csv before timing.csv
         self._waiting |= {int(row["update"]): row for row in self._metrics.rows()}
         rows = []
         for timing in timings:
@@ -141,7 +145,7 @@ class Mirror:
         return rows
 
     def _send_files(self) -> None:
-        """Files that have changed, and previews that the store lacks."""
+        """Send the files that have changed and the previews that the store lacks."""
         for name in FILES:
             path = self.run_dir / name
             state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
@@ -162,7 +166,7 @@ class Mirror:
 
 
 def _step(artifact: str) -> int | None:
-    """The update of what `log_image` wrote: images/preview+step+100+timestamp+.."""
+    """Return the update in an artifact path written by `log_image`: images/preview+step+100+timestamp+.."""
     found = re.search(r"\+step\+(\d+)\+", artifact)
     return int(found[1]) if found else None
 
@@ -170,7 +174,7 @@ def _step(artifact: str) -> int | None:
 def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
     """Send what MLflow lacks of a run folder; returns "uri, run id" and the number of updates sent.
 
-    Raises ValueError naming the store when it does not take them.
+    Raises ValueError naming the store when it does not accept them.
     """
     mirror = Mirror(run_dir, config)
     try:
@@ -185,19 +189,22 @@ def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
 
 
 def fail_fast() -> None:
-    """Make MLflow give up on a dead server at once; left alone it blocks every call for minutes."""
+    """Make MLflow give up on an unreachable server quickly; by default it blocks every call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
-    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
+    """Return the config's URI, else MLFLOW_TRACKING_URI, else a SQLite file next to the run folder."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent}/mlflow.db"
 
 
 def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resumed_from: int = 0) -> str:
-    """The MLflow run of a run folder: reopened if its id is on file and known to the store, else created."""
+    """Open the MLflow run of a run folder and return its id.
+
+    The run is reopened if its id is on file and known to the store; otherwise, it is created.
+    """
     from mlflow.entities import Param
 
     note = run_dir / RUN_FILE
@@ -220,7 +227,7 @@ def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: di
 
 
 def _params_of(client, run_id: str) -> dict | None:
-    """Parameters of a run, None when the store does not know it (it was cleared)."""
+    """Return the parameters of a run, or None when the store does not know it (because it was cleared)."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,10 +1,10 @@
-"""Names of the files that a training leaves in its run folder beside the checkpoints."""
+"""Names of the files that training writes to the run folder, apart from the checkpoints."""
 
-METRICS, TIMING = "metrics.csv", "timing.csv"  # functions of the run alone; what differs between equal runs
-RUN_FILE = "mlflow_run.json"  # {URI of a store: id of the run there}
+METRICS, TIMING = "metrics.csv", "timing.csv"  # reproducible values; values that differ between identical runs
+RUN_FILE = "mlflow_run.json"  # {tracking URI: run id in that store}
 PARAMS_FILE = "parameters.json"
-STATUS_FILE = "status"  # RUNNING, FINISHED, FAILED or KILLED, as MLflow has them
-SKIPPED_FILE = "skipped_updates.txt"  # updates that were not finite, and where
-BAD_FILE = "bad_samples.txt"  # what the reader had to pass over, one a line
-FILES = ("config.yaml", "environment.txt", BAD_FILE, SKIPPED_FILE)  # of the run folder, as artifacts
+STATUS_FILE = "status"  # RUNNING, FINISHED, FAILED or KILLED, as in MLflow
+SKIPPED_FILE = "skipped_updates.txt"  # updates with non-finite values, and where these occurred
+BAD_FILE = "bad_samples.txt"  # samples that the reader skipped, one per line
+FILES = ("config.yaml", "environment.txt", BAD_FILE, SKIPPED_FILE)  # files of the run folder to log as artifacts
 PREVIEWS, PREVIEW = "previews", "update-{:08d}.png"

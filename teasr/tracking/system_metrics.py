@@ -1,4 +1,4 @@
-"""What the host and the GPU of a rank are doing, under the names that MLflow shows as system metrics."""
+"""Utilisation of the host and of a rank's GPU, under the names that MLflow shows as system metrics."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ PERIOD_S = 10.0
 
 
 class Machine:
-    """Samples at most every PERIOD_S. GPU load and power need the package nvidia-ml-py; without it they are left out."""
+    """Samples the machine at most once every PERIOD_S seconds.
+
+    GPU load and power need the package nvidia-ml-py; without it they are left out.
+    """
 
     def __init__(self, folder: Path, device: torch.device):
-        """`folder`: whose disk is watched."""
+        """`folder`: the folder whose disk is monitored."""
         self.folder, self.device, self._process, self._next = folder, device, psutil.Process(), 0.0
-        psutil.cpu_percent(None)  # it counts from the call before
+        psutil.cpu_percent(None)  # measures since the previous call, so make one now
 
     def sample(self) -> dict[str, float]:
-        """Numbers by name; none when the last sample is not old enough."""
+        """Return numbers by name, or none when the last sample is not old enough."""
         now = time.monotonic()
         if now < self._next:
             return {}
@@ -39,5 +42,5 @@ class Machine:
                 found[f"{gpu}_utilization_percentage"] = torch.cuda.utilization(self.device)
                 found[f"{gpu}_power_usage_watts"] = torch.cuda.power_draw(self.device) / 1000
             except (ModuleNotFoundError, RuntimeError):
-                pass  # no nvidia-ml-py, or a driver that does not tell
+                pass  # nvidia-ml-py is missing, or the driver does not report the value
         return {f"system/{name}": value for name, value in found.items()}

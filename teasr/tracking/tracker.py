@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a training go: CSV files in the run folder always, and an MLflow run that mirrors the folder."""
+"""Log a training to CSV files in the run folder and, optionally, to an MLflow run that mirrors the folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from teasr.util.files import write_atomic
 
 
 class Tracker:
-    """Where a run's numbers and pictures go. Only rank 0 makes one."""
+    """Logs the numbers and preview images of a run. Only rank 0 creates one."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
         self.run_dir = run_dir
@@ -29,25 +29,25 @@ class Tracker:
         self.sender = Sender(Mirror(run_dir, config, resume_from)) if config.mlflow else None
 
     def log(self, update: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """One update: `metrics` are functions of the run alone, `timing` differs between equal runs."""
+        """Log one update: `metrics` are reproducible, `timing` differs between identical runs."""
         self.metrics.append(update, metrics)
         self.timing.append(update, timing | {"unix_ms": int(1000 * time.time())})
 
     def close(self, status: str) -> None:
-        """Flush; `status` as MLflow names it: FINISHED, FAILED or KILLED."""
+        """Flush, and set the final status as MLflow names it: FINISHED, FAILED or KILLED."""
         self._status(status)
         if self.sender:
             self.sender.close(status)
 
     def preview(self, update: int, png: bytes) -> None:
-        """Keep the sheet of an update."""
+        """Save the preview image of an update."""
         self._write(self.run_dir / PREVIEWS / PREVIEW.format(update), png)
 
     def _status(self, status: str) -> None:
         self._write(self.run_dir / STATUS_FILE, f"{status}\n".encode())
 
     def _write(self, path: Path, data: bytes) -> None:
-        """Nothing that stops a run: a full disk is the checkpoints' affair."""
+        """Write a file. Errors only print a warning: a full disk is handled where checkpoints are saved."""
         try:
             write_atomic(path, data)
         except OSError as error:

@@ -1,4 +1,5 @@
-"""Training: the loop (trainer.py), one update (update.py), DeepSpeed (engine.py, the only file that imports it), checkpoints, previews, the dry run.
+"""Training: the loop (trainer.py), one update (update.py), DeepSpeed (engine.py), checkpoints, previews, the dry run.
 
-It knows neither the method nor the backbone of a run. It may import everything but `restore` and `evaluation`.
+Only engine.py imports DeepSpeed. The code is independent of the method and the backbone of a run. It may import
+everything except `restore` and `evaluation`.
 """

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run: a full disk costs no older checkpoint; the last k and the best are kept."""
+"""Write the checkpoints of a run and keep the last k and the best. A full disk never destroys an older checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ BEST = "best"
 
 
 class Writer:
-    """One checkpoint in the making, by one process: files aside, then `commit`. The first OSError is kept in `problem`, and all else skipped."""
+    """Writes one checkpoint from one process: files go to a temporary folder, which `commit` renames.
+
+    The first OSError is stored in `problem`; every later call does nothing.
+    """
 
     def __init__(self, root: Path, update: int, needed_bytes: int = 0):
-        """`needed_bytes`: refuse at once when the disk has less."""
+        """`needed_bytes`: fail immediately if the disk has less free space."""
         self.temporary, self.final = root / f".tmp-{name_of(update)}", root / name_of(update)
         self.problem: str | None = None
         self._try(self._begin, root, needed_bytes)
@@ -41,7 +44,7 @@ class Writer:
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, path)
-        except SafetensorError as error:  # how it reports a full disk
+        except SafetensorError as error:  # safetensors raises this when the disk is full
             raise OSError(errno.EIO, str(error)) from error
 
     def text(self, name: str, text: str) -> None:
@@ -49,7 +52,7 @@ class Writer:
         self._try((self.temporary / name).write_text, text)
 
     def commit(self, keep: int) -> None:
-        """Make it exist, and remove all but the newest `keep` and the best."""
+        """Publish the checkpoint, then remove all checkpoints except the newest `keep` and the best."""
         self._try(commit, self.temporary, self.final)
         if self.problem is None:
             self._try(prune, self.final.parent, keep)
@@ -64,7 +67,10 @@ class Writer:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best, to which `best` links; and leftovers of interrupted saves."""
+    """Remove all checkpoints except the newest `keep` and the best, and the leftovers of interrupted saves.
+
+    The symbolic link `best` is updated to point to the best checkpoint.
+    """
     folders = sorted(root.glob("step-*"))
     scores = {folder: score for folder in folders if (score := score_of(folder)) is not None}
     best = max(scores, key=scores.get, default=None)
@@ -80,7 +86,7 @@ def prune(root: Path, keep: int) -> None:
 
 
 def score_of(folder: Path) -> float | None:
-    """The preview score of a checkpoint, None where it has none."""
+    """Preview score of a checkpoint, or None if it has none."""
     try:
         return json.loads((folder / "state.json").read_text()).get("score")
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Networks in DeepSpeed: one engine a base, one parameter group a role; and the optimiser's state in a form of our own.
+"""DeepSpeed engines: one engine per base and one parameter group per role, and a portable optimiser state.
 
-The only file that imports deepspeed. State goes out and comes in as whole tensors by parameter name, so that a checkpoint fits any ZeRO
-stage, offload and number of ranks, and nothing is ever unpickled.
+This is the only file that imports deepspeed. State is saved and loaded as full tensors by parameter name, so a
+checkpoint works with any ZeRO stage, offload and number of ranks, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from teasr.backbones.base import Backbone
 from teasr.config.settings import TrainConfig
 from teasr.util.distributed import World
 
-RUN_OWNS = (  # keys that the run config decides; a second value in a ds_configs file is an error
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
-    "scheduler", "fp16", "bf16", "torch_autocast",
+RUN_OWNS = (  # keys set from the run config; setting them in a ds_configs file is an error
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
 )  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def start_ranks(train: TrainConfig, world: World) -> None:
-    """Bring up torch.distributed the way DeepSpeed wants it, quietly, and set the threads of a CPU rank."""
+    """Initialise torch.distributed through DeepSpeed, without its log output, and set the thread count of a CPU rank.
+
+    Raises ValueError when this rank has no GPU or when the ranks cannot connect to each other.
+    """
     import deepspeed
     import deepspeed.ops
 
@@ -37,25 +40,29 @@ def start_ranks(train: TrainConfig, world: World) -> None:
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"rank {world.rank} has no GPU: {torch.cuda.device_count()} are visible on {socket.gethostname()}, start no more ranks"
+                f"rank {world.rank} has no GPU: {torch.cuda.device_count()} are visible on {socket.gethostname()}, "
+                "start no more ranks"
             )
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // world.size))
-        # Its shared-memory all-reduce is compiled at start, which needs a compiler and a minute; gloo serves as well.
+        # DeepSpeed's shared-memory all-reduce is compiled at start, which needs a compiler and a minute: use gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(verbose=False)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold the port, "
-            "choose one with `deepspeed --master_port 29501 launch/train.py ..`"
+            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold "
+            "the port, choose one with `deepspeed --master_port 29501 launch/train.py ..`"
         ) from None
 
 
 def engine_settings(train: TrainConfig, world_size: int) -> dict:
-    """DeepSpeed's config: sharding from the file that `train.deepspeed` names, all else from the run. ValueError on both."""
+    """Build DeepSpeed's config: sharding from the file `train.deepspeed`, everything else from the run config.
+
+    Raises ValueError when the file cannot be read, has no valid ZeRO stage, or sets a key that the run config sets.
+    """
     path = Path(train.deepspeed)
     try:
         settings = json.loads(path.read_text())
@@ -74,7 +81,7 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
     return settings | {
         "train_batch_size": train.batch // train.accumulation(world_size),
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": 1,  # the trainer accumulates by itself, term by term
+        "gradient_accumulation_steps": 1,  # the trainer accumulates gradients itself, loss by loss
         "gradient_clipping": train.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -83,7 +90,7 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
 
 
 def check_nvme(settings: dict, world: World) -> None:
-    """ValueError when the settings want weights or optimiser on an NVMe disk and this machine cannot."""
+    """Raise ValueError when `settings` offload weights or optimiser to NVMe and this machine does not support it."""
     zero = settings["zero_optimization"]
     wanted = [
         zero[part] for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device") == "nvme"
@@ -95,22 +102,23 @@ def check_nvme(settings: dict, world: World) -> None:
     for part in wanted:
         if not Path(part.get("nvme_path", "")).is_dir():
             raise ValueError(
-                f"nvme_path = {part.get('nvme_path')} is no folder: copy the file that train.deepspeed names and set it to one on "
-                "an NVMe disk of this node"
+                f"nvme_path = {part.get('nvme_path')} is no folder: copy the file that train.deepspeed names and "
+                "set it to one on an NVMe disk of this node"
             )
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("offload to NVMe needs libaio and its headers: apt install libaio-dev")
-    if world.size == 1 and world.device.type == "cpu":  # measured: gradients 9 % too short; two ranks are right
+    if world.size == 1 and world.device.type == "cpu":  # measured: gradient norm 9 % too small; two ranks are correct
         raise ValueError(
-            "on one CPU rank DeepSpeed's weights share their memory with its NVMe buffers and gradients come out wrong: take a GPU, "
-            "two ranks, or ds_configs/zero3_offload.json"
+            "on one CPU rank DeepSpeed's weights share their memory with its NVMe buffers and gradients come out "
+            "wrong: take a GPU, two ranks, or ds_configs/zero3_offload.json"
         )
 
 
 def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
-    """A DeepSpeed engine around a base, on the rank's device; it takes the place of `backbone.net`. Each trained role is a parameter group.
+    """Wrap a base in a DeepSpeed engine on the rank's device, replacing `backbone.net`.
 
-    Several roles on one engine are clipped one by one before the step (`update.py`), since DeepSpeed only clips their joint norm.
+    Each trained role is one parameter group. If an engine has several roles, their gradients are clipped separately
+    before the step (`update.py`), because DeepSpeed only clips their joint norm.
     """
     import deepspeed
 
@@ -134,13 +142,16 @@ def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: 
 
 
 def set_rate(engine, rate: float) -> None:
-    """The learning rate of the step to come; each role has its factor on it."""
+    """Set the learning rate of the next step; each role multiplies it by its own factor."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["rate"]
 
 
 def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
-    """Under ZeRO-3: spreads each part of a network over the ranks (or into host memory) as it comes, so that none holds it whole."""
+    """Return a function that, under ZeRO-3, partitions each part of a network across ranks (or into host memory).
+
+    Parts are partitioned as they are loaded, so that no rank ever holds the whole network.
+    """
     if settings["zero_optimization"]["stage"] < 3:
         return lambda part: None
     import deepspeed
@@ -149,7 +160,10 @@ def _cutter(settings: dict) -> Callable[[torch.nn.Module], Any]:
 
 
 def gather(backbone: Backbone, role: str) -> dict[str, torch.Tensor]:
-    """The weight file of a role, whole and on the CPU; every rank must call it, rank 0 gets the tensors."""
+    """Gather the exported weights of a role as full CPU tensors.
+
+    Every rank must call it; only rank 0 gets the tensors.
+    """
     import deepspeed
 
     state, main = {}, World.from_environment().main
@@ -161,7 +175,10 @@ def gather(backbone: Backbone, role: str) -> dict[str, torch.Tensor]:
 
 
 def optimiser_state(backbone: Backbone, role: str, world: World) -> dict[str, Tensor]:
-    """AdamW's moments of what a role trains, whole and on the CPU, as "name|moment"; every rank must call it, rank 0 gets them."""
+    """Gather AdamW's moments of a role's trained parameters as full CPU tensors with keys "name|moment".
+
+    Every rank must call it; only rank 0 gets the tensors.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link_moments(backbone.net.optimizer)
@@ -175,9 +192,9 @@ def optimiser_state(backbone: Backbone, role: str, world: World) -> dict[str, Te
 
 
 def _link_moments(zero) -> None:
-    """Tell each parameter where its moments lie in the flat ones (ZeRO-1 and 2).
+    """Link each parameter to its slice of the flat moment tensors (ZeRO-1 and 2).
 
-    DeepSpeed does it once, after the step of the first parameter group, when later groups have no moments yet.
+    DeepSpeed does this only once, after the step of the first parameter group, when later groups have no moments yet.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
@@ -185,7 +202,10 @@ def _link_moments(zero) -> None:
 
 
 def load_optimiser_state(engine, state: dict[str, Tensor], steps: int, world: World) -> None:
-    """Take back what `optimiser_state` gave for all roles of an engine after so many steps, under whatever stage and number of ranks this is."""
+    """Load the result of `optimiser_state` for all roles of an engine.
+
+    `steps`: optimiser steps done when it was saved. The ZeRO stage and the number of ranks may differ from then.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     zero = engine.optimizer

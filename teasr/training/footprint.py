@@ -1,8 +1,9 @@
-"""What one update costs in memory and FLOPs, counted before anything is bought or rented: `launch/train.py --dry-run`.
+"""Estimate the memory and FLOPs of one update without running it: `launch/train.py --dry-run`.
 
-The backbone is built on the meta device, where tensors have sizes and no memory, and the method's losses run on it forwards and backwards. Every
-tensor that would come into being is counted while it lives, attention as the fused kernels of a GPU keep it. Only two numbers are
-not counted: what DeepSpeed holds for each trained parameter (its rules are below) and an allowance for CUDA itself.
+The backbone is built on the meta device, where tensors have shapes but no memory, and the method's losses run forwards
+and backwards on it. Every tensor is counted for as long as it is alive; attention is counted as a GPU's fused kernels
+store it. Only two numbers are not measured this way: what DeepSpeed keeps per trained parameter (its rules are below)
+and an allowance for CUDA itself.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from teasr.util.meter import Meter
 
 GIB = 2**30
 CUDA_BYTES = int(1.5 * GIB)  # context, cuBLAS and NCCL workspaces, fragmentation: assumed
-HOST = "host: "  # before the name of a group of tensors that stays in host memory
-FLASH_HEAD_MAX = 256  # widest head of the flash kernels; wider ones go to the memory-efficient ones
+HOST = "host: "  # prefix of tensor groups that stay in host memory
+FLASH_HEAD_MAX = 256  # largest head dimension of the flash kernels; larger heads use the memory-efficient kernels
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
-    """Through the operators that a GPU would take: on the meta device PyTorch itself forms the products of all pairs."""
+    """Attention through the operators that a GPU would use.
+
+    On the meta device PyTorch would otherwise materialise the full attention matrix.
+    """
     if attn_mask is not None:
         raise ValueError("attention with a mask has no fused kernel to count")
     if query.shape[-1] <= FLASH_HEAD_MAX:
@@ -42,26 +46,29 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 @dataclass
 class Footprint:
-    """Counts of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by loss.
+    """Cost of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by loss.
 
-    `parameters` are those of the model as it comes, before tables and quantisation.
+    `parameters`: parameter counts of the original model, before modulation tables and quantisation.
     """
 
     size_px: int
     parameters: dict[str, int] = field(default_factory=dict)
     gpu: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
-    flops: dict[str, int] = field(default_factory=dict)  # all micro-batches of the update
-    peaks: dict[str, int] = field(default_factory=dict)  # activations and temporary tensors at most, beside all else
+    flops: dict[str, int] = field(default_factory=dict)  # summed over all micro-batches of the update
+    peaks: dict[str, int] = field(default_factory=dict)  # of activations and temporary tensors alone
 
     @property
     def gpu_total(self) -> int:
-        """Bytes on the GPU at the worst moment of an update."""
+        """Peak bytes on the GPU during an update."""
         return sum(self.gpu.values())
 
 
 def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Footprint:
-    """Count one update of a run on pictures of size_px; `settings`: DeepSpeed's config. ValueError for a wrong size."""
+    """Estimate one update of a run on square images of `size_px` pixels.
+
+    `settings`: DeepSpeed's config. Raises ValueError for an unsupported size and for train.dtype = bf16.
+    """
     config, meta, zero = config.with_random_weights(), torch.device("meta"), settings["zero_optimization"]
     accumulation = config.train.accumulation(ranks)
     if config.train.dtype == "bf16":
@@ -76,7 +83,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
             _put(result.parameters, group, sum(x.numel() for x in tensors))
         base.to(meta)
         base.check_size(size_px, size_px)
-        # without an engine a base stays whole on every rank
+        # a base without an engine is not partitioned: every rank holds all of it
         _add_frozen(result, base, zero if place in networks.trained_bases else {"stage": 0}, ranks)
     trained = {role.name: _numel(networks.base(role.name).trained(role.name)) for role in networks.trained_roles}
     for role, n in trained.items():
@@ -88,7 +95,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     if zero["stage"] == 3:
         _put(result.gpu, "reduction bucket", bucket)
     _run(result, config, method, networks, accumulation)
-    # when no graph is alive: the flat copy of the gradients that the optimiser takes, and ZeRO-1 and 2's bucket
+    # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
     step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
     result.gpu["activations or optimiser step, the larger"] = max(step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
@@ -100,7 +107,7 @@ def _numel(parameters: dict[str, torch.nn.Parameter]) -> int:
 
 
 def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) -> None:
-    """Frozen tensors of a network; ZeRO-3 spreads its parameters, and no buffers."""
+    """Add the frozen tensors of a network. ZeRO-3 partitions its parameters but not its buffers."""
     spread = {p.untyped_storage()._cdata for p in network.net.parameters()} if zero["stage"] == 3 else set()
     for group, tensors in network.memory_groups().items():
         for x in tensors:
@@ -115,14 +122,18 @@ def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) ->
 
 
 def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, averaged: int) -> None:
-    """What DeepSpeed keeps for fp32 parameters that are trained: weight, gradient, master copy, two moments; and the average of the student's."""
+    """Add what DeepSpeed keeps for trained fp32 parameters, and the EMA of the student (`averaged` parameters).
+
+    DeepSpeed keeps the weight, the gradient, a master copy and two moments of each.
+    """
     share = trained * 4 // ranks
     weights = share if zero["stage"] == 3 else trained * 4
     weights_at = result.host if _offloads(zero, "param") else result.gpu
     states_at = result.host if _offloads(zero, "optimizer") else result.gpu
     _put(weights_at, "trained weights", weights)
-    _put(result.gpu, "their gradients", trained * 4)  # whole until all losses are through (coalesce_grad_reduction)
-    # a partition of the gradients stays allocated under ZeRO-3 and beside offloaded states
+    # gradients are not partitioned until all losses are done (coalesce_grad_reduction)
+    _put(result.gpu, "their gradients", trained * 4)
+    # under ZeRO-3 and with offloaded optimiser states, a partition of the gradients stays allocated as well
     copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
     _put(states_at, "their fp32 copy and Adam's moments", share * copies)
     if averaged:
@@ -142,7 +153,7 @@ def _put(place: dict[str, int], item: str, n: int) -> None:
 
 
 def _run(result: Footprint, config: RunConfig, method: Method, networks: Networks, accumulation: int) -> None:
-    """The losses of an update, forwards and backwards on the meta device, each with its FLOPs and its peak."""
+    """Run the losses of an update forwards and backwards on the meta device; record FLOPs and peak bytes of each."""
     b, n = config.train.micro_batch, result.size_px
     picture = torch.empty(b, 3, n, n, device="meta")
     meter = Meter("meta")
@@ -167,7 +178,7 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
 
 
 def table(result: Footprint) -> str:
-    """The counts as text."""
+    """Format a footprint as text."""
     lines = [
         f"one update on pictures of {result.size_px} px, counted on the meta device: a prediction, nothing was run",
         "",

@@ -1,4 +1,4 @@
-"""The networks of a run: its bases in memory, and the roles on them as models."""
+"""The networks of a run: its bases, and a `Model` for each role on them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Place = tuple[str, str]  # base and copy
 
 
 class Networks:
-    """All bases of a run by place, and a model for each role."""
+    """All bases of a run by place (base and copy), and a model for each role."""
 
     def __init__(self, config: RunConfig, method: Method):
-        """Build everything with its initial weights. ValueError when files lack or roles do not fit."""
+        """Build everything with its initial weights. Raises ValueError when files are missing or roles do not fit."""
         self.roles = {role.name: role for role in method.roles()}
         self.bases = {place: config.build_backbone(roles) for place, roles in places(method.roles()).items()}
         self.models = {name: Model(self.bases[role.place], role) for name, role in self.roles.items()}
@@ -27,12 +27,12 @@ class Networks:
 
     @property
     def trained_roles(self) -> list[Role]:
-        """Roles with anything to train."""
+        """Roles that have trainable parameters."""
         return [role for role in self.roles.values() if role.trains != "nothing"]
 
     @property
     def trained_bases(self) -> dict[Place, Backbone]:
-        """Bases with such a role: those that get an engine."""
+        """Bases with at least one trained role. Each of them gets a DeepSpeed engine."""
         found = {role.place for role in self.trained_roles}
         return {place: base for place, base in self.bases.items() if place in found}
 
@@ -41,7 +41,10 @@ class Networks:
         return self.bases[self.roles[role].place]
 
     def share_codec(self) -> None:
-        """Give the student's fitted codec to the other bases, whose latents must mean the same. ValueError where they cannot."""
+        """Copy the student's fitted codec to the other bases, so that all latents share one space.
+
+        Raises ValueError when a base cannot use it.
+        """
         for (section, _), base in self.bases.items():
             if base is self.student:
                 continue
@@ -51,7 +54,7 @@ class Networks:
                 base.share_codec(self.student)
 
     def place_frozen(self, device: torch.device, each: Callable = lambda part: None) -> None:
-        """Move the bases that no role trains; they have no engine, no optimiser state and no place in checkpoints."""
+        """Freeze and move bases without trained roles. They have no engine and no optimiser state and are not saved."""
         for place, base in self.bases.items():
             if place not in self.trained_bases:
                 base.net.requires_grad_(False)

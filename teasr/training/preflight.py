@@ -1,4 +1,4 @@
-"""What would end a run after hours and can be found out in a moment before it."""
+"""Quick checks before a run for problems that would otherwise end it hours later: disk and numerical precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def writable(run_dir: Path) -> None:
-    """ValueError unless files can be made in the run folder, which is made if need be."""
+    """Raise ValueError unless files can be written in the run folder, which is created if it does not exist."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir) as file:
@@ -23,24 +23,28 @@ def writable(run_dir: Path) -> None:
 
 
 def room(folder: Path, checkpoint_bytes: int, keep: int) -> str | None:
-    """ValueError when not one checkpoint fits on the disk of `folder`; a warning when not all that will be kept do."""
+    """Check that checkpoints fit on the disk of `folder`.
+
+    Raises ValueError when there is no room for a single checkpoint; returns a warning when there is not enough room
+    for all that will be kept, and None otherwise.
+    """
     free, gb = shutil.disk_usage(folder).free, 1e9
     if free < checkpoint_bytes:
         raise ValueError(
-            f"a checkpoint takes {checkpoint_bytes / gb:.2f} GB and the disk of {folder} has {free / gb:.2f} GB free: make room or "
-            "choose another run_dir"
+            f"a checkpoint takes {checkpoint_bytes / gb:.2f} GB and the disk of {folder} has {free / gb:.2f} GB free: "
+            "make room or choose another run_dir"
         )
     lying = len(list((folder / "checkpoints").glob("step-*")))
-    wanted = checkpoint_bytes * max(1, keep + 2 - lying)  # one in the making and the best one beside them
+    wanted = checkpoint_bytes * max(1, keep + 2 - lying)  # plus the one being written and the best one
     if free < wanted:
         return f"checkpoints will take {wanted / gb:.2f} GB more, the disk of {folder} has {free / gb:.2f} GB free"
     return None
 
 
 def precision(*dtypes: str | None) -> None:
-    """ValueError when the network is to compute in bf16 and the GPU cannot."""
+    """Raise ValueError when one of `dtypes` is "bf16" and the GPU does not support it."""
     if "bf16" in dtypes and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
-            f"{torch.cuda.get_device_name()} does not compute in bf16 (Ampere, from 2020, is the first that does): take another GPU, "
-            "or fp32 where the model is small"
+            f"{torch.cuda.get_device_name()} does not compute in bf16 (Ampere, from 2020, is the first that does): "
+            "take another GPU, or fp32 where the model is small"
         )

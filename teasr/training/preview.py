@@ -1,4 +1,4 @@
-"""A fixed handful of pictures, restored now and then during a run: one sheet a time, and scores."""
+"""Previews: a few fixed images restored at intervals during a run, as a comparison sheet with scores."""
 
 from __future__ import annotations
 
@@ -17,40 +17,51 @@ SCORES = {"psnr_y": psnr, "ssim_y": ssim}
 
 
 class Preview:
-    """The pictures and how they are restored. Every rank restores all of them: a network in pieces needs all ranks at once."""
+    """The preview images and how they are restored.
+
+    Every rank restores all of them, because a network partitioned by ZeRO-3 needs all ranks for each forward pass.
+    """
 
     def __init__(self, config: PreviewConfig, training: ShardSet, seed: int):
-        """Reads the pictures, spread over the shards. ValueError when there are none to read."""
+        """Read the images, spread evenly over the shards.
+
+        Raises ValueError when none can be read or when they differ in size.
+        """
         shards = ShardSet.open(config.shards) if config.shards else training
         self.config, self.seed, self.samples = config, seed, _spread(shards, config.pictures)
         if len({sample.hq.shape for sample in self.samples}) > 1:
             raise ValueError(
                 f"a preview needs pictures of one size, {shards.location} has several: cut them with crop_px"
             )
-        self.score = (
-            f"preview/psnr_y_{config.steps[0]}" if config.shards else None
-        )  # what the best checkpoint has most of
+        # the metric that selects the best checkpoint (higher is better)
+        self.score = f"preview/psnr_y_{config.steps[0]}" if config.shards else None
 
     @classmethod
     def of(cls, config: PreviewConfig, save_every: int, training: ShardSet, seed: int) -> Preview | None:
-        """None where no previews are wanted. ValueError when previews and checkpoints would not meet."""
+        """Build the preview of a run, or return None if previews are disabled.
+
+        Raises ValueError when neither the preview interval nor the checkpoint interval is a multiple of the other.
+        """
         every = config.every_updates
         if every == 0:
             return None
         if every and max(save_every, every) % min(save_every, every):
             raise ValueError(
-                f"preview.every_updates = {every} and train.save_every_updates = {save_every}: one must be a multiple of the other, "
-                "for checkpoints to have scores"
+                f"preview.every_updates = {every} and train.save_every_updates = {save_every}: one must be a multiple "
+                "of the other, for checkpoints to have scores"
             )
         return cls(config, training, seed)
 
     def due(self, update: int, saves: bool) -> bool:
-        """Whether this update ends with a preview; `saves`: and with a checkpoint."""
+        """Whether to make a preview after this update. `saves`: whether a checkpoint is saved after it."""
         every = self.config.every_updates
         return saves if every is None else update % every == 0
 
     def make(self, model: Model, sampler: Sampler, device: torch.device) -> tuple[bytes, dict[str, float]]:
-        """A PNG (LQ | restored in every number of steps | HQ, a picture a row) and mean scores by metric and steps."""
+        """Restore the images; return a comparison sheet as PNG and the mean scores by metric and number of steps.
+
+        The sheet has one row per image: LQ | restored with each number of steps | HQ.
+        """
         rows, sums = [], {}
         for sample in self.samples:
             x_lq = images.to_tensor(sample.lq_up)[None].to(device)
@@ -69,7 +80,7 @@ class Preview:
 
 
 def _spread(shards: ShardSet, pictures: int) -> list[Sample]:
-    """So many samples of the set, as far apart as it allows; broken ones are stood in for."""
+    """Pick `pictures` samples, evenly spaced over the set. Unreadable samples are replaced by the next readable one."""
     pictures, problem = min(pictures, len(shards)), None
     places = [round(i * (len(shards) - 1) / max(1, pictures - 1)) for i in range(pictures)]
     samples, first = [], 0

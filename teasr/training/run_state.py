@@ -1,6 +1,7 @@
-"""What a run is after an update, as a checkpoint: weights, AdamW's moments, average, fixed parts; saved, found again, taken back.
+"""Save and load the state of a run as checkpoints: weights, AdamW's moments, the EMA and fixed tensors (the codec).
 
-No generator states and no data positions: both are functions of the update. Every rank goes through every method, rank 0 alone writes.
+Random generator states and data positions are not saved: both are functions of the update. Every rank must call every
+method; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from teasr.training.networks import Networks
 from teasr.util import checkpoint_folder
 from teasr.util.distributed import World
 
-MAY_CHANGE = (  # without a word of consent: what does not change the numbers, and the length of the run
+# Keys that may change on resuming without --accept-changes: the length of the run, and keys that do not affect results.
+MAY_CHANGE = (
     "run_dir", "data.shards", "data.workers", "preview.", "tracking.", "train.cpu_threads", "train.deepspeed",
     "train.keep_checkpoints", "train.max_hours", "train.max_skipped", "train.micro_batch", "train.on_full_disk",
     "train.save_every_updates", "train.updates",
@@ -31,10 +33,10 @@ MAY_CHANGE = (  # without a word of consent: what does not change the numbers, a
 
 
 class RunState:
-    """The position of a run (`update`, optimiser `steps`) and its checkpoints."""
+    """Progress of a run (`update`, optimiser `steps`) and its checkpoints."""
 
     def __init__(self, config: RunConfig, world: World, networks: Networks, say: Callable[[str], None]):
-        """The bases of `networks` are not engines yet."""
+        """Must be called before the bases of `networks` are wrapped in engines."""
         self.config, self.world, self.networks, self.say = config, world, networks, say
         self.root = Path(config.run_dir) / "checkpoints"
         self.found: Path | None = None
@@ -48,7 +50,11 @@ class RunState:
         return self.root / checkpoint_folder.name_of(self.saved)
 
     def find(self, accept_changes: bool) -> None:
-        """Look for the newest complete checkpoint and say what was found. ValueError when it is of another config."""
+        """Find the newest complete checkpoint and print what was found.
+
+        Raises ValueError when it was written by an older version of teasr, or with another config and without
+        `accept_changes`.
+        """
         self.found = self.world.from_main(checkpoint_folder.latest(self.root) if self.world.main else None)
         if self.found is None:
             return
@@ -63,8 +69,8 @@ class RunState:
         fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
         if fatal and not accept_changes:
             raise ValueError(
-                f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): take these back, choose another run_dir, or "
-                "go on with them by --accept-changes"
+                f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): take these back, "
+                "choose another run_dir, or go on with them by --accept-changes"
             )
         self.saved = self.update
         self.say(f"resuming from {self.found} at update {self.update}")
@@ -74,7 +80,7 @@ class RunState:
             self.say(f"  changed: {line}")
 
     def load_weights(self) -> None:
-        """Weights and fixed parts of the found checkpoint, before the networks become engines."""
+        """Load weights and fixed tensors of the checkpoint that was found. Call it before the engines are built."""
         if self.found is None:
             return
         self.networks.student.load_fixed_state(load_file(self.found / "fixed.safetensors"))
@@ -82,7 +88,7 @@ class RunState:
             self.networks.base(role).load_weights(load_file(self.found / file_of("weights", role)), role)
 
     def load_rest(self, engines: dict, ema: Ema | None) -> None:
-        """Optimisers and average of the found checkpoint; from now on `save` can be called."""
+        """Load optimiser states and EMA of the checkpoint that was found. `save` can be called only after this."""
         self.ema = ema
         if self.found is None:
             return
@@ -93,17 +99,18 @@ class RunState:
                 moments |= load_file(self.found / file_of("optimiser", role))
             load_optimiser_state(engine, moments, self.steps, self.world)
         average = self.found / "ema.safetensors"
-        if ema and average.is_file():  # without one (train.ema was null) it starts at the weights
+        if ema and average.is_file():  # if there is none (train.ema was null), the EMA starts from the current weights
             ema.load(load_file(average))
 
     def save(self, score: float | None = None) -> None:
-        """Write checkpoints/step-XXXXXXXX, safetensors, JSON and YAML throughout.
+        """Write checkpoints/step-XXXXXXXX; all files are safetensors, JSON or YAML.
 
-        score: of the preview at this update; the checkpoint with the highest is kept beside the newest.
-        OSError, or with train.on_full_disk = continue a warning, when it cannot be written; older checkpoints stay.
+        `score`: preview score at this update; the checkpoint with the highest score is kept as well as the newest.
+        When it cannot be written, raises OSError, or prints a warning if train.on_full_disk = continue; older
+        checkpoints are kept. Does nothing before the first optimiser step.
         """
         if not self.steps:
-            return  # nothing has been learnt
+            return  # the weights have not changed
         writer = checkpoint.Writer(self.root, self.update, self.bytes) if self.world.main else None
         for name, tensors in self._tensors():
             if writer:
@@ -119,15 +126,15 @@ class RunState:
             return
         message = (
             f"checkpoint {self.root / checkpoint_folder.name_of(self.update)} cannot be written ({problem}); "
-            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, lower "
-            "train.keep_checkpoints, or choose a run_dir on another disk"
+            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, "
+            "lower train.keep_checkpoints, or choose a run_dir on another disk"
         )
         if self.config.train.on_full_disk == "stop":
             raise OSError(message)
         self.say(f"warning: {message}")
 
     def _tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """The safetensors files of a checkpoint, one at a time; rank 0 gets the tensors."""
+        """Yield the safetensors files of a checkpoint one by one as (name, tensors). Only rank 0 gets the tensors."""
         for role in self.roles:
             base = self.networks.base(role)
             yield file_of("weights", role), gather(base, role)
@@ -139,7 +146,7 @@ class RunState:
         yield "fixed.safetensors", self.networks.student.fixed_state()
 
     def _bytes(self) -> int:
-        """About what a checkpoint takes."""
+        """Approximate size of a checkpoint in bytes."""
         total = 0
         for role in self.roles:
             copies = 1 + (self.config.train.ema is not None and role == FIRST)
@@ -149,5 +156,5 @@ class RunState:
 
 
 def file_of(kind: str, role: str) -> str:
-    """Name of a file of a checkpoint; the student's carry no name, for those who only want to use it."""
+    """File name for a role in a checkpoint. The student's files have no suffix, so that the model is easy to find."""
     return f"{kind}.safetensors" if role == FIRST else f"{kind}-{role}.safetensors"

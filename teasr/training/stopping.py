@@ -1,4 +1,7 @@
-"""Asking a run to stop well: SIGTERM, SIGINT and a time budget; the update is finished and saved, a second signal ends it at once."""
+"""Stop a run gracefully on SIGTERM, SIGINT or a time budget.
+
+The current update is finished and saved. A second signal ends the process immediately.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import threading
 import time
 from types import TracebackType
 
-ECHO_S = 3.0  # launchers pass one Ctrl-C on several times within this
+ECHO_S = 3.0  # seconds within which launchers may forward one Ctrl-C several times
 
 
 class Stopping:
-    """Inside the block signals only set `reason`; a second one after ECHO_S has its usual effect."""
+    """Context manager in which a first signal only sets `reason`.
+
+    A second signal, more than ECHO_S seconds later, has its usual effect. `max_hours`: time budget from construction.
+    """
 
     def __init__(self, max_hours: float | None = None):
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
@@ -19,7 +25,7 @@ class Stopping:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop after this update, or None."""
+        """Why the run should stop after this update, or None."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -39,7 +45,7 @@ class Stopping:
         self._old = {}
 
     def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._old = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 

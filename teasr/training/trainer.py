@@ -1,7 +1,8 @@
-"""The training loop: data in, one update after another, previews and checkpoints on the way.
+"""The training loop: reads batches, runs updates, and makes previews and checkpoints.
 
-It knows neither the method nor the backbone. Data, noise and schedules are functions of the update, so that a checkpoint needs no more than
-weights, moments, average and the update to go on to the same bits, on any number of ranks and under any ZeRO stage.
+The loop is independent of the method and the backbone. Data, noise and schedules are functions of the update. To resume
+with bit-identical results, on any number of ranks and under any ZeRO stage, a checkpoint therefore needs only weights,
+moments, EMA and the update.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ from teasr.util.distributed import World
 from teasr.util.files import write_atomic
 from teasr.util.progress import ProgressLine
 
-LOST = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")  # said by torch when a rank has died
-FIT_PAIRS = 1024  # pictures that a codec is fitted to
+# parts of torch's error messages when another rank has died
+LOST = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
+FIT_PAIRS = 1024  # number of pairs that a codec is fitted to
 
 
 class Trainer:
-    """One run: everything checked and built in the constructor, trained by `fit`."""
+    """One run: the constructor checks and builds everything, `fit` trains."""
 
     def __init__(self, config: RunConfig, accept_changes: bool = False):
-        """Raises ValueError with the cure before anything long when the run cannot work.
+        """Raises ValueError with a suggested fix, before any slow step, when the run cannot work.
 
-        accept_changes: go on from a checkpoint of another config wherever its tensors fit.
+        `accept_changes`: resume from a checkpoint of another config, provided that its tensors fit.
         """
         self.config, self.train = config, config.train
         self.world = World.from_environment()
@@ -59,8 +61,9 @@ class Trainer:
         preflight.precision(self.train.dtype, to_dict(config.backbone).get("dtype"))
         self.method: Method = config.build_method()
         self.method.check(self.accumulation)
-        for steps in config.preview.steps:
-            self.method.sampler().check(steps)
+        if config.preview.every_updates != 0:
+            for steps in config.preview.steps:
+                self.method.sampler().check(steps)
         self.method.load()
         self.networks = Networks(config, self.method)
         self._set_autocast()
@@ -84,7 +87,7 @@ class Trainer:
             for place, base in self.networks.trained_bases.items()
         }
         self.run_update = Update(self.method, self.networks, engines, self.train, config.seed, self.world)
-        # beside the optimiser's states, in host memory where they are
+        # the EMA is stored with the optimiser states: in host memory if they are offloaded
         away = torch.device("cpu") if "offload_optimizer" in settings["zero_optimization"] else None
         averaged = self.networks.student.trained("student")
         self.ema = Ema(averaged, self.train.ema, self.world, away) if self.train.ema else None
@@ -92,14 +95,15 @@ class Trainer:
 
     @property
     def update(self) -> int:
-        """Updates done."""
+        """Number of updates done."""
         return self.state.update
 
     def fit(self) -> None:
-        """Train to the last update, saving on the way; says so when there is nothing left to do.
+        """Train to the last update and save checkpoints; if the run is already finished, report so and return.
 
-        Told to stop (SIGTERM, SIGINT, train.max_hours), it finishes the update, saves and returns. FloatingPointError after too many
-        updates in a row that were not finite, OSError when a checkpoint cannot be written; both name the last good one.
+        On SIGTERM, SIGINT or when train.max_hours has passed, the current update is finished and saved, and `fit`
+        returns. Raises FloatingPointError after more than train.max_skipped consecutive non-finite updates, and OSError
+        when a checkpoint cannot be written; both messages name the last good checkpoint.
         """
         updates, stop = self.train.updates, False
         if self.update >= updates:
@@ -133,7 +137,7 @@ class Trainer:
             self._say(f"stopped by {reason} after update {self.update}: the same command goes on from there")
 
     def _headline(self) -> str:
-        """What this run is."""
+        """One line that describes the run."""
         device = self.world.device.type if self.world.device.type == "cpu" else torch.cuda.get_device_name()
         return (
             f"training {self.config.method_name} on {self.config.backbone_name}: {self.world.size} rank(s), "
@@ -142,7 +146,7 @@ class Trainer:
         )
 
     def _count(self, stepped: bool) -> None:
-        """One update is done; where the weights changed, the average takes them in."""
+        """Count one update. `stepped`: the weights changed, so the optimiser steps and the EMA advance too."""
         if stepped:
             self.state.steps += 1
             if self.ema:
@@ -150,13 +154,13 @@ class Trainer:
         self.state.update += 1
 
     def _batches(self) -> Iterator:
-        """Endless micro-batches of this rank from the update at hand on, and the names of what was passed over in making each."""
+        """Endless micro-batches of this rank from the current update on, each with the names of skipped samples."""
         first = self.update * self.train.batch // self.world.size
         stream = PairStream(self.shards, self.config.data, self.config.seed, self.world.rank, self.world.size, first)
         return batches(stream, self.train.micro_batch, self.world.device)
 
     def _show(self, record: Recording) -> tuple[dict[str, float], dict[str, float]]:
-        """Restore the preview's pictures with the averaged weights; returns scores and timing. Every rank must call it."""
+        """Restore the preview images with the EMA weights; return scores and timing. Every rank must call it."""
         started = time.perf_counter()
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
             sheet, scores = self.preview.make(self.networks.models["student"], self.method.sampler(), self.world.device)
@@ -164,7 +168,7 @@ class Trainer:
         return scores, {"preview_s": time.perf_counter() - started}
 
     def _timing(self, started: float, waited: float) -> dict[str, float]:
-        """What differs between equal runs: seconds of this update, pictures a second, and on a GPU the most memory so far."""
+        """Non-deterministic metrics: seconds of this update, images per second, and on a GPU the peak memory so far."""
         seconds = time.perf_counter() - started
         timing = {"update_s": seconds, "data_wait_s": waited, "images_per_s": self.train.batch / seconds}
         if self.world.device.type == "cuda":
@@ -172,18 +176,22 @@ class Trainer:
         return timing
 
     def _set_autocast(self) -> None:
-        """bf16 autocast for networks that are kept in fp32. ValueError for one that computes in a dtype of its own."""
+        """Enable bf16 autocast for fp32 networks. Raises ValueError for a backbone that computes in its own dtype."""
         if self.train.dtype != "bf16":
             return
         for base in self.networks.bases.values():
             if base.own_dtype:
                 raise ValueError(
-                    "train.dtype = bf16 is autocast for networks kept in fp32; this backbone computes in backbone.dtype: remove train.dtype"
+                    "train.dtype = bf16 is autocast for networks kept in fp32; "
+                    "this backbone computes in backbone.dtype: remove train.dtype"
                 )
             base.autocast = torch.bfloat16
 
     def _fit_codec(self) -> None:
-        """What is fitted and not trained (a codec), equal on all ranks; a resumed run has it in its checkpoint."""
+        """Fit the student's codec if it needs fitting, and send it to all ranks.
+
+        A resumed run loads it from its checkpoint instead.
+        """
         student = self.networks.student
         if self.state.found is None and student.needs_fit:
             student.fit(first_pairs(self.shards, FIT_PAIRS))
@@ -195,12 +203,12 @@ class Trainer:
 
 
 class Recording:
-    """What a run writes down while it trains: metrics and previews, its status, and what went wrong in data and updates."""
+    """Records a run while it trains: metrics, previews, status, bad samples and skipped updates."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.finished = trainer, False
         self.named: set[str] = set()
-        self.skipped = 0  # updates in a row
+        self.skipped = 0  # consecutive skipped updates
 
     def __enter__(self) -> Recording:
         trainer = self.trainer
@@ -210,7 +218,7 @@ class Recording:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Close everything with the run's status. A lost rank is named: ConnectionError."""
+        """Close everything with the final status of the run. Raises ConnectionError when another rank was lost."""
         self.line.close()
         if self.tracker:
             failed = isinstance(error, Exception)
@@ -234,7 +242,7 @@ class Recording:
         return Tracker(run_dir, config.tracking, params, resume_from=self.trainer.update)
 
     def log(self, logs: dict, timing: dict, shown: tuple[dict, dict]) -> None:
-        """Numbers of the update that was just done; `shown`: scores and timing of its preview."""
+        """Log the metrics of the last update. `shown`: scores and timing of its preview."""
         self.skipped = self.skipped + 1 if logs.get("skipped") else 0
         scores, preview_s = shown
         if self.tracker:
@@ -244,48 +252,55 @@ class Recording:
             self.line.show(self.trainer.update, loss=logs.get("loss", math.nan))
 
     def preview(self, sheet: bytes) -> None:
-        """Keep the pictures of a preview."""
+        """Store the comparison sheet of a preview."""
         if self.tracker:
             self.tracker.preview(self.trainer.update, sheet)
 
     def bad_samples(self, bad: list[str]) -> int:
-        """Name what the reader passed over, once, in bad_samples.txt, which goes to MLflow at the end; returns how many there were."""
+        """Record skipped samples in bad_samples.txt, each once, and return the length of `bad`.
+
+        The file is uploaded to MLflow at the end of the run.
+        """
         if new := sorted(set(bad) - self.named):
             self._note(BAD_FILE, [f"skipped {name}" for name in new])
         self.named |= set(bad)
         return len(bad)
 
     def skipped_update(self, text: str) -> None:
-        """Keep why an update was skipped in skipped_updates.txt."""
+        """Record in skipped_updates.txt why an update was skipped."""
         self._note(SKIPPED_FILE, [text])
 
     def check_skipped(self) -> None:
-        """FloatingPointError when too many updates in a row were not finite."""
+        """Raise FloatingPointError after more than train.max_skipped consecutive non-finite updates."""
         if self.skipped > self.trainer.train.max_skipped:
             raise FloatingPointError(
-                f"{self.skipped} updates in a row were not finite (skipped_updates.txt names them); the last good state is "
-                f"{self.trainer.state.newest}; lower train.learning_rate, or give the losses that blow up less weight at the start"
+                f"{self.skipped} updates in a row were not finite (skipped_updates.txt names them); the last good "
+                f"state is {self.trainer.state.newest}; lower train.learning_rate, or give the losses that blow up "
+                "less weight at the start"
             )
 
     def _note(self, file: str, lines: list[str]) -> None:
-        """Print what went wrong in the update at hand on this rank, and keep it in a file of the run folder."""
+        """Print a problem in the current update on this rank, and append it to a file in the run folder."""
         head = f"update {self.trainer.update + 1}, rank {self.trainer.world.rank}"
         lines = [f"{head}: {line}" for line in lines]
         print(*lines, sep="\n", flush=True)
-        # a full disk is the checkpoints' affair
+        # a full disk is handled where checkpoints are written
         with contextlib.suppress(OSError), open(self.trainer.run_dir / file, "a") as out:
             out.write("\n".join(lines) + "\n")
 
 
 def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first usable (x_hq, x_lq) of every usable shard in turn, up to about `limit`: the same on every rank and world."""
+    """Yield the first readable pairs (x_hq, x_lq) of each readable shard, about `limit` in all.
+
+    The result does not depend on the rank or the number of ranks. Raises ValueError when no shard can be read.
+    """
     each, found = math.ceil(limit / len(shards.urls)), False
     for url in shards.urls:
         try:
             raw = read_shard(url)
             samples = [decode_near(raw, place, url) for place in range(min(each, len(raw)))]
         except ValueError:
-            continue  # the training stream names it, and stops where too many are broken
+            continue  # the training stream reports it, and stops if too many are broken
         for sample in samples:
             found = True
             yield to_tensor(sample.hq), to_tensor(sample.lq_up)

@@ -1,7 +1,8 @@
-"""One update: the losses of all micro-batches one after another, checks, clipping, and the step of every engine.
+"""One update: the losses of all micro-batches, checks for non-finite values, clipping, and a step of every engine.
 
-The trainer, the dry run, the benchmarks and the tests all go through `backpropagate`. All backward passes of an update run inside one
-`coalesce_grad_reduction` block of each engine: without it ZeRO-1 and ZeRO-2 drop all but the last of several backward passes.
+The trainer, the dry run, the benchmarks and the tests all use `backpropagate`. All backward passes of an update run
+inside one `coalesce_grad_reduction` block of each engine; without it, ZeRO-1 and ZeRO-2 keep the gradients of the last
+backward pass only.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def backpropagate(
     ranks: tuple[int, int] = (0, 1),
     freed: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Tensor]:
-    """Every loss of every micro-batch, one graph alive at a time; returns the means of what the losses log on this rank.
+    """Backpropagate every loss of every micro-batch, with one graph alive at a time.
 
-    backward(role, value) gets each loss divided by the number of micro-batches; freed(name) is called once its graph is gone. ranks: this
-    one and how many there are. Every rank must make the same losses in the same order.
+    `backward(role, value)` receives each loss divided by the number of micro-batches; `freed(name)` is called once its
+    graph has been freed. `ranks`: this rank and the number of ranks. Every rank must produce the same losses in the
+    same order. Returns the means of the logged values on this rank.
     """
     sums: dict[str, list[Tensor]] = {}
     rank, world = ranks
@@ -57,10 +59,10 @@ def backpropagate(
 
 
 class Update:
-    """The update of a run with DeepSpeed engines, one a trained base."""
+    """The update of a run with DeepSpeed engines, one for each trained base."""
 
     def __init__(self, method: Method, networks: Networks, engines: dict, train: TrainConfig, seed: int, world: World):
-        """engines: by place, as `networks.trained_bases`."""
+        """`engines`: by place, with the keys of `networks.trained_bases`."""
         self.method, self.networks, self.engines = method, networks, engines
         self.train, self.seed, self.world = train, seed, world
         self.parameters = {role.name: networks.base(role.name).trained(role.name) for role in networks.trained_roles}
@@ -78,10 +80,11 @@ class Update:
         note: Callable[[str], None] = lambda text: None,
         freed: Callable[[str], None] = lambda name: None,
     ) -> dict[str, float]:
-        """All losses of all micro-batches, then one optimiser step of every role; returns what to log, means over all ranks.
+        """Backpropagate all losses of all micro-batches, then do one optimiser step of every role.
 
-        Where a loss or a gradient of any rank is not finite, all ranks leave the weights as they are, and `note` is told what it was.
-        flags: numbers of this rank that are averaged with the rest. ValueError when a trained parameter got no gradient.
+        Returns the values to log, as means over all ranks. If a loss or a gradient is not finite on any rank, all ranks
+        skip the step, and `note` is called with a description on the ranks where it happened. `flags`: numbers of this
+        rank to average as well. Raises ValueError when a trained parameter has no gradient.
         """
         progress = Progress(update, self.train.updates)
         with contextlib.ExitStack() as stack:
@@ -119,32 +122,34 @@ class Update:
         self.engines[self.networks.roles[role].place].backward(value)
 
     def _gradients(self) -> list[Tensor]:
-        """What the backward passes of this update have left on this rank; ValueError where a trained parameter has none."""
+        """Gradients of this update on this rank. Raises ValueError when a trained parameter has none."""
         found = [p.grad for own in self.parameters.values() for p in own.values() if p.grad is not None]
         if len(found) < sum(map(len, self.parameters.values())):
             role, name = next((r, n) for r, own in self.parameters.items() for n, p in own.items() if p.grad is None)
             raise ValueError(
-                f"role {role}: no loss of this update reached its parameter {name}. DeepSpeed would take the gradient of an earlier update in "
-                "its place; every trained parameter needs a gradient in every update (are all loss weights of the role zero?)"
+                f"role {role}: no loss of this update reached its parameter {name}. DeepSpeed would take the gradient "
+                "of an earlier update in its place; every trained parameter needs a gradient in every update "
+                "(are all loss weights of the role zero?)"
             )
         return found
 
     def _not_finite(self, means: dict[str, Tensor]) -> list[str]:
-        """Names of what is not finite on this rank."""
+        """Names of logged values that are not finite on this rank, and "gradient" if a gradient is not."""
         wrong = [name for name, value in means.items() if not bool(torch.isfinite(value))]
         norms = torch._foreach_norm(self._gradients())
         return wrong if bool(torch.isfinite(torch.stack(norms)).all()) else [*wrong, "gradient"]
 
     def _clear_gradients(self) -> None:
-        """To zero, and not away: ZeRO-3 would take those of an earlier update in their place."""
+        """Set gradients to zero rather than None: with None, ZeRO-3 would use those of an earlier update."""
         for gradient in self._gradients():
             gradient.zero_()
 
     def _clip(self, role: Role) -> float:
-        """Clip the gradient of one of several roles on an engine, and return its norm before.
+        """Clip the gradient of one of several roles on an engine; return its norm before clipping.
 
-        DeepSpeed only clips the joint norm, so this averages over the ranks itself; the engine's own average of equal numbers is then a
-        no-op. Twice the communication, of LoRA sets alone.
+        DeepSpeed only clips the joint norm, so the gradients are averaged over the ranks here first. The engine
+        averages them again, which does not change equal values. This doubles the communication, but only for LoRA
+        parameters.
         """
         gradients = [p.grad for p in self.parameters[role.name].values()]
         if self.world.size > 1:

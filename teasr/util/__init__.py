@@ -1,4 +1,4 @@
-"""Small things that everything else uses: whole-or-absent files, checkpoint folders, progress, random numbers by name, ranks, memory.
+"""Shared utilities: atomic files, checkpoint folders, progress, seeded random numbers, ranks, memory and FLOPs.
 
-Imports nothing else of teasr.
+This folder imports nothing else from teasr.
 """

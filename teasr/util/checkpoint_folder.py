@@ -1,6 +1,7 @@
-"""Folders that are complete or do not count: written under a temporary name, hashed, synced, renamed; checked when they are read.
+"""Atomic folders with a hash manifest, used for training checkpoints and saved models.
 
-A checkpoint of a training is such a folder, and so is a saved model. Reading one needs nothing of the training.
+A folder is written under a temporary name, hashed, synced to disk and renamed; it is verified when it is read. Reading
+one requires no training code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def name_of(update: int) -> str:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Hash and sync every file, then rename: the rename is what makes the checkpoint exist."""
+    """Hash and sync every file, then rename the folder. The checkpoint exists only after the rename."""
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
         files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, sha256_of(path)]
@@ -34,7 +35,7 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is there with its size and hash."""
+    """What is wrong with a checkpoint folder, or None if every file has the size and hash in the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
         for name, (size, sha256) in files.items():
@@ -48,12 +49,12 @@ def problem(folder: Path) -> str | None:
 
 
 def run_folder(folder: Path) -> Path:
-    """The run of a checkpoint folder; the folder itself where it lies elsewhere."""
+    """The run folder of a checkpoint, or `folder` itself if it is not inside `checkpoints/`."""
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`; damaged ones are named and passed over."""
+    """The newest complete checkpoint in `root`, or None. Damaged checkpoints are reported and skipped."""
     for folder in sorted(root.glob("step-*"), reverse=True):
         wrong = problem(folder)
         if wrong is None:
@@ -63,7 +64,10 @@ def latest(root: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder from itself, or the newest one of a run folder. ValueError says what was looked for."""
+    """Return `path` if it is a checkpoint, or the newest checkpoint if it is a run folder.
+
+    Raises ValueError when the checkpoint is damaged or none is found.
+    """
     if (path / MANIFEST).is_file():
         wrong = problem(path)
         if wrong:

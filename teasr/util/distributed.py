@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the few things ranks do together."""
+"""The rank of this process, and the few collective operations in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """Rank and size as the launcher set them in the environment (one rank when it set nothing)."""
+    """Rank and world size as set by the launcher in the environment (a single rank if not set)."""
 
     rank: int
     size: int
@@ -22,7 +22,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, and fill in what a single process without launcher lacks."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK. Without a launcher, set the variables for a single process first."""
         if "RANK" not in os.environ:
             single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(single | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(free_port()))})
@@ -44,7 +44,7 @@ class World:
             dist.barrier()
 
     def mean(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Mean over ranks of scalars that every rank has under the same names; one reduction."""
+        """Average scalars over ranks in one all-reduce. Every rank must pass the same names."""
         if not values:
             return {}
         stacked = torch.stack([v.detach().double().to(self.device) for v in values.values()])
@@ -54,7 +54,7 @@ class World:
         return dict(zip(values, stacked.tolist(), strict=True))
 
     def from_main(self, value: Any) -> Any:
-        """The value that rank 0 has (small picklable things made by this very program)."""
+        """Broadcast the value of rank 0 (small picklable objects created by this program)."""
         if self.size == 1:
             return value
         box = [value]
@@ -63,10 +63,11 @@ class World:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code.
+    """Exit the process with this code.
 
-    Of a group of ranks at once: torch's gloo threads outlive their groups, and at the end of Python they now and then abort a process that
-    has done all its work ("terminate called without an active exception", exit code -6).
+    If torch.distributed is initialised, skip Python's shutdown: torch's gloo threads outlive their groups, and during
+    shutdown they occasionally abort a process that has finished its work ("terminate called without an active
+    exception", exit code -6).
     """
     if dist.is_initialized():
         sys.stdout.flush()
@@ -76,7 +77,7 @@ def leave(code: int) -> NoReturn:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on right now."""
+    """A TCP port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

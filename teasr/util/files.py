@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: temporary name, fsync, rename."""
+"""Atomic file writes (temporary name, fsync, rename), hashing, and removal of stale temporary files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)\.tmp")
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it appears at `path`, durably, when the block ends well, and not at all otherwise.
+    """Open a file that appears at `path` only if the block succeeds; it is then synced to disk.
 
-    Makes the folder if need be. OSError if it cannot be written; nothing is left behind then.
+    Creates the folder if it does not exist. Raises OSError if the file cannot be written. On any exception the
+    temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
@@ -36,36 +37,39 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash at any moment leaves the old file or the new one. Errors as `atomic_file`."""
+    """Write `data` to `path` atomically: after a crash, either the old or the new file exists.
+
+    Raises OSError like `atomic_file`.
+    """
     with atomic_file(path) as file:
         file.write(data)
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's contents. OSError when it cannot be read."""
+    """SHA-256 of a file as hexadecimal digits. Raises OSError when it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Hashed:
-    """A file to write that counts and hashes what goes through it."""
+    """Wraps a writable file; counts and hashes (SHA-256) the bytes written."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """As that of the file."""
+        """Write `data` to the file and return its result."""
         self.bytes += len(data)
         self.sha256.update(data)
         return self.file.write(data)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Number of bytes written."""
         return self.bytes
 
 
 def read_json(path: Path) -> dict:
-    """A mapping from a JSON file; empty when it is missing or broken."""
+    """Read a mapping from a JSON file; empty if the file is missing or invalid."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -73,7 +77,7 @@ def read_json(path: Path) -> dict:
 
 
 def remove_strays(folder: Path) -> None:
-    """Remove temporary files of processes of this machine that are no more; others may still be at work on theirs."""
+    """Remove temporary files of dead processes of this machine. Files of other machines may still be in use."""
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
         if match and match["host"] == _host() and not _alive(int(match["pid"])):
@@ -81,7 +85,7 @@ def remove_strays(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
+    """Sync a folder to disk, so that renames inside it survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,7 +104,7 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    try:  # a killed process that nobody has collected yet is dead too
+    try:  # a zombie process counts as dead
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return True

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of whatever PyTorch does, on any device, the meta device too; and how much memory is free."""
+"""Measure bytes and FLOPs of PyTorch code on any device, including the meta device, and query free memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class Meter(TorchDispatchMode):
-    """Counts what happens inside the block on one type of device: `flops`, and `peak`, the most bytes of new tensors that live at once.
+    """Context manager that counts `flops`, and the `peak` bytes of new tensors alive at once on one type of device.
 
-    The dead are only looked for when the sum has risen by `slack` of the peak, which is therefore up to that much too low.
+    Freed tensors are only looked for when the sum exceeds the peak by a fraction `slack`, so the peak may be too low by
+    up to this fraction.
     """
 
     slack = 1 / 256
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch's own switch. Left on, it imports the compiler for a mode that is never compiled: 4 s before the first picture."""
+        """Override of a PyTorch switch.
+
+        By default PyTorch imports the compiler for such a mode, which is never compiled: 4 s before the first image.
+        """
         return False
 
     def __init__(self, device_type: str):
@@ -35,12 +39,12 @@ class Meter(TorchDispatchMode):
         self._ignored: dict[int, torch.UntypedStorage] = {}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
-        """Do not count these, which were there before and may turn up as views."""
+        """Do not count these existing tensors, whose views may appear as outputs."""
         for x in tensors:
             self._ignored[x.untyped_storage()._cdata] = x.untyped_storage()
 
     def now(self) -> int:
-        """Bytes that live at this moment."""
+        """Bytes of the tensors alive now."""
         for key in [k for k, (storage, _) in self._live.items() if storage.expired()]:
             self.bytes -= self._live.pop(key)[1]
         return self.bytes
@@ -69,7 +73,11 @@ class Meter(TorchDispatchMode):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of the GPU with what PyTorch has reserved and does not use; of the host within its control group's limit."""
+    """Bytes that can still be allocated.
+
+    For a GPU this includes memory that PyTorch has reserved but does not use; for the host it respects the limit of the
+    control group.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,4 +1,7 @@
-"""One progress line: phase, step, what matters now, rate and time left; redrawn on a terminal, sparse in a log file."""
+"""A progress line with phase, step, metrics, rate and time left.
+
+It is redrawn in place on a terminal and printed every 10 s (by default) to a log file.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import time
 
 
 class ProgressLine:
-    """`show(done, ...)` or `add(n)` after each unit of work; `close()` once. Silent with `enabled=False` (ranks other than 0)."""
+    """Progress display: call `show(done, ...)` or `add(n)` after each unit of work, and `close()` once at the end.
+
+    Prints nothing with `enabled=False` (ranks other than 0).
+    """
 
     def __init__(
         self, phase: str, total: int, unit: str, done: int = 0, enabled: bool = True, log_every_s: float = 10.0
@@ -20,12 +26,12 @@ class ProgressLine:
         self.done = done
 
     def add(self, n: int) -> None:
-        """`n` more units are through (fewer, when work was lost)."""
+        """Advance by `n` units (negative when work was lost)."""
         self.done += n
         self.show(self.done)
 
     def show(self, done: int, **numbers: float) -> None:
-        """Draw the line if it is due; `numbers` such as loss=0.5 are put in the middle."""
+        """Print the line if it is due. `numbers` such as loss=0.5 are shown in the middle."""
         now = time.monotonic()
         if not self.enabled or (now - self.shown < self.every_s and done < self.total):
             return
@@ -35,7 +41,7 @@ class ProgressLine:
         left = (self.total - done) / rate if rate else float("inf")
         middle = "".join(f"  {name} {value:.4g}" for name, value in numbers.items())
         line = f"{self.phase:9s} {done}/{self.total} {self.unit}{middle}"
-        if elapsed > 1 or done == self.total:  # before that it is mostly the start of the workers
+        if elapsed > 1 or done == self.total:  # earlier, the rate mostly measures the start of the workers
             line += f"  {rate:.3g} {self.unit}/s  {duration(left)} left"
         print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
@@ -46,7 +52,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """75 -> '1 min 15 s'."""
+    """Format seconds: 75 -> '1 min 15 s'."""
     if seconds == float("inf"):
         return "unknown time"
     minutes, rest = divmod(round(seconds), 60)

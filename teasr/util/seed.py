@@ -1,4 +1,4 @@
-"""Seeds from names: the same on every process, machine and Python version."""
+"""Seeds derived from names, identical on every process, machine and Python version."""
 
 from __future__ import annotations
 

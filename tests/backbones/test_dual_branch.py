@@ -9,15 +9,15 @@ from teasr.backbones.lora import inject_peft_lora
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 
 SIZE = {
-    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 4,
-    "joint_attention_dim": 64, "axes_dims_rope": (8, 12, 12),
+    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 3, "attention_head_dim": 32,
+    "num_attention_heads": 4, "joint_attention_dim": 64, "axes_dims_rope": (8, 12, 12),
 }  # fmt: skip
 B, H, W, T = 2, 4, 6, 5
 L = H * W
 
 
 def randomise(model):
-    """Vectors away from 0 and 1, so that a norm or bias left out shows."""
+    """Set vectors away from 0 and 1, so that a missing norm or bias would be noticed."""
     for p in model.parameters():
         if p.ndim == 1:
             torch.nn.init.normal_(p, 1, 0.3)
@@ -39,7 +39,7 @@ def dual(stock):
 
 @pytest.fixture
 def adapted(dual):
-    """With a LoRA that does something."""
+    """A model with a LoRA that has a non-zero effect."""
     torch.manual_seed(1)
     inject_peft_lora(dual, lora_targets(dual), 4, 4)
     for name, p in dual.named_parameters():
@@ -86,17 +86,21 @@ def test_lora_does_not_touch_noise_and_text(stock, adapted, inputs):
 
 @torch.no_grad()
 def test_a_condition_at_time_zero_is_the_stock_models_second_picture(stock, dual, inputs):
-    """Up to rounding: stock multiplies both pictures at once."""
+    """Equal up to rounding, since the stock model processes both images in one product."""
     edit = QwenImageTransformer2DModel(**SIZE, zero_cond_t=True).eval()
     edit.load_state_dict(stock.state_dict())
     reference = run_stock(edit, inputs, torch.cat([inputs["x"], inputs["c"]], 1), frames=2)[:, :L]
     ours = run(dual, inputs, t_tar=torch.zeros(B), rope="frame_offset")
     assert (ours - reference).abs().max() < 1e-5
-    assert (run(dual, inputs, t_tar=torch.zeros(B)) - reference).abs().max() > 1e-3  # shared positions are others
+    # shared positions give another result
+    assert (run(dual, inputs, t_tar=torch.zeros(B)) - reference).abs().max() > 1e-3
 
 
 def masked_reference(stock, adapted, inputs):
-    """The stock model on [noise, condition] with zero_cond_t, its second time set to t_tar, LoRA added to condition rows by hooks."""
+    """The stock model on [noise, condition] with zero_cond_t.
+
+    Its second time is replaced by t_tar, and hooks add the LoRA to condition rows only.
+    """
     edit = QwenImageTransformer2DModel(**SIZE, zero_cond_t=True).eval()
     edit.load_state_dict(stock.state_dict())
     layers = dict(adapted.named_modules())
@@ -108,7 +112,7 @@ def masked_reference(stock, adapted, inputs):
             x = args[0]
             delta = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
             rows = torch.zeros_like(out)
-            if x.ndim == 2:  # modulation: the second half of the batch is the condition's
+            if x.ndim == 2:  # modulation: the second half of the batch belongs to the condition
                 rows[B:] = 1
             else:
                 rows[:, L:] = 1
@@ -121,13 +125,13 @@ def masked_reference(stock, adapted, inputs):
         edit.get_submodule(name).register_forward_hook(add(name))
     times = torch.cat([inputs["t_cur"], inputs["t_tar"]])
     edit.time_text_embed.register_forward_pre_hook(lambda _, args: (times, *args[1:]))
-    edit.pos_embed.register_forward_hook(lambda _, args, out: (torch.cat([out[0][:L]] * 2), out[1]))  # shared positions
+    edit.pos_embed.register_forward_hook(lambda _, args, out: (torch.cat([out[0][:L]] * 2), out[1]))  # share positions
     return run_stock(edit, inputs, torch.cat([inputs["x"], inputs["c"]], 1), frames=2)[:, :L], hooked
 
 
 @torch.no_grad()
 def test_it_is_masked_lora_with_two_times(stock, adapted, inputs):
-    """Random LoRA, target times of both signs, against hooks on the stock model."""
+    """Random LoRA and target times of both signs, against hooks on the stock model."""
     reference, hooked = masked_reference(stock, adapted, inputs)
     assert len(hooked) == 1 + 2 * 7 + 3
     assert (run(adapted, inputs) - reference).abs().max() < 2e-5
@@ -150,7 +154,7 @@ def test_checkpointing_changes_nothing(adapted, inputs, cond_attention):
 
 
 def test_independent_condition_tokens_see_only_each_other(adapted, inputs):
-    """Hidden condition tokens before the last block do not change with the noise tokens; in joint attention they do."""
+    """Up to the last block, condition tokens do not depend on the noise tokens; with joint attention they do."""
     seen = {}
 
     def keep(_, args, name=None):
@@ -174,7 +178,7 @@ def test_saving_and_loading(stock, adapted, inputs, tmp_path):
     assert loaded.config.num_layers == 3 and torch.equal(run(loaded, inputs, c=None), run_stock(stock, inputs))
     swapped = DualBranchTransformer.from_stock(QwenImageTransformer2DModel.from_pretrained(tmp_path / "stock"))
     assert torch.equal(run(swapped, inputs), run(loaded, inputs))
-    adapted._hf_peft_config_loaded = True  # (peft injected it; diffusers' own saver asks for this mark)
+    adapted._hf_peft_config_loaded = True  # peft injected it directly, but diffusers' saver requires this flag
     adapted.save_lora_adapter(tmp_path / "lora", adapter_name="default")
     loaded.load_lora_adapter(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors", prefix=None)
     assert torch.equal(run(loaded, inputs), run(adapted, inputs))
@@ -187,7 +191,7 @@ def test_fusing_is_refused(adapted):
 
 @torch.no_grad()
 def test_times_reach_the_sinusoid_in_fp32(dual):
-    """In bf16 0.7 and 0.701 are one number: diffusers rounds them before the sinusoid, we after it."""
+    """In bf16, 0.7 and 0.701 are the same number: diffusers rounds times before the sinusoid, we round after it."""
     model = dual.to(torch.bfloat16)
     a, b = (model.time_embedding(torch.tensor([t])) for t in (0.7, 0.701))
     assert a.dtype == torch.bfloat16 and not torch.equal(a, b)
@@ -208,7 +212,7 @@ def test_bf16_and_other_attention_backends_run(adapted, inputs):
 
 
 def test_a_block_compiles_without_graph_breaks(adapted, inputs):
-    """With `fullgraph`, a break is an error."""
+    """With `fullgraph`, a graph break raises an error."""
     reference = run(adapted, inputs)
     for block in adapted.transformer_blocks:
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)

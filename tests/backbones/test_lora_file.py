@@ -1,4 +1,4 @@
-"""lora_file.py and launch/export.py: a trained LoRA out and in again, as diffusers reads it, and what is refused."""
+"""lora_file.py and launch/export.py: exporting and loading a trained LoRA, reading it in diffusers, refused files."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def export():
 
 @pytest.fixture(scope="module")
 def run(model, shards, tmp_path_factory):  # noqa: F811
-    """Two updates of the tiny random model, at a rate at which the LoRA does something."""
+    """Two updates of the tiny random model, with a learning rate large enough for the LoRA to have an effect."""
     folder = tmp_path_factory.mktemp("export")
     common = {"backbone": config(model), "train__updates": 2, "train__learning_rate": 0.1}
     start([small_recipe(shards, folder / "run", **common)], folder, 1)
@@ -49,7 +49,7 @@ def test_a_trained_lora_loads_back_bit_for_bit(run, model, export, tmp_path, cap
 
 
 def test_diffusers_reads_it_and_would_apply_it_to_all_tokens(run, model, export, tmp_path):  # noqa: F811
-    """Which is why the card warns: the stock model's own output changes, ours without condition does not."""
+    """The reason for the card's warning: the stock model's output changes, ours without a condition does not."""
     export([str(run), "--out", str(tmp_path)])
     stock = QwenImageTransformer2DModel.from_pretrained(model / "transformer")
     ours = backbone(model, lora=str(tmp_path), modulation_table=None).net.transformer
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused(run, model, export, tmp_path, capsys):  # 
 
 
 def test_a_small_model_is_exported_whole_and_registered(untrained, export, tmp_path, capsys, monkeypatch):
-    """Versions in the registry of a sqlite store, each with the files that restoring needs."""
+    """Registered versions in a sqlite store each contain the files needed for restoring."""
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -98,7 +98,8 @@ def test_a_small_model_is_exported_whole_and_registered(untrained, export, tmp_p
     client = MlflowClient(uri)
     found = client.get_model_version("small", "2")
     assert found.tags == {"backbone": "tiny", "updates": "1", "commit": "none"}
-    (place,) = client.list_artifacts(found.run_id, "model")  # the same content twice
+    # a single folder, since both versions have the same content
+    (place,) = client.list_artifacts(found.run_id, "model")
     assert found.source.endswith(place.path)
     folder = client.download_artifacts(found.run_id, place.path, str(tmp_path))
     photo = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)

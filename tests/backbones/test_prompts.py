@@ -1,4 +1,4 @@
-"""data_prep/cache_prompt.py against QwenImagePipeline.encode_prompt: real classes at tiny size, made here."""
+"""data_prep/cache_prompt.py against QwenImagePipeline.encode_prompt: the real classes at tiny size, built here."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from teasr.backbones.prompts import load_prompt, pack, unpack
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Qwen-Image pipeline of a few thousand parameters, saved; its tokenizer knows the bytes and one merge."""
+    """A saved Qwen-Image pipeline of a few thousand parameters; its tokenizer knows single bytes and one merge."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 
 def run(*settings):
-    """Exit code of the verb in this process."""
+    """Run the program in this process and return its exit code."""
     spec = importlib.util.spec_from_file_location("cache_prompt", ROOT / "data_prep/cache_prompt.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,7 +71,7 @@ def test_the_same_command_keeps_the_file_and_another_replaces_it(model, tmp_path
     assert path.stat().st_mtime_ns == made
     path.unlink()
     assert run(f"model={model}", f"out={path}") == 0
-    assert path.read_bytes() == data  # the bytes depend on prompt, model and libraries alone
+    assert path.read_bytes() == data  # the bytes depend only on the prompt, the model and the library versions
     capsys.readouterr()
     assert run(f"model={model}", f"out={path}", "prompt=sharp") == 0
     assert "is made again: prompt '' -> 'sharp'" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
         if b"\\u00E4" in path.read_bytes():
-            continue  # the same letter in other digits
+            continue  # the same letter, with its escape written in upper-case digits
         with pytest.raises(ValueError, match=r"prompt .*cache_prompt"):
             load_prompt(path)
     for length in (0, 7, 100, len(data) - 1):
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_old_file(model, tmp_path, monkeypatch, capsys):
 
 
 def test_a_tokenizer_of_other_words_is_refused(model, tmp_path, capsys):
-    """transformers makes a tokenizer that lacks words without a sound; every prompt would be embedded wrongly."""
+    """transformers silently builds a tokenizer that lacks words; every prompt would be embedded wrongly."""
     other = tmp_path / "model"
     shutil.copytree(model, other)
     path = other / "tokenizer/tokenizer.json"

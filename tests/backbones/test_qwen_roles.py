@@ -1,4 +1,7 @@
-"""Several roles on Qwen-Image's transformer: which LoRA set acts on which tokens, features and heads, text and guidance, training them."""
+"""Several roles on Qwen-Image's transformer.
+
+Covers which LoRA set acts on which tokens, features and heads, text and guidance, and training.
+"""
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ T = torch.tensor([0.7, 0.25])
 
 
 def shared(model, roles=ROLES, **changes) -> QwenImage:  # noqa: F811
-    """One base with every set doing something."""
+    """One base on which every adapter set has a non-zero effect."""
     settings = config(model, modulation_table=None, **changes)
     settings.pop("name")
     made = QwenImage(QwenImageConfig(**settings), roles=roles)
@@ -54,7 +57,7 @@ def test_a_teacher_is_diffusers_own_forward_bit_for_bit(model, latents):  # noqa
 
 @torch.no_grad()
 def test_a_single_branch_has_its_lora_on_noise_tokens_alone(model, latents):  # noqa: F811
-    """Against the stock model with the set added to its image Linears by hooks; text Linears have none."""
+    """Compared with the stock model, to whose image Linears hooks add the set; text Linears have none."""
     b = shared(model)
     stock, layers = (
         QwenImageTransformer2DModel.from_pretrained(model, subfolder="transformer"),
@@ -79,7 +82,10 @@ def gradients(b, act) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("role", [STUDENT, FAKE, CRITIC], ids=lambda role: role.name)
 def test_recomputed_activations_see_the_set_of_their_own_pass(model, latents, role):  # noqa: F811
-    """Another role runs between the forward and the backward pass of this one: its own gradient, and of no other parameter."""
+    """Another role runs between this role's forward and backward pass.
+
+    Each parameter of this role still gets its own gradient, and no other parameter gets one.
+    """
     found = {}
     for checkpointing in (False, True):
         b = shared(model, gradient_checkpointing=checkpointing)
@@ -114,7 +120,7 @@ def test_features_end_where_the_role_does(model, latents):  # noqa: F811
 
 @torch.no_grad()
 def test_text_and_guidance(model, latents):  # noqa: F811
-    """Guidance of each sample by its own factor, against two evaluations by hand."""
+    """Guidance with a separate factor for each sample, against two explicit evaluations."""
     real, g = Model(shared(model), REAL), torch.Generator().manual_seed(5)
     text, null = torch.randn(2, 7, 48, generator=g), torch.randn(1, 4, 48, generator=g)
     a, b = (real.velocity(latents, T, Condition(text=x)) for x in (text, null))
@@ -159,7 +165,7 @@ def test_all_roles_run_on_a_table_and_on_quantised_weights(latents, changes):
 
 
 def test_two_roles_train_under_every_stage_and_resume(model, shards, tmp_path):  # noqa: F811
-    """tests/two_roles.py on this backbone: the same losses under ZeRO-1 and ZeRO-3, the same bits after a stop."""
+    """tests/two_roles.py on this backbone: the same losses under ZeRO-1 and ZeRO-3, bit-identical after resuming."""
     common = {"backbone": config(model), "method": {"name": "two_roles"}, "train__save_every_updates": 3}
 
     def job(name, stage, updates):

@@ -1,4 +1,7 @@
-"""backbones/qwen_vae.py against diffusers' own VAE: equal for single frames, a third of its size, with a gradient everywhere."""
+"""backbones/qwen_vae.py against diffusers' own VAE.
+
+The results are equal for single frames, the size is a third, and the gradient is non-zero everywhere.
+"""
 
 import copy
 
@@ -36,7 +39,7 @@ def column(values):
 
 
 def stock_unclamped(vae, z):
-    """The stock decoder without the clamp that ends `decode`."""
+    """The stock decoder without the final clamp of `decode`."""
     return vae.decoder(vae.post_quant_conv((z * column(STD) + column(MEAN))[:, :, None]))[:, :, 0]
 
 
@@ -81,7 +84,7 @@ def test_checkpointing_changes_nothing(codec):
 
 
 def test_full_size_loses_its_temporal_taps():
-    """Parameters of the published size, on the meta device, in millions; convolutions over time alone go as well."""
+    """Millions of parameters at the published size, on the meta device; purely temporal convolutions go too."""
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage()
 

@@ -1,4 +1,4 @@
-"""backbones/tiny.py: decoupled times, a condition branch that leaves the noise branch alone, codec, and that it learns."""
+"""backbones/tiny.py: decoupled times, a condition branch that does not affect the noise branch, the codec, learning."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ SMALL = {"width": 32, "depth": 3, "heads": 2, "latent_channels": 16, "lora_rank"
 
 
 def pairs(n=8, size=64):
-    """Crops of a photograph and a blurred, noisy version of them."""
+    """Crops of a photograph, each with a blurred and noisy version of it."""
     photo = to_tensor(skimage.data.astronaut())
     g = torch.Generator().manual_seed(0)
     for _ in range(n):
@@ -56,7 +56,7 @@ def a_recipe(backbone: dict) -> RunConfig:
 
 
 def saved_prior(folder) -> Tiny:
-    """A prior with weights of its own in a folder."""
+    """A prior with its own random weights, saved in a folder."""
     prior = make(conditional=False)
     save(prior, [name for name, _ in prior.net.named_parameters()], a_recipe({"name": "tiny", **SMALL}), folder)
     return prior
@@ -69,7 +69,7 @@ def inputs(n=2, channels=16, size=4):
 
 
 def seen_by_first_attention(backbone: Tiny, *arguments) -> torch.Tensor:
-    """Noise-branch tokens as they enter the projections of the first attention, [B, L, D]."""
+    """Noise-branch tokens at the input of the projections of the first attention, [B, L, D]."""
     seen = []
     layer = backbone.net.blocks[0].to_v.base_layer
     handle = layer.register_forward_hook(lambda _module, args, _out: seen.append(args[0][:, 0].detach().clone()))
@@ -80,7 +80,7 @@ def seen_by_first_attention(backbone: Tiny, *arguments) -> torch.Tensor:
 
 
 def test_condition_lora_and_target_time_leave_the_noise_branch_alone_before_attention():
-    """DTC: whatever LoRA holds, whatever t_tar and z_lq are, noise tokens enter the first attention untouched."""
+    """DTC: whatever the LoRA, t_tar and z_lq are, noise tokens enter the first attention unchanged."""
     backbone = make()
     z_t, t, z_lq = inputs()
     reference = seen_by_first_attention(backbone, z_t, t, z_lq, t)
@@ -121,7 +121,7 @@ def test_condition_and_lora_do_reach_the_output():
 
 
 def test_starts_at_the_lq_picture():
-    """A zero output and the skip: the one-step estimate (eq. 6) is z_lq before any training."""
+    """With a zero output and the skip, the one-step estimate (eq. 6) is z_lq before any training."""
     backbone = make(randomise=False)
     z_t, _, z_lq = inputs()
     one = torch.ones(2)
@@ -131,7 +131,7 @@ def test_starts_at_the_lq_picture():
 
 
 def test_preconditioning_is_the_posterior_mean_of_the_velocity():
-    """Against a regression of v on z_t over many samples of the Gaussian model it is derived for."""
+    """Against a regression of v on z_t over many samples of the Gaussian model from which it is derived."""
     backbone = make(randomise=False)
     sigma = backbone.net.residual.double()
     g = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ def test_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_every_trained_parameter_gets_a_gradient_and_no_other(train):
-    """A parameter that never gets one would break data-parallel training; a frozen base must stay frozen."""
+    """A parameter without a gradient would break data-parallel training; a frozen base must stay frozen."""
     backbone = make(train=train, base="random")
     z_t, t, z_lq = inputs()
     velocity(backbone, z_t, t, z_lq, t / 2).square().mean().backward()
@@ -171,7 +171,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(train):
 
 
 def test_lora_needs_a_prior_and_starts_from_one(tmp_path):
-    """The prior's weights and codec bit for bit; the residual, which is about LQ, is fitted anew."""
+    """The prior's weights and codec are kept bit for bit; the residual, which depends on LQ, is fitted again."""
     with pytest.raises(ValueError, match=r"backbone\.base"):
         TinyConfig(train="lora")
     with pytest.raises(ValueError, match="nowhere"):
@@ -206,7 +206,7 @@ def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tm
 
 
 def test_a_lora_can_start_at_the_prior_instead_of_the_lq_picture(tmp_path):
-    """Without the skip, and before any training, noise alone gives what the prior gives: the condition joins by attention."""
+    """Without the skip and before training, the output for noise is the prior's; the condition enters by attention."""
     prior = saved_prior(tmp_path / "prior")
     settings = SMALL | {"train": "lora", "base": str(tmp_path / "prior"), "output_skip": False}
     backbone = Tiny(TinyConfig(**settings))
@@ -221,7 +221,10 @@ def test_a_lora_can_start_at_the_prior_instead_of_the_lq_picture(tmp_path):
 
 
 def test_the_share_of_its_own_place_is_zero_or_learnt(tmp_path):
-    """Zero is the network without it; the share acts token by token, is trained also with a frozen base, and no prior has it."""
+    """A zero share equals the network without it, and a non-zero share changes the output.
+
+    The share of each token's own position is trained with a frozen base too. A prior has no such share.
+    """
     z_t, t, z_lq = inputs()
     with torch.no_grad():
         without, zero, half = (velocity(make(pair=share), z_t, t, z_lq, 0 * t) for share in (None, 0.0, 0.5))
@@ -238,7 +241,7 @@ def test_the_share_of_its_own_place_is_zero_or_learnt(tmp_path):
 
 @pytest.mark.parametrize("length", [64, 600])
 def test_attention_in_bf16_on_the_cpu_is_attention(length):
-    """Two products up to 512 tokens, the fused kernel beyond: both as exact as bf16 allows."""
+    """Two matrix products up to 512 tokens, the fused kernel beyond: both are as accurate as bf16 allows."""
     q, k, v = torch.randn(3, 2, 4, length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
@@ -250,7 +253,7 @@ def test_attention_in_bf16_on_the_cpu_is_attention(length):
 
 
 def test_positions_are_shared_between_branches():
-    """Swapping two places in both latents swaps the output places only if positions are removed: they do matter."""
+    """Shifting both latents would only shift the output if positions had no effect; they do have one."""
     backbone = make()
     z_t, t, z_lq = inputs()
     with torch.no_grad():
@@ -299,7 +302,7 @@ def test_last_block_reads_condition_tokens_only_through_keys_and_values():
 
 
 def test_overfitting_one_batch_at_one_step_exceeds_bicubic_by_3_db():
-    """The whole objective on one batch of 8 crops: the one-step PSNR-Y must leave the LQ picture far behind."""
+    """The full objective on one batch of 8 crops: the one-step PSNR-Y must exceed that of the LQ image by far."""
     photo, rng = skimage.data.coffee(), np.random.default_rng(0)
     hq = [np.ascontiguousarray(photo[100 + 35 * i : 164 + 35 * i, 60 * i : 60 * i + 64]) for i in range(7)] + [
         photo[:64, :64]
@@ -326,7 +329,7 @@ def test_overfitting_one_batch_at_one_step_exceeds_bicubic_by_3_db():
 
 
 def test_lora_starts_and_acts_as_pefts():
-    """Same names, same bits at the start, same draws taken from the generator, same output with weights that do something."""
+    """The same names, initial bits and draws from the generator, and the same output with non-zero weights."""
     outputs, starts = [], []
     for add in (add_branch_lora, inject_peft_lora):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""config.py and recipe.py: strict reading, overrides, round trip, and messages that name key and cure."""
+"""config.py and recipe.py: strict reading, overrides, round trip, and messages that name the key and the remedy."""
 
 import pytest
 import yaml

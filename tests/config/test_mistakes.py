@@ -1,4 +1,7 @@
-"""launch/train.py, data_prep/make_shards.py and eval/benchmark.py: a user's mistake is one line with the cure, exit code 2."""
+"""launch/train.py, data_prep/make_shards.py and eval/benchmark.py report a user's mistake in one line with exit code 2.
+
+The line names the remedy.
+"""
 
 import importlib.util
 import os
@@ -15,7 +18,7 @@ from teasr.util.distributed import free_port
 
 
 def verb(path: str):
-    """The main function of a script that is no module."""
+    """The main function of a script that is not an importable module."""
     spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,7 +77,7 @@ def test_train_refuses_ranks_that_do_not_divide_the_batch(tmp_path, shards, caps
 
 
 def test_the_launcher_passes_the_failure_on(tmp_path, shards):
-    """Two real ranks: one line of ours, however many ranks found the mistake, and a non-zero exit of the launcher."""
+    """With two real ranks, one line of ours is printed however many ranks found the mistake, and the launcher fails."""
     folder = Path(sys.executable).parent
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = [folder / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py"]
@@ -84,7 +87,7 @@ def test_the_launcher_passes_the_failure_on(tmp_path, shards):
         env=env | {"PATH": f"{folder}:{env['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

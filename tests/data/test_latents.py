@@ -1,4 +1,7 @@
-"""data_prep/cache_latents.py: values, one hash however the work was cut or killed, damage, mistakes. A real VAE at tiny size."""
+"""data_prep/cache_latents.py with a real VAE at tiny size: values, hash, damage and mistakes.
+
+The hash does not depend on how the work was split or interrupted.
+"""
 
 import importlib.util
 import json
@@ -39,14 +42,14 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(shards, vae, tmp_path_factory):
-    """The sidecars of `shards`, made in one go."""
+    """The sidecars of `shards`, made without interruption."""
     out = tmp_path_factory.mktemp("latents")
     cache_latents(LatentsConfig(str(shards), vae, str(out), dtype="fp32"))
     return out
 
 
 def run(*settings):
-    """Exit code of the verb in this process."""
+    """Run the program in this process and return its exit code."""
     spec = importlib.util.spec_from_file_location("cache_latents", ROOT / "data_prep/cache_latents.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -104,13 +107,13 @@ def test_stored_in_bf16_beside_the_images_by_default(photos, vae, tmp_path, caps
     assert {z.dtype for z in read_latents(f"{shards}/latents/shard-000000.tar")["000000000"].values()} == {
         torch.bfloat16
     }
-    make_shards(photos, shards, crops_per_photo=2, shard_samples=6)  # and preparing the set again leaves them alone
+    make_shards(photos, shards, crops_per_photo=2, shard_samples=6)  # preparing the set again does not touch them
     assert len(read_latents(f"{shards}/latents/shard-000000.tar")) == 6
 
 
 def test_every_variant_has_its_latent(photos, vae, tmp_path):
     shards = make_shards(photos, tmp_path / "set", crops_per_photo=1, variants=3)
-    cache_latents(LatentsConfig(str(shards), vae, dtype="fp32", batch=5))  # batches end inside samples
+    cache_latents(LatentsConfig(str(shards), vae, dtype="fp32", batch=5))  # batches that end inside a sample
     stored = read_latents(f"{shards}/latents/shard-000000.tar")
     encoder_of_one = tmp_path / "one"
     cache_latents(LatentsConfig(str(shards), vae, str(encoder_of_one), dtype="fp32", batch=1))
@@ -158,7 +161,7 @@ def test_other_weights_or_settings_make_the_sidecars_again(shards, vae, whole, t
 
 
 def test_killed_it_goes_on(shards, vae, whole, tmp_path):
-    """kill -9 as soon as the first sidecar is there, in the middle of a later one; then the same command."""
+    """kill -9 once the first sidecar exists, while a later one is being written; then the same command again."""
     command = [sys.executable, "data_prep/cache_latents.py", f"shards={shards}", f"vae={vae}", f"out={tmp_path}"]
     command += ["dtype=fp32", "device=cpu"]
     job = warm.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
@@ -187,7 +190,7 @@ def test_a_broken_sample_is_named_and_finished_sidecars_stay(shards, vae, whole,
 
 @pytest.mark.parametrize("end", [10_240, None])
 def test_a_shard_that_ends_early_or_is_another_one_is_an_error(shards, vae, tmp_path, end):
-    """A tar that was cut between two members, or exchanged, reads well: only its hash tells."""
+    """A tar that was cut between two members, or replaced, can be read without an error; only its hash reveals it."""
     broken = copied(shards, tmp_path / "set")
     path = broken / "shard-000000.tar"
     if end:
@@ -210,7 +213,7 @@ def test_damage_to_a_sidecar_is_seen(whole, tmp_path):
             read = read_latents(str(path))
         except ValueError as error:
             assert "data_prep/cache_latents.py again" in str(error)
-        else:  # padding of the tar: no number has changed
+        else:  # the padding of the tar was hit, and no number has changed
             assert all(torch.equal(z, sound[k][n]) for k, row in read.items() for n, z in row.items())
             assert read.keys() == sound.keys()
     for length in (0, 100, 512, 5000, len(data) // 2 // 512 * 512):

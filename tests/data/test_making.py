@@ -1,4 +1,4 @@
-"""Photographs to shards: deterministic bytes, kill and resume, layouts, formats, paired sets, inputs of every kind, engines."""
+"""From photographs to shards: deterministic bytes, kill and resume, layouts, formats, paired sets, inputs, engines."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_same_settings_same_bytes_other_seed_other(photos, shards, tmp_path):
 
 
 def test_interrupted_making_goes_on_to_the_same_set(photos, shards, tmp_path):
-    """Half a set, a shard without manifest and a torn temporary file are what a kill leaves behind."""
+    """A killed run leaves an incomplete set, a shard without manifest and a partial temporary file."""
     out = make_shards(photos, tmp_path / "a")
     kept = out / "shard-000000.tar"
     before = kept.stat().st_mtime_ns
@@ -83,21 +83,22 @@ def test_interrupted_making_goes_on_to_the_same_set(photos, shards, tmp_path):
     (out / "shard-000003.tar").unlink()
     (out / "index.json").unlink()
     host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
-    zombie = subprocess.Popen(["true"])  # dead, but nobody has collected it
+    zombie = subprocess.Popen(["true"])  # it has ended, but its exit status has not been read
     time.sleep(0.2)
     others = [f".shard-000003.tar.{host}-{os.getppid()}.tmp", ".shard-000003.tar.elsewhere-1.tmp"]
     for name in (*others, f".shard-000003.tar.{host}-99999999.tmp", f".shard-000003.tar.{host}-{zombie.pid}.tmp"):
         (out / name).write_bytes(b"x")
     make_shards(photos, out)
     assert set_hash(out) == set_hash(shards)
-    assert kept.stat().st_mtime_ns == before  # a finished shard is not made again
-    assert {p.name for p in out.glob(".*.tmp")} == set(others)  # what dead processes of this machine left is gone
+    assert kept.stat().st_mtime_ns == before  # a finished shard is not written again
+    # temporary files of dead processes of this machine are removed
+    assert {p.name for p in out.glob(".*.tmp")} == set(others)
     zombie.wait()
 
 
 @pytest.mark.parametrize("engine", ["local", "split"])
 def test_killed_at_random_moments_the_same_command_ends_with_the_same_hash(photos, shards, tmp_path, engine):
-    """SIGKILL of the whole job, workers too, at five moments spread over its run; bench/kill_shards.py does more."""
+    """SIGKILL of the whole job including its workers, at five moments of its run; bench/kill_shards.py does more."""
     split = {"RANK": "0", "WORLD_SIZE": "1"} if engine == "split" else {}
     for k in range(5):
         job = subprocess.Popen(
@@ -146,7 +147,7 @@ def test_a_photo_that_changes_meanwhile_is_an_error_that_names_it(photos, tmp_pa
     Image.fromarray(COFFEE[::-1]).save(folder / "coffee.png")
     with pytest.raises(ValueError, match=r"coffee\.png has changed since it was looked at"):
         process_shard(plan.shards[0])
-    assert plan_of(folder, tmp_path / "out").photos[1].sha256 != plan.photos[1].sha256  # looked at again
+    assert plan_of(folder, tmp_path / "out").photos[1].sha256 != plan.photos[1].sha256  # the photo is analysed again
 
 
 # engines
@@ -159,7 +160,7 @@ def test_settings_may_come_before_and_after_options(photos, tmp_path):
 
 
 def test_rank_split_gives_the_same_set(photos, shards, tmp_path):
-    """Three array jobs one after another: the last to end writes the index."""
+    """Three array jobs one after another: the last one to finish writes the index."""
     for rank in ("2", "0", "1"):
         assert not (tmp_path / "out/index.json").exists()
         code, said, errors = run(photos, tmp_path / "out", env={"RANK": rank, "WORLD_SIZE": "3"})
@@ -170,7 +171,7 @@ def test_rank_split_gives_the_same_set(photos, shards, tmp_path):
 
 
 def _die_once(spec, on_done):
-    """A task that kills its own worker the first time it meets spec 3, after half of its work."""
+    """A task that kills its own worker when it first gets spec 3, halfway through its work."""
     number, folder = spec
     on_done(1)
     marker = Path(folder) / "died"
@@ -193,7 +194,7 @@ def test_a_worker_that_dies_is_replaced_and_the_job_goes_on(tmp_path):
     done = []
     specs = [(i, str(tmp_path)) for i in range(6)]
     assert engines.run(_die_once, specs, "local", 2, done.append) == [0, 10, 20, 30, 40, 50]
-    assert (tmp_path / "died").exists() and sum(done) == 12  # the lost half is not counted twice
+    assert (tmp_path / "died").exists() and sum(done) == 12  # the half that was lost is not counted twice
 
 
 def test_a_part_that_kills_every_worker_is_given_up_with_a_reason():
@@ -207,7 +208,7 @@ def test_an_error_in_a_worker_reaches_the_user():
 
 
 def test_ray_gives_the_same_set_and_survives_a_killed_worker(photos, shards, tmp_path):
-    """A Ray worker process is killed while tasks run; Ray retries, the set is the same."""
+    """A Ray worker process is killed while tasks run; Ray retries, and the set is the same."""
     import psutil
 
     job = subprocess.Popen(
@@ -228,7 +229,7 @@ def test_ray_gives_the_same_set_and_survives_a_killed_worker(photos, shards, tmp
             except psutil.Error:
                 continue
         time.sleep(0.005)
-    _, errors = job.communicate(timeout=300)
+    _, errors = job.communicate(timeout=1800)
     assert job.returncode == 0, errors
     assert killed, "no Ray worker was seen at work"
     assert set_hash(tmp_path / "out") == set_hash(shards)
@@ -274,7 +275,7 @@ def test_lossless_formats_hold_the_same_pictures_and_jpeg98_nearly(photos, shard
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_a_jpeg_photo_is_cut_without_a_second_loss(tmp_path, subsampling):
-    """Its pixels are those of the photo itself; at the rim chroma is interpolated without the neighbours."""
+    """Its pixels are those of the photo; only at the border is chroma interpolated without the neighbouring pixels."""
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.fromarray(COFFEE).save(folder / "a.jpg", quality=80, subsampling=subsampling)
@@ -314,7 +315,7 @@ def test_usm_sharpens_what_is_stored_and_lq_comes_from_it(photos, shards, tmp_pa
 
 
 def test_paired_pictures_are_cut_together(tmp_path):
-    """Real LQ/HQ pairs: same names, any suffix; crops correspond, nothing is degraded."""
+    """Real LQ/HQ pairs with equal names and any suffix: crops correspond, and nothing is degraded."""
     hr, lr = tmp_path / "HR", tmp_path / "LR"
     (hr / "sub").mkdir(parents=True)
     (lr / "sub").mkdir(parents=True)
@@ -347,7 +348,7 @@ def test_the_data_card_names_sources_and_licences(photos, tmp_path):
     out = make_shards(folder, tmp_path / "out", licences={"nasa": "public domain"})
     text = (out / "README.md").read_text()
     assert "| 1 | public domain |" in text and "| 1 | not stated |" in text and set_hash(out) in text
-    assert "photos" not in index(out)["settings"]  # a set says nothing about the machine it was made on
+    assert "photos" not in index(out)["settings"]  # a set holds no information about the machine that made it
 
 
 # every kind of input
@@ -355,7 +356,7 @@ def test_the_data_card_names_sources_and_licences(photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd_pictures(tmp_path_factory) -> Path:
-    """Good and bad pictures of every kind below a folder with spaces and non-ASCII letters in its name."""
+    """Valid and invalid images of every kind, in a folder whose name has spaces and non-ASCII letters."""
     folder = tmp_path_factory.mktemp("odd") / "mixed pictures é 写真"
     (folder / "deep/er").mkdir(parents=True)
     rgb = Image.fromarray(COFFEE)
@@ -417,14 +418,15 @@ def bomb(side: int = 17_400) -> bytes:
 def test_every_kind_of_input_is_used_or_skipped_for_a_reason(odd_pictures, tmp_path):
     out = make_shards(odd_pictures, tmp_path / "out", crops_per_photo=1)
     assert {row["name"] for row in index(out)["sources"]} == {
-        "deep/er/same_pixels.BMP", "a.JPEG", "b.webp", "c.Tif", "really_a_jpeg.png", "grey.png", "cmyk.jpg", "grey16.png",
-        "rgb16.tiff", "turned.jpg", "opaque.png",
+        "deep/er/same_pixels.BMP", "a.JPEG", "b.webp", "c.Tif", "really_a_jpeg.png", "grey.png", "cmyk.jpg",
+        "grey16.png", "rgb16.tiff", "turned.jpg", "opaque.png",
     }  # fmt: skip
     assert {row["name"]: row["reason"].split(":")[0] for row in index(out)["skipped"]} == {
-        "good ü.PNG": "duplicate", "twin.png": "duplicate", "transparent.png": "transparent", "animated.webp": "broken",
-        "truncated.jpg": "broken", "truncated.png": "broken", "empty.png": "broken", "text.png": "broken", "dot.png": "too small",
-        "flat.png": "flat", "blurred.png": "blurred", "bomb.png": "broken", "dangling.png": "file cannot be read",
-        "linked": "link to a folder",
+        "good ü.PNG": "duplicate", "twin.png": "duplicate", "transparent.png": "transparent",
+        "animated.webp": "broken", "truncated.jpg": "broken", "truncated.png": "broken", "empty.png": "broken",
+        "text.png": "broken", "dot.png": "too small", "flat.png": "flat", "blurred.png": "blurred",
+        "bomb.png": "broken",
+        "dangling.png": "file cannot be read", "linked": "link to a folder",
     }  # fmt: skip
     assert len(records(out)) == 11
 
@@ -450,7 +452,7 @@ def test_odd_pictures_are_read_right(odd_pictures):
 
 
 def test_colour_profiles_are_applied(tmp_path):
-    """A profile whose red and green primaries are swapped swaps red and green; sRGB and damaged profiles change nothing."""
+    """A profile with swapped red and green primaries swaps red and green; sRGB and damaged profiles have no effect."""
     import struct
 
     from PIL import ImageCms
@@ -471,7 +473,7 @@ def test_colour_profiles_are_applied(tmp_path):
 
 
 def test_unreadable_folders_are_named(photos, tmp_path, monkeypatch):
-    """(Root reads everything, so the operating system's refusal is put in by hand.)"""
+    """Root can read everything, so the operating system's error is simulated."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "secret").mkdir()
@@ -528,7 +530,7 @@ def test_other_library_versions_are_told(photos, tmp_path, capsys):
 
 
 def test_places_in_a_photo_depend_on_it_alone(photos, tmp_path):
-    """Adding a photograph moves no crop of the others."""
+    """Adding a photograph does not move the crops of the others."""
     few = {c.photo.name: (c.left, c.top) for c in plan_of(photos, tmp_path / "a", crops_per_photo=1).shards[0].crops}
     folder = tmp_path / "more"
     shutil.copytree(photos, folder)

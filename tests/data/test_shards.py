@@ -1,4 +1,4 @@
-"""data/shards.py: order as a function of position, augmentation, broken samples and shards, URLs, online degradation."""
+"""data/shards.py: order as a function of position, augmentation, broken data, URLs, online degradation."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def test_members_are_a_pair_and_its_story(shards):
 
 
 def test_order_is_the_same_for_any_number_of_ranks_and_workers(shards):
-    """Update k trains on the same pictures with 1, 2 or 4 ranks: rank r holds every world-th sample."""
+    """Update k trains on the same images with 1, 2 or 4 ranks: rank r reads every world-th sample."""
     one = keys(shards)
     for world in (2, 4):
         ranks = [keys(shards, rank=r, world=world, n=60 // world) for r in range(world)]
@@ -114,7 +114,7 @@ def test_augmentation_turns_both_pictures_alike(shards):
     plain = PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), augment="none"), 0, 0, 1, 0)
     turned = 0
     for (hq, lq, *_), (hq0, *_) in islice(zip(stream, plain, strict=False), 12):
-        assert np.corrcoef(hq.flatten(), lq.flatten())[0, 1] > 0.5  # still the same scene
+        assert np.corrcoef(hq.flatten(), lq.flatten())[0, 1] > 0.5  # HQ and LQ still show the same scene
         assert sorted(hq.flatten().tolist()) == sorted(hq0.flatten().tolist())
         turned += not np.array_equal(hq, hq0)
     assert turned >= 6
@@ -172,7 +172,7 @@ def stream_of(out, n, **config):
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "empty", "noise"])
 def test_a_broken_shard_is_stood_in_for_by_another_and_shifts_nothing(photos, shards, tmp_path, harm):
-    """Its 12 samples are named; every other sample comes at the place where it would have come."""
+    """Its 12 samples are reported; every other sample keeps its position."""
     out = make_shards(photos, tmp_path / "a")
     path = out / "shard-000002.tar"
     if harm == "missing":
@@ -188,7 +188,7 @@ def test_a_broken_shard_is_stood_in_for_by_another_and_shifts_nothing(photos, sh
 
 
 def test_a_shard_that_ends_early_is_noticed_and_shifts_nothing(photos, shards, tmp_path):
-    """Cut at the border of a member, a tar reads without complaint: its lost samples are named, the others stay."""
+    """A tar cut between two members can be read without an error; its lost samples are reported, the others stay."""
     out = make_shards(photos, tmp_path / "a")
     rewrite(out / "shard-000001.tar", lambda name, data: None if int(name[:9]) >= 18 else data)
     good, found = keys(shards, n=48), stream_of(out, 48)
@@ -203,7 +203,7 @@ def test_a_shard_that_ends_early_is_noticed_and_shifts_nothing(photos, shards, t
 
 @pytest.mark.parametrize("fmt", ["png", "webp-lossless", "jpeg98"])
 def test_a_flipped_bit_in_any_member_is_noticed(photos, tmp_path, fmt):
-    """WebP and JPEG decode flipped bits without complaint: their check sums are in the sample's JSON."""
+    """WebP and JPEG decode flipped bits without an error, so the sample's JSON holds their checksums."""
     out = make_shards(photos, tmp_path / "a", hq_format=fmt)
     target = []
 
@@ -254,7 +254,7 @@ def test_urls_as_webdataset_opens_them(shards):
 
 
 def test_s3_goes_through_the_aws_command(shards, tmp_path, monkeypatch):
-    """(A stand-in for the command: there is no bucket here.)"""
+    """A stand-in replaces the aws command, since there is no bucket here."""
     aws = tmp_path / "bin/aws"
     aws.parent.mkdir()
     aws.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{shards}/${{3#s3://my-bucket/a set/}}"\n')
@@ -264,7 +264,7 @@ def test_s3_goes_through_the_aws_command(shards, tmp_path, monkeypatch):
 
 
 def test_variants_take_turns_by_epoch(photos, tmp_path):
-    """Over K epochs every variant of a sample is seen once."""
+    """Over K epochs, every variant of a sample is used once."""
     out = make_shards(photos, tmp_path / "k", variants=2)
     seen = {}
     for _, lq, key, _ in stream_of(out, 96, augment="none"):
@@ -290,11 +290,12 @@ def test_online_degradation_is_new_each_epoch_and_a_function_of_the_position(pho
 def test_online_degradation_with_another_preset_sharpens_what_it_must(shards, photos, tmp_path):
     plain = stream_of(shards, 12, augment="none")
     usm = stream_of(shards, 12, augment="none", degrade="online", degradation="realesrgan_usm")
-    assert sum(not torch.equal(a[0], b[0]) for a, b in zip(plain, usm, strict=True)) >= 6  # a night sky has no edges
+    # not all 12, since a night sky has no edges to sharpen
+    assert sum(not torch.equal(a[0], b[0]) for a, b in zip(plain, usm, strict=True)) >= 6
     made = make_shards(photos, tmp_path / "usm", degradation="realesrgan_usm")
     again = stream_of(made, 12, augment="none", degrade="online")
     assert all(torch.equal(a[0], b[0]) for a, b in zip(stream_of(made, 12, augment="none"), again, strict=True))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(usm, again, strict=True))  # the same pictures either way
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(usm, again, strict=True))  # stored and online degradation agree
     with pytest.raises(ValueError, match=r"set data.degrade=online too"):
         DataConfig("x", degradation="osediff")
     pairs = ShardSet("x", ("a",), (1,), (1,), {"lq": "LR"})
@@ -303,7 +304,7 @@ def test_online_degradation_with_another_preset_sharpens_what_it_must(shards, ph
 
 
 def test_upsampling_is_pillows_bicubic():
-    """Up to one level in 1 of 1,000 values; it commutes with mirroring, so the reader may mirror the small picture."""
+    """Equal up to one level in 1 of 1,000 values. It commutes with mirroring, so the reader may mirror the LQ image."""
     x = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     up = images.upsample(x, 4)
     difference = np.abs(up.astype(int) - np.asarray(Image.fromarray(x).resize((256, 192), Image.Resampling.BICUBIC)))

@@ -1,4 +1,4 @@
-"""data/verifying.py and data_prep/verify_shards.py: good sets pass, every kind of damage is named with its cure."""
+"""data/verifying.py and data_prep/verify_shards.py: intact sets pass, damage is reported with its remedy."""
 
 import io
 import json
@@ -131,7 +131,7 @@ def test_damage_is_named_with_its_cure(photos, tmp_path, verify, harm, named):
 
 
 def repack(out, change):
-    """Damage behind the hashes: rewrite a member, then make every sum agree again, as a wrong writer would."""
+    """Rewrite a member and update all hashes, as a faulty writer would, so that hashes cannot reveal the damage."""
     import hashlib
     import zlib
 
@@ -167,7 +167,7 @@ def test_an_lq_that_is_not_made_of_its_hq_is_found_by_redoing(photos, tmp_path, 
     out = make_shards(photos, tmp_path / "a")
     wrong = images.png_bytes(np.full((16, 16, 3), 77, np.uint8))
     repack(out, lambda field, data: wrong if field == "lq.png" else data)
-    assert verify(out)[0] == 0  # nothing else can tell
+    assert verify(out)[0] == 0  # no other check can detect it
     code, said, _ = verify(out, "--redo", 48)
     assert code == 1 and f"{KEY}.lq.png comes out differently when HQ is degraded again" in said
 

@@ -1,7 +1,8 @@
-"""degradation/: pure, within its ranges, no drift against HQ; kernels, stages and statistics against public code's pipeline.
+"""degradation/: pure, within its ranges, no shift against HQ; kernels, stages and statistics match public code.
 
-The reference is bench/peer_degradation.py: slow, literal, through torch's own operators, sharing no code with ours. Both are by
-the same hand, so a misreading of public code could be in both.
+The reference is bench/peer_degradation.py: a slow and literal version of the public pipeline that uses torch's own
+operators and shares no code with ours. Both were written by the same author, so both could contain the same misreading
+of the public code.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ def as_numpy(x):
 
 
 def of_peers(params, settings):
-    """Our mapping of drawn parameters from the reference's; its kernels are matrices and go in as they are."""
+    """Convert the reference's drawn parameters to ours; its kernels are matrices and are used as they are."""
     stages = []
     for stage in (params["first"], params["second"]):
         drawn = {
@@ -49,7 +50,7 @@ def of_peers(params, settings):
     return {"scale": settings.scale, "peer_exact": settings.peer_exact, "stages": stages, "final": final}
 
 
-FIELDS = {  # what is compared of the draws: (from ours, from the reference's), lists of numbers
+FIELDS = {  # the compared draws: (from ours, from the reference's), lists of numbers
     name: (ours, theirs)
     for i, stage in enumerate(("first", "second"))
     for name, ours, theirs in (
@@ -92,11 +93,12 @@ def test_float_pictures_give_the_same_as_uint8(name):
     for seed in range(4):
         a, b = (degrade(x, preset(name), np.random.default_rng(seed))[0] for x in (CROP, CROP / np.float32(255)))
         assert np.abs(a.astype(int) - b).max() <= (8 if name != "none" else 0)
-        assert (a != b).mean() < 0.02  # a last bit may tip a rounding, JPEG spreads it over a block
+        # a difference in the last bit may change a rounding, which JPEG spreads over a block
+        assert (a != b).mean() < 0.02
 
 
 def test_what_was_drawn_makes_the_same_lq_again():
-    """The mapping goes through JSON: a sample's LQ can be made again from its record."""
+    """The mapping survives JSON, so a sample's LQ can be made again from its record."""
     settings = preset("osediff")
     for seed in range(5):
         lq, drawn = degrade(CROP, settings, np.random.default_rng(seed))
@@ -127,7 +129,8 @@ def test_draws_stay_in_the_ranges_of_the_preset_and_come_in_their_proportions():
             assert share[family] == pytest.approx(0.9 * p, abs=0.03)
         assert {d["size"] for d in made} == set(range(7, 22, 2))
         betas = [d["beta"] for d in made if d["family"].startswith("plateau")]
-        assert np.mean(np.array(betas) == 1) == pytest.approx(0.5, abs=0.08)  # public code's quirk, kept
+        # a quirk of the public code, kept on purpose
+        assert np.mean(np.array(betas) == 1) == pytest.approx(0.5, abs=0.08)
     assert np.mean([row["final"]["jpeg_first"] for row in rows]) == pytest.approx(0.5, abs=0.03)
     assert np.mean(["kernel" in row["final"] for row in rows]) == pytest.approx(0.8, abs=0.03)
 
@@ -136,7 +139,7 @@ def test_draws_stay_in_the_ranges_of_the_preset_and_come_in_their_proportions():
     ("ours", "theirs"), [("osediff", "osediff"), ("realesrgan_usm", "osediff"), ("stablesr", "stablesr")]
 )
 def test_presets_have_the_published_numbers(ours, theirs):
-    """Both sides write the public options out for themselves: draws must come from the same laws."""
+    """Both sides write out the public options independently, so the draws must have the same distributions."""
     settings, options = preset(ours), peers.OPTIONS[theirs]
     a = [draw(settings, np.random.default_rng(s)) for s in range(1500)]
     b = [peers.draw(options, np.random.default_rng(s)) for s in range(1500)]
@@ -176,14 +179,14 @@ def test_kernels_are_those_of_public_code(name, stage):
 def test_sinc_kernel_is_a_low_pass():
     spectrum = np.abs(np.fft.fft2(kernels.sinc(math.pi / 3, 21), (64, 64)))
     assert spectrum[0, 0] == pytest.approx(1, abs=1e-4)
-    assert spectrum[0, 4] == pytest.approx(1, abs=0.25) and spectrum[0, 25] < 0.1  # cutoff lies at 64 / 6 = 10.7
+    assert spectrum[0, 4] == pytest.approx(1, abs=0.25) and spectrum[0, 25] < 0.1  # the cutoff is at 64 / 6 = 10.7
 
 
-# stages alone
+# individual stages
 
 
 def test_blur_is_the_dense_correlation_whichever_way_is_cheapest():
-    """Separable, direct and FFT paths against torch's dense filter, non-square, uint8 and float32 in."""
+    """Separable, direct and FFT paths against torch's dense filter, on non-square uint8 and float32 input."""
     rng, ways = np.random.default_rng(1), set()
     x = np.ascontiguousarray(COFFEE[:90, :140])
     for _ in range(80):
@@ -205,7 +208,7 @@ def test_peer_resizes_are_torchs(mode, factor):
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() < 0.01
     ours, theirs = peer.resize(x, (37, 41), mode), as_numpy(peers.resize_to(as_torch(x), (41, 37), mode))
     assert np.abs(ours - theirs).max() < 0.01
-    if mode != "area":  # ours is a true box filter, theirs adaptive pooling
+    if mode != "area":  # ours is an exact box filter, the reference uses adaptive pooling
         assert np.abs(lean.resize(x, (37, 41), mode) - theirs).max() < 0.02
 
 
@@ -214,12 +217,12 @@ def test_peer_resizes_are_torchs(mode, factor):
 def test_peer_jpeg_is_diffjpeg(quality, size):
     x = np.ascontiguousarray(CROP[: size[0], : size[1]])
     ours, theirs = peer.jpeg(x, quality), as_numpy(peers.jpeg(as_torch(x), quality))
-    close = np.abs(ours - theirs) < 0.1  # where float32 rounds a coefficient the other way, a whole block moves
+    close = np.abs(ours - theirs) < 0.1  # where float32 rounds a coefficient the other way, a whole block changes
     assert close.mean() > 0.99 and np.abs(ours - theirs).mean() < 0.05
 
 
 def test_lean_jpeg_is_libjpeg_and_differs_from_diffjpeg_as_measured():
-    """DiffJPEG has its tables transposed: it resembles libjpeg on the transposed picture more than on the picture."""
+    """DiffJPEG has transposed tables: its output is closer to libjpeg's on the transposed image than on the image."""
 
     def psnr(a, b):
         return 10 * np.log10(255**2 / np.mean((np.asarray(a, float) - b) ** 2))
@@ -249,7 +252,7 @@ def test_gaussian_noise_is_normal():
 
 @pytest.mark.parametrize("gray", [False, True])
 def test_poisson_noise_has_the_law_of_public_code(gray):
-    """Level by level against numpy's own Poisson draws through the literal operator."""
+    """Level by level, our draws (numpy's generator) against the literal reference operator (torch.poisson)."""
     x = np.repeat(np.linspace(0, 255, 256, dtype=np.float32)[None], 400, 0)[..., None].repeat(3, 2)
     for scale in (0.2, 1.0):
         ours = lean.poisson_noise(x, scale, gray, np.random.default_rng(0))
@@ -262,7 +265,10 @@ def test_poisson_noise_has_the_law_of_public_code(gray):
 
 
 def test_few_levels_make_strong_poisson_noise():
-    """Public code takes the photon count from the number of distinct levels: a flat picture gets one photon at white."""
+    """Public code derives the photon count from the number of distinct levels.
+
+    A flat image therefore gets one photon at white.
+    """
     x = np.full((64, 64, 3), 128, np.float32)
     noise = lean.poisson_noise(x, 1.0, True, np.random.default_rng(0)) - 128
     assert set(np.unique(noise.round())) <= {-128.0, 127.0} and noise[..., 0].std() > 100
@@ -272,7 +278,7 @@ def test_few_levels_make_strong_poisson_noise():
 
 
 def test_peer_exact_without_pixel_noise_equals_the_reference(monkeypatch):
-    """Same drawn parameters through both pipelines, 30 draws: equal but for roundings inside JPEG."""
+    """With the same drawn parameters, both pipelines agree in 30 draws, except for roundings inside JPEG."""
     settings, options = preset("osediff", peer_exact=True), peers.OPTIONS["osediff"]
     errors = []
     for seed in range(30):
@@ -310,7 +316,7 @@ def assert_same_law(settings, options, n=400):
 
 @pytest.mark.parametrize("name", ["osediff", "stablesr"])
 def test_peer_exact_pictures_are_distributed_as_those_of_public_code(name):
-    """Kolmogorov-Smirnov on five statistics of 400 LQ pictures each."""
+    """Kolmogorov-Smirnov tests on five statistics of 400 LQ images each."""
     assert_same_law(preset(name, peer_exact=True), peers.OPTIONS[name])
 
 
@@ -322,7 +328,10 @@ def box_weights(n, m):
 
 @pytest.mark.parametrize("name", ["osediff", "stablesr"])
 def test_lean_pictures_are_distributed_as_public_codes_but_for_its_defects(monkeypatch, name):
-    """The reference with the three documented deviations put in: explicit sizes, a true box filter, libjpeg (Pillow's)."""
+    """The reference with the three documented deviations applied.
+
+    These are explicit sizes, an exact box filter and libjpeg (through Pillow).
+    """
     resize_to = peers.resize_to
 
     def to_size(x, size, mode):
@@ -353,19 +362,22 @@ def test_the_statistics_would_notice_other_settings():
 @pytest.mark.parametrize("mode", lean.MODES)
 @pytest.mark.parametrize("scale", [0.15, 0.33, 0.77, 1.4])
 def test_resizing_does_not_shift(mode, scale):
-    """Public code's scale-factor resize drifts by up to 5 px along a ramp of 512; explicit sizes must not: < 0.05 px."""
+    """Public code's resize by scale factor drifts by up to 5 px along a ramp of 512.
+
+    Resizing to explicit sizes must drift by less than 0.05 px.
+    """
     n, m = 512, round(512 * scale)
     ramp = np.repeat(np.arange(n, dtype=np.float32)[None] / 2, n, 0)[..., None].repeat(3, 2)
-    positions = (np.arange(m) + 0.5) * n / m - 0.5  # HQ column under each LQ column
+    positions = (np.arange(m) + 0.5) * n / m - 0.5  # the HQ column that corresponds to each LQ column
     errors = 2 * lean.resize_by(ramp, scale, mode)[m // 2, :, 0] - positions
     for part in np.split(errors[m // 16 :][: m // 8 * 7], 7):
-        assert abs(part.mean()) < 0.05  # a box filter has saw teeth inside the parts, but goes nowhere
+        assert abs(part.mean()) < 0.05  # a box filter gives a saw-tooth error within the parts, but no drift
     if mode != "area":
         assert np.abs(errors[m // 16 : -(m // 16)]).max() < 0.05
 
 
 def test_the_whole_pipeline_does_not_shift_a_ramp_and_public_codes_does():
-    """All draws, but no noise and JPEG at its best: where along the ramp each LQ column near the far edge lies."""
+    """All draws, but no noise and the best JPEG quality: the ramp position of each LQ column near the far edge."""
     ramp = np.repeat(np.arange(0, 256, 2, dtype=np.float32)[None] / 255, 128, 0)[..., None].repeat(3, 2)
     shifts = {}
     for exact in (False, True):
@@ -383,7 +395,7 @@ def test_the_whole_pipeline_does_not_shift_a_ramp_and_public_codes_does():
 
 
 def test_whole_pipeline_keeps_the_geometry():
-    """A soft edge crosses its middle at the same place in LQ, on average over all draws (noise aside)."""
+    """A soft edge crosses its midpoint at the same position in LQ, on average over all draws (without noise)."""
     edge = 255 / (1 + np.exp(-(np.arange(128) - 63.5) / 6))
     hq = np.repeat(edge[None, :, None].round().astype(np.uint8), 128, 0).repeat(3, 2)
     places = []
@@ -415,7 +427,7 @@ def test_unknown_preset():
 
 
 def test_settings_of_ones_own():
-    """One stage, scale 1, no blur: the settings are plain data."""
+    """One stage, scale 1, no blur: users can define their own settings as plain data."""
     stage = Stage(0, (1, 1), (1, 1), (1, 1), (0, 0, 1), (1, 1), (10, 10), (1, 1), (95, 95), gaussian_probability=1)
     lq, drawn = degrade(
         CROP, Degradation("mine", scale=1, stages=(stage,), final_sinc_probability=0), np.random.default_rng(0)

@@ -20,7 +20,7 @@ def test_path_and_its_inversions():
 
 @pytest.mark.parametrize("place", [0.5, 0.1, 0.8])
 def test_shortcut_target_is_the_jump_over_both_halves(place):
-    """One jump along the composed velocity lands where the two halves land, for any midpoint (eqs. 1-3)."""
+    """One jump along the composed velocity ends where the two half jumps end, for any midpoint (eqs. 1-3)."""
     g = torch.Generator().manual_seed(1)
     z, u1, u2 = torch.randn(3, 6, 2, 4, 4, generator=g, dtype=torch.float64).unbind(0)
     t = torch.rand(6, generator=g, dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_tar_weight_is_the_gradient_of_reverse_kl(s):
     """For 1-D Gaussians, d KL(fake_s || real_s) / d(shift of v) == E[w(s) (v_fake - v_real)] (eq. 14)."""
     mean_fake, mean_real, std = torch.tensor(0.7, dtype=torch.float64), 0.2, 0.5
 
-    def mean_velocity(mean):  # E[v | z_s] for z0 ~ N(mean, std^2), averaged over z_s of the fake
+    def mean_velocity(mean):  # E[v | z_s] for z0 ~ N(mean, std^2), averaged over the fake z_s
         a, variance = 1 - s, (1 - s) ** 2 * std**2 + s**2
         gain = (s - a * std**2) / variance
         return -mean + gain * (a * mean_fake - a * mean)

@@ -16,7 +16,7 @@ def test_rectification_gradient_is_that_of_the_squared_loss():
 
 
 def test_an_unsquared_norm_would_make_the_weight_a_no_op():
-    """Why eq. 11 is implemented squared: the gradient of an un-squared norm is the same for two different w."""
+    """The reason for squaring the norm in eq. 11: an unsquared norm has the same gradient for two different w."""
     g = torch.Generator().manual_seed(0)
     difference = torch.randn(1, 4, 5, 5, generator=g)
     grads = []
@@ -36,7 +36,7 @@ def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
 
 
 def test_lpips_with_a_random_backbone_has_a_gradient():
-    """The real class end to end, less the downloaded weights."""
+    """The real class end to end, except for the downloaded weights."""
     lpips = losses.load_lpips("alex", weights=False)
     assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,4 +1,4 @@
-"""eval/ablate.py: the rows are trained and scored once, and what is told of them follows from the numbers."""
+"""eval/ablate.py: the rows are trained and scored once, and the reported conclusions follow from the numbers."""
 
 import json
 import sys
@@ -47,8 +47,11 @@ def test_rows_are_trained_and_scored_once(ablate, shards, tmp_path, monkeypatch,
         out = capsys.readouterr().out
         assert out.count("already trained") == out.count("already evaluated") == 3 * round_
     runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in (tmp_path / "out").iterdir() if p.is_dir()}
-    assert {name: (r["backbone"]["decoupled_timestep"], r["method"]["time_aware"], r["seed"]) for name, r in runs.items()} == {
-        "fused_timesteps-seed3": (False, False, 3), "plus_DTC-seed3": (True, False, 3), "plus_DTC_plus_TAR-seed3": (True, True, 3),
+    assert {
+        name: (r["backbone"]["decoupled_timestep"], r["method"]["time_aware"], r["seed"]) for name, r in runs.items()
+    } == {
+        "fused_timesteps-seed3": (False, False, 3), "plus_DTC-seed3": (True, False, 3),
+        "plus_DTC_plus_TAR-seed3": (True, True, 3),
     }  # fmt: skip
     told = json.loads((tmp_path / "out/ablation.json").read_text())
     assert list(told["rows"]) == ["fused timesteps", "+ DTC", "+ DTC + TAR"] and len(told["comparisons"]) == 2

@@ -1,4 +1,7 @@
-"""evaluation.py, data/pairs.py and eval/benchmark.py: the same scores however often it is stopped and on however many ranks; what is wrong is named."""
+"""evaluation.py, data/pairs.py and eval/benchmark.py: scores do not depend on interruptions or the number of ranks.
+
+Mistakes are reported by name.
+"""
 
 import csv
 import json
@@ -39,13 +42,13 @@ def folders(tmp_path_factory):
 def benchmark(*arguments, **environment):
     done = warm.run(
         [sys.executable, BENCHMARK, *map(str, arguments)],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
 def counted(pairs, out, rank=0, world=1, stop_after=None):
-    """An evaluation by nearest neighbours that counts what it makes, and may be stopped."""
+    """An evaluation with nearest-neighbour upscaling that counts the images it makes, and may be interrupted."""
     made = []
 
     def restore(sample):
@@ -119,14 +122,14 @@ def test_other_settings_use_nothing_stale(folders, tmp_path):
     other, made = counted(pairs, tmp_path)
     other = Evaluation(pairs, Scorer(["psnr"], "rgb"), tmp_path, other.methods, {"seed": 0})
     other.run()
-    assert made == [] and other.scores["protocol"] == "rgb"  # the same pictures, scored anew
+    assert made == [] and other.scores["protocol"] == "rgb"  # the same images, scored again
     other = Evaluation(pairs, Scorer(["psnr"]), tmp_path, other.methods, {"seed": 1})
     other.run()
-    assert len(made) == 5 and len(list(tmp_path.glob("images-*"))) == 1  # other pictures; the old ones are gone
+    assert len(made) == 5 and len(list(tmp_path.glob("images-*"))) == 1  # new images were made and the old ones removed
 
 
 def test_a_model_on_one_rank_and_on_two(untrained, folders, tmp_path):
-    """Through the command, the ranks by torchrun; then the same again, and only more steps."""
+    """Through the command, with torchrun starting the ranks; then the same again, and again with more steps."""
     common = [untrained, "--data", f"{folders / 'lq'}:{folders / 'hq'}", "--metrics", "psnr", "ssim"]
     code, out, err = benchmark(*common, "--steps", 1, 2, "--out", tmp_path / "one")
     assert code == 0, err
@@ -140,7 +143,7 @@ def test_a_model_on_one_rank_and_on_two(untrained, folders, tmp_path):
         BENCHMARK,
     ]
     command += [*map(str, common), "--steps", "1", "2", "--out", str(tmp_path / "two")]
-    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     for name in ("scores.json", "scores_by_picture.csv", "comparison.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

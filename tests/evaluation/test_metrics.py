@@ -1,4 +1,7 @@
-"""exact_metrics.py against independent implementations, metrics.py's statuses; pyiqa's values are stored, and compared anew where it is installed."""
+"""exact_metrics.py against independent implementations, and the statuses of metrics.py.
+
+Values of pyiqa are stored here, and compared with pyiqa itself where it is installed.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from skimage.metrics import structural_similarity
 from teasr.evaluation.metrics import METRICS, PROTOCOLS, File, Metric, Scorer
 from teasr.imaging.exact_metrics import frechet_distance, luma, psnr, ssim
 
-# pyiqa 0.1.16 on `pair` with noise 2 and 20: test_y_channel=True, color_space='ycbcr'; the same with crop_border=4; test_y_channel=False
+# pyiqa 0.1.16 on `pair` with noise 2 and 20: test_y_channel=True, color_space='ycbcr'; the same with crop_border=4;
+# test_y_channel=False
 PYIQA = {
     ("osediff", 2): {"psnr": 46.8381538, "ssim": 0.99187},
     ("crop4", 2): {"psnr": 46.832016, "ssim": 0.9920206},
@@ -53,7 +57,7 @@ def test_ssim_equals_scikit_image(pair):
 
 @pytest.mark.parametrize("protocol", ["osediff", "crop4", "rgb"])
 def test_protocols_are_pyiqas(pair, protocol):
-    """The protocols of the published tables, to the last digit that they print and three more."""
+    """The protocols of the published tables agree to three digits more than these tables print."""
     hq, made, noise = pair
     scores = Scorer(["psnr", "ssim"], protocol).picture(made, hq)
     for name, tolerance in (("psnr", 3e-5), ("ssim", 2e-6)):
@@ -61,7 +65,7 @@ def test_protocols_are_pyiqas(pair, protocol):
 
 
 def test_the_installed_pyiqa_agrees(pair):
-    """Runs where the non-commercial extra is installed."""
+    """Runs only where the non-commercial extra is installed."""
     pyiqa = pytest.importorskip("pyiqa", reason="the `metrics` extra is not installed (PolyForm Noncommercial)")
     import torch
 
@@ -117,7 +121,10 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
 
 
 def test_a_printed_grid_is_seen(pair):
-    """A grid of 8 px and one grey level deviation in a natural picture, against the picture itself; no reference needed."""
+    """A grid of 8 px with a deviation of one grey level in a natural image, against the image without it.
+
+    No reference image is needed.
+    """
     hq, _, _ = pair
     grid = hq.astype(int)
     grid[::8] += 8
@@ -135,7 +142,10 @@ def test_identity_tells_protocol_direction_and_hashes(tmp_path):
 
 
 def test_lpips_runs_on_the_file_that_was_given(tmp_path, monkeypatch, pair):
-    """Random weights under the published name, whose hash is made the expected one: found through the folder alone, nothing is downloaded."""
+    """Random weights under the published file name, with the expected hash set to theirs.
+
+    The file is found in the given folder and nothing is downloaded.
+    """
     import torch
     import torchvision
 
@@ -150,7 +160,10 @@ def test_lpips_runs_on_the_file_that_was_given(tmp_path, monkeypatch, pair):
 
 
 def test_metrics_of_pyiqa_load_from_the_folder(tmp_path, monkeypatch, pair):
-    """Inception with random weights under its published name, and FID of a set with itself; runs where the extra is installed."""
+    """Inception with random weights under its published file name, and the FID of a set with itself.
+
+    Runs only where the extra is installed.
+    """
     pytest.importorskip("pyiqa", reason="the `metrics` extra is not installed (PolyForm Noncommercial)")
     import torch
     from pyiqa.archs.inception import fid_inception_v3

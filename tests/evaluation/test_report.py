@@ -1,4 +1,4 @@
-"""eval/report.py: tables beside published numbers, curves, and a page that a real browser shows without asking anyone."""
+"""eval/report.py: tables beside published numbers, curves, and a page that a browser shows without network requests."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from test_page import browser  # noqa: F401 - a fixture
 
 @pytest.fixture(scope="module")
 def results(untrained, folders, tmp_path_factory):  # noqa: F811
-    """An evaluation in a folder and in MLflow."""
+    """An evaluation saved in a folder and in MLflow."""
     root = tmp_path_factory.mktemp("report")
     run = shutil.copytree(untrained, root / "mine")
     recipe = yaml.safe_load((run / "checkpoints/step-00000001/config.yaml").read_text())
@@ -34,7 +34,7 @@ def results(untrained, folders, tmp_path_factory):  # noqa: F811
 
 def report(*arguments):
     command = [sys.executable, str(ROOT / "eval/report.py"), *map(str, arguments)]
-    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -63,7 +63,7 @@ def test_from_mlflow(results, tmp_path):
     report(folder, "--out", tmp_path / "b")
     first, second = ((tmp_path / name / "report.md").read_text() for name in "ab")
     assert first.replace("run, ", "mine, ") == second.replace("run, ", "mine, ")
-    assert (tmp_path / "a/report.html").stat().st_size > 20_000  # with its pictures
+    assert (tmp_path / "a/report.html").stat().st_size > 20_000  # the images are embedded
     code, _, err = report("--mlflow", uri, "--experiment", "none", "--out", tmp_path / "c")
     assert code == 2 and "has no experiment none: some" in err
 

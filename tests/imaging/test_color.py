@@ -1,4 +1,4 @@
-"""color.py: a cast goes, detail stays, rows at a time are the whole at once, depth stays."""
+"""color.py: a colour cast is removed, detail and bit depth are kept, and processing by rows equals the whole image."""
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ SOURCE = np.ascontiguousarray(skimage.data.coffee())  # 600 x 400
 
 
 def with_a_cast(x: np.ndarray) -> np.ndarray:
-    """Sharper than the source, and in wrong colours."""
+    """An image sharper than the source and with wrong colours."""
     sharper = x + 0.8 * (x.astype(np.float32) - cv2.GaussianBlur(x, (0, 0), 2).astype(np.float32))
     return (sharper * (0.85, 1.0, 1.1) + (12, -8, 3)).clip(0, 255).astype(np.uint8)
 
@@ -27,12 +27,15 @@ def test_a_cast_goes_and_detail_stays(kind):
     color.correct(kind, made, SOURCE)
     assert np.abs(coarse(made) - coarse(SOURCE)).mean() < before / (
         2 if kind == "lab" else 4
-    )  # in CIELAB a gain of RGB is no gain
+    )  # a gain in RGB is not a gain in CIELAB
     assert cv2.Laplacian(made, cv2.CV_32F).std() > 0.85 * detail
 
 
 def test_wavelet_is_the_published_decomposition():
-    """High frequencies of the restored picture and low ones of the source, by dilated 3x3 convolutions with repeated edges."""
+    """High frequencies of the restored image plus low ones of the source.
+
+    They are computed by dilated 3x3 convolutions with repeated edges.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -68,7 +71,7 @@ def test_the_source_itself_stays_in_either_depth(kind):
         color.correct(kind, made, x)
         assert made.dtype == x.dtype and np.abs(made.astype(int) - x).max() <= (
             1 if x.dtype == np.uint8 else 200
-        )  # OpenCV's CIELAB is a table
+        )  # OpenCV's CIELAB conversion uses a lookup table
 
 
 def test_none_and_others():

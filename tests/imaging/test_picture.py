@@ -1,4 +1,7 @@
-"""picture.py, batch.py, `teasr upscale`: what belongs to a picture survives, a broken one does not stop the others, nothing is half written."""
+"""picture.py, batch.py and `teasr upscale`: metadata and alpha are kept, and a broken image does not stop the others.
+
+Output files are never partial.
+"""
 
 import os
 import signal
@@ -32,7 +35,7 @@ def test_eight_bits_with_profile_and_exif_go_round(tmp_path, suffix):
     exif[0x010F], exif[0x0112] = "Camera", 6
     Image.fromarray(PHOTO).save(tmp_path / f"a{suffix}", exif=exif, icc_profile=SRGB)
     read = picture.read(tmp_path / f"a{suffix}")
-    assert read.rgb.shape == (56, 40, 3) and read.profile == SRGB  # upright
+    assert read.rgb.shape == (56, 40, 3) and read.profile == SRGB  # rotated upright
     picture.write(tmp_path / f"b{suffix}", read)
     with Image.open(tmp_path / f"b{suffix}") as again:
         assert again.size == (40, 56) and again.info["icc_profile"] == SRGB
@@ -124,7 +127,7 @@ def test_what_is_refused_is_named(tmp_path):
 
 
 def test_a_folder_with_broken_files_is_restored_but_for_them(untrained, tmp_path, capsys):
-    """Sub-folders are kept, the exit code is 1, a second start with --skip-existing does only what is missing."""
+    """Sub-folders are kept, the exit code is 1, and a second start with --skip-existing only does what is missing."""
     source, out = tmp_path / "in", tmp_path / "out"
     broken_files(source / "broken")
     Image.fromarray(PHOTO).save(source / "a.png")

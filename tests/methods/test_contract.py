@@ -1,4 +1,4 @@
-"""A method that is unlike TEASR goes through training, previews, checkpoints, saving and restoring without a line of its own in any of them."""
+"""A method unlike TEASR trains, previews, saves, resumes and restores without any code for it outside its own file."""
 
 import numpy as np
 import prototypes  # noqa: F401 - registers the method
@@ -18,12 +18,12 @@ LQ = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:260])
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):
-    """Six updates in one go under ZeRO-3, and three and three more."""
+    """Six updates without a break under ZeRO-3, and three and three more."""
     folder = tmp_path_factory.mktemp("timed")
     common = {
-        "method": {"name": "timed"}, "backbone__train": "lora", "backbone__base": "random", "train__save_every_updates": 3,
-        "train__deepspeed": str(partitioning("zero3", folder)), "train__learning_rate": 1e-2,
-        "preview": {"pictures": 1, "steps": [1]},
+        "method": {"name": "timed"}, "backbone__train": "lora", "backbone__base": "random",
+        "train__save_every_updates": 3, "train__deepspeed": str(partitioning("zero3", folder)),
+        "train__learning_rate": 1e-2, "preview": {"pictures": 1, "steps": [1]},
     }  # fmt: skip
     jobs = [
         small_recipe(shards, folder / name, train__updates=n, **common)
@@ -38,7 +38,7 @@ def test_it_trains_and_resumes_to_the_same_bits(trained):
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (halves / file.name).read_bytes(), file.name
     assert {"weights.safetensors", "weights-fake.safetensors"} <= {p.name for p in whole.iterdir()}
-    assert not any("real" in p.name for p in whole.iterdir())  # what is frozen has no place in a checkpoint
+    assert not any("real" in p.name for p in whole.iterdir())  # frozen roles are not in a checkpoint
     assert (trained / "whole/previews/update-00000006.png").is_file()
     assert {"mse", "fake", "grad_norm/student", "grad_norm/fake"} <= set(rows(trained / "whole")[-1])
     encoder = {n: x for n, x in load_file(whole / "ema.safetensors").items() if ".encoder." in n}
@@ -51,11 +51,11 @@ def test_its_student_restores_with_its_own_dial_whole_and_in_tiles(trained, tmp_
     faithful, default, realistic = (upscaler(LQ, dials=d) for d in ({"strength": 0.05}, None, {"strength": 0.95}))
     assert faithful.shape == (160, 240, 3) and not np.array_equal(faithful, realistic)
     assert np.array_equal(default, upscaler(LQ, dials={"strength": 0.6}))
-    assert np.array_equal(default, upscaler(LQ, seed=1))  # it has no noise
+    assert np.array_equal(default, upscaler(LQ, seed=1))  # the method uses no noise
     tiles = upscaler(LQ, tile_px=104)
     assert (
         np.abs(tiles.astype(float) - default).mean() < 4
-    )  # it has hardly learnt: attention sees other tokens in a tile
+    )  # not equal: attention sees other tokens in a tile, and training was short
     saved = upscaler.save_pretrained(tmp_path / "saved")
     assert np.array_equal(Upscaler.from_pretrained(saved)(LQ), default)
     assert {p.name for p in saved.glob("*.safetensors")} == {"ema.safetensors", "fixed.safetensors"}

@@ -1,4 +1,4 @@
-"""sampler.py on fields whose answer is known: Algorithm 1 is exact for an average velocity, at any number of steps."""
+"""sampler.py on analytic fields: Algorithm 1 is exact for an average velocity, at any number of steps."""
 
 import pytest
 import torch
@@ -66,7 +66,10 @@ def test_callback_counts_steps_and_may_change_the_latents(pair):
 
 
 def test_fidelity_goes_from_the_sample_to_the_mean(pair):
-    """Of the instantaneous field the first jump's estimate is the mean of all that fits, z_lq: the line to it in equal parts, at no evaluation more."""
+    """With the instantaneous field, the first jump estimates the mean of all plausible results, which is z_lq.
+
+    Fidelity interpolates linearly from the sample to this mean, without additional evaluations.
+    """
     z_lq, eps = pair
     end = sample(GaussianField(average=False), z_lq, eps, 4)
     for fidelity in (0.0, 0.25, 1.0):
@@ -79,7 +82,7 @@ def test_fidelity_goes_from_the_sample_to_the_mean(pair):
 
 
 class OneStep(AnyStep):
-    """As of a method that restores in one step, with a dial of its own."""
+    """The sampler of a method that restores in one step, with its own dial."""
 
     step_counts = (1,)
     dials = (Dial("strength", 0.6, "from faithful to realistic"),)

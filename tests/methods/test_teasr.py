@@ -1,4 +1,4 @@
-"""methods/teasr.py: the lean update against the joint loss, what is computed and what not, the schedules."""
+"""methods/teasr.py: the memory-saving update against the joint loss, what is computed, and the schedules."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ PLAIN = {"lambda_lpips": 0.0, "ramps": {}}
 
 
 def tiny(dtype=torch.float64, **settings) -> Tiny:
-    """A tiny backbone with a fitted codec and random LoRA and output weights, so that every path matters."""
+    """A tiny backbone with a fitted codec and random LoRA and output weights, so that every path has an effect."""
     g = torch.Generator().manual_seed(0)
     backbone = Tiny(
         TinyConfig(**({"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2} | settings))
@@ -63,7 +63,7 @@ def gradients(backbone: Tiny) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("net", [{}, {"gradient_checkpointing": True}, {"decoupled_timestep": False}], ids=str)
 def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
-    """Four graphs one after another == one backward through everything, float64, to 1e-10."""
+    """Four graphs one after another give the gradient of one backward pass through everything (float64, to 1e-10)."""
     config = TeasrConfig(**(PLAIN | change))
     lpips = losses.load_lpips("alex", weights=False).double() if config.lambda_lpips else None
     backbone = tiny(**net)
@@ -79,7 +79,7 @@ def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
 
 
 class Counting:
-    """Wraps a backbone's network: batch sizes with and without graph, and whether an older graph is still alive."""
+    """Records a network's batch sizes with and without a graph, and whether an older graph is still alive."""
 
     def __init__(self, backbone: Tiny):
         self.plain, self.graph, self.alive = [], [], []
@@ -133,7 +133,7 @@ def test_four_graphs_never_two_at_once_and_batched_scores():
         (("rectify",), 4, [3, 3]),
         (("cons",), 3, [6]),
         (("adv",), 3, [9, 3]),
-        (("rectify", "mse"), 3, [3, 3, 3]),  # the fake sample of L_adv then comes without graph
+        (("rectify", "mse"), 3, [3, 3, 3]),  # here L_adv computes its fake sample without a graph
         (("rectify", "mse", "adv", "cons"), 1, []),
         (("flow", "cons", "adv", "rectify"), 1, []),
     ],
@@ -184,7 +184,7 @@ def test_scores_stay_in_their_range():
 
 
 def test_cycle_over_four_micro_batches_sums_to_the_whole():
-    """Each graph on its micro-batch, four times the weight: the mean over the update is the full objective."""
+    """Each loss runs on one micro-batch with four times its weight: the mean over the update is the full objective."""
     base = TeasrConfig(**PLAIN)
     backbone, b = tiny(), batch()
     for loss in Teasr(base).losses({"student": Model(backbone)}, b, draws(), NOW):

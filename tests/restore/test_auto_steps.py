@@ -1,4 +1,4 @@
-"""auto_steps.py: as few steps as give what twice as many would, looked for where the picture has most detail."""
+"""auto_steps.py: the fewest steps whose result doubling would not change, judged in the most detailed region."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from teasr.restore.auto_steps import busiest, choose
 
 
 def converging(first_change):
-    """Results that change by first_change, then half of it, .. grey levels."""
+    """Results that change by first_change grey levels, then by half of that, and so on."""
     done = []
 
     def restore(steps):
@@ -58,4 +58,4 @@ def test_a_picture_gets_the_steps_that_were_chosen_and_is_told(untrained, monkey
     monkeypatch.setattr("teasr.restore.auto_steps.choose", lambda restore: (1, 0.0))
     assert np.array_equal(
         upscaler(photo, "auto", fidelity=0.5, say=told.append), upscaler(photo, 1)
-    )  # nothing to take back
+    )  # one step leaves nothing to blend

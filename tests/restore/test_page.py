@@ -1,4 +1,4 @@
-"""`teasr demo` as its users meet it: a real server and a real browser without a window; upload, restore, slide, download."""
+"""`teasr demo` with a real server and a headless browser: upload, restore, move the slider, download."""
 
 import os
 import shutil

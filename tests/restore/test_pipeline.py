@@ -1,4 +1,4 @@
-"""pipeline.py: what users of diffusers expect of a pipeline."""
+"""pipeline.py: behaves as users of diffusers expect of a pipeline."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""pretrained.py: models from folders, the hub's cache and exports; saving; precisions; offloading; what is refused."""
+"""pretrained.py: models from folders, the hub's cache and exports; saving, precisions, offloading, refused input."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_model_is_saved_and_loaded(untrained, tmp_path):
 
 
 def test_a_name_on_the_hub(untrained, tmp_path, monkeypatch):
-    """The hub's own code finds the snapshot in its cache; without network and cache the error says both."""
+    """The hub's own code finds the snapshot in its cache; the error without network and cache mentions both."""
     import huggingface_hub.constants as hub
 
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
@@ -53,7 +53,7 @@ def test_a_name_on_the_hub(untrained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_precisions_of_the_small_model(untrained, dtype):
-    """The transformer alone is rounded: near, and not the same."""
+    """Only the transformer is rounded: the result is close, but not identical."""
     exact, rounded = (Upscaler.from_pretrained(untrained, dtype=d)(PHOTO, steps=2).astype(float) for d in (None, dtype))
     assert np.abs(rounded - exact).max() > 0 and np.abs(rounded - exact).mean() < 0.5
     with pytest.raises(ValueError, match="dtype fp8: backbone tiny can do fp32, bf16, fp16"):
@@ -78,7 +78,7 @@ def test_an_exported_lora_restores_as_its_run(run, export, tmp_path):  # noqa: F
 
 
 def test_offloaded_blocks_compute_the_same(model, untrained):  # noqa: F811
-    """With the CPU in the place of the GPU: the hooks are those that move weights, and no bit changes."""
+    """The CPU stands in for the GPU: the hooks still move the weights, and no bit changes."""
     z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     t, r, cpu = torch.tensor([0.5]), torch.tensor([0.25]), torch.device("cpu")
     for changes in ({}, {"quantise": "nf4", "dtype": "bf16"}, {"modulation_table": None}):

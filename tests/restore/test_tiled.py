@@ -1,4 +1,7 @@
-"""tiled.py: tiles show what the whole shows, out of memory makes them smaller, nothing larger than a tile reaches the network."""
+"""tiled.py: tiled results match the whole image, and tiles shrink when memory runs out.
+
+Nothing larger than a tile reaches the network.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from teasr.restore.upscaler import Upscaler
 
 @pytest.fixture(scope="module")
 def upscaler():
-    """A network that does something, on a codec fitted to a photograph."""
+    """A network with a non-zero output, and a codec fitted to a photograph."""
     backbone = Tiny(TinyConfig(width=32, depth=2, heads=2, lora_rank=4, lora_alpha=4), seed=0)
     photo = images.to_tensor(skimage.data.coffee()[:256, :256])
     backbone.fit([(photo[:, :, i : i + 64], photo[:, :, i : i + 64]) for i in range(0, 192, 8)])
@@ -27,7 +30,7 @@ def upscaler():
 
 @pytest.fixture(scope="module")
 def lq():
-    return np.ascontiguousarray(skimage.data.coffee()[100:161, 200:283])  # 244 x 332 px: no multiple of 8
+    return np.ascontiguousarray(skimage.data.coffee()[100:161, 200:283])  # 244 x 332 px: not a multiple of 8
 
 
 def test_one_tile_is_the_sampler_itself(upscaler, lq):
@@ -40,7 +43,10 @@ def test_one_tile_is_the_sampler_itself(upscaler, lq):
 @pytest.mark.parametrize("tile_px", [64, 104, 200])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_tiles_show_what_the_whole_shows(upscaler, lq, tile_px, steps):
-    """To a level or so, and no more at the borders of tiles than elsewhere: a seam would be an edge that the whole does not have."""
+    """The mean difference is about one level, and no larger at tile borders than elsewhere.
+
+    A seam would be an edge that the whole image does not have.
+    """
     whole = upscaler(lq, steps=steps, tile_px=4096).astype(float)
     tiles = upscaler(lq, steps=steps, tile_px=tile_px).astype(float)
     assert np.abs(tiles - whole).mean() < 1.5
@@ -51,7 +57,10 @@ def test_tiles_show_what_the_whole_shows(upscaler, lq, tile_px, steps):
 
 
 def test_memory_is_that_of_a_tile_and_shrinks_when_there_is_none(upscaler, lq, monkeypatch, capsys):
-    """The transformer has no room for more than 12 x 12 places: tiles are halved once, and the picture is that of smaller tiles."""
+    """The transformer runs out of memory above 12 positions: tiles are halved once.
+
+    The result is that of the smaller tiles.
+    """
     wanted = upscaler(lq, steps=2, tile_px=96)
     seen, whole = [], upscaler.backbone.net.forward
 
@@ -64,9 +73,9 @@ def test_memory_is_that_of_a_tile_and_shrinks_when_there_is_none(upscaler, lq, m
     monkeypatch.setattr(upscaler.backbone.net, "forward", forward)
     made = upscaler(lq, steps=2, tile_px=192)
     assert capsys.readouterr().out == "out of memory: going on with tiles of 96 px\n"
-    # of 31 x 42 units: no longer than two by two and four by five spans need
+    # 31 x 42 units: spans are no longer than a division by two and two, and by four and five, requires
     assert {tuple(shape) for shape in seen} == {(17, 23), (10, 11)}
-    assert np.abs(made.astype(float) - wanted).mean() < 1.5  # encoded before in larger tiles
+    assert np.abs(made.astype(float) - wanted).mean() < 1.5  # not equal, since it was encoded in larger tiles
     monkeypatch.setattr(upscaler.backbone, "decode", lambda z: (_ for _ in ()).throw(MemoryError("none")))
     with pytest.raises(MemoryError, match="not even a tile of"):
         upscaler(lq)
@@ -82,7 +91,7 @@ def test_sixteen_bits_stay(upscaler, lq):
     deep = lq.astype(np.uint16) * 257
     made, eight = upscaler(deep, steps=1), upscaler(lq, steps=1)
     assert made.dtype == np.uint16 and np.abs(made / 257 - eight).max() < 1.5
-    assert len(np.unique(made)) > 2000  # and are used
+    assert len(np.unique(made)) > 2000  # the extra levels are used
 
 
 def test_progress_counts_every_tile_of_every_stage(upscaler, lq):

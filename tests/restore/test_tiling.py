@@ -1,4 +1,4 @@
-"""tiling.py: every place is covered, weights sum to one, margins count for nothing."""
+"""tiling.py: every position is covered, weights sum to one, and margins have zero weight."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def test_weights_sum_to_one_everywhere(length, size, overlap, margin):
     if len(axis.starts) > 1 and margin:
         assert (
             axis.weights()[1][0] == 0 and axis.weights()[0][0] == 1
-        )  # context at an inner end, the frame at an outer one
+        )  # context at an inner end, the image border at an outer one
 
 
 def test_a_plan_puts_a_picture_together_again():
@@ -46,7 +46,7 @@ def test_a_plan_puts_a_picture_together_again():
 
 
 def test_the_weight_of_one_place_changes_slowly():
-    """No step larger than the ramp's own: a step would be a seam."""
+    """No step exceeds that of the ramp: a larger step would be a visible seam."""
     axis = Axis.of(100, 24, 8, 1)
     for weight in axis.weights(8):
         assert (weight[1:] - weight[:-1]).abs().max() <= 1.01 / (6 * 8)
@@ -58,7 +58,7 @@ def test_too_small_tiles_are_refused():
 
 
 def test_spans_are_no_longer_than_their_overlap_asks_for():
-    """A shorter span of the same number would overlap too little; a longer one computes places twice."""
+    """With the same number of spans, shorter ones would overlap too little and longer ones repeat computation."""
     for length in range(20, 200, 7):
         for size, overlap in ((16, 3), (32, 4), (64, 8)):
             axis = Axis.of(length, size, overlap, 1)

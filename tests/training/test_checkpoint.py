@@ -1,4 +1,7 @@
-"""checkpoint.py, files.py and tracking.py: whole or absent, newest good one wins, CSV survives, MLflow cannot stop a run."""
+"""checkpoint.py, files.py and tracking.py: atomic writes, fallback to the newest intact checkpoint, and logging.
+
+The CSV file survives an interruption, and MLflow cannot stop a run.
+"""
 
 import pytest
 import torch

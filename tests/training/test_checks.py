@@ -1,4 +1,4 @@
-"""checks.py: what would end a run after hours is found before it."""
+"""checks.py: problems that would end a run after hours are found before it starts."""
 
 import shutil
 from collections import namedtuple
@@ -23,7 +23,7 @@ def test_a_run_folder_is_made_and_nothing_is_left_in_it(tmp_path):
     ("free", "lying", "warns"), [(10e9, 0, False), (7e9, 0, True), (3e9, 3, False), (2e9, 0, None)]
 )
 def test_room_for_checkpoints(tmp_path, monkeypatch, free, lying, warns):
-    """Of 2.5 GB each, two are kept, one is in the making and one is the best: those that lie there are paid for."""
+    """Checkpoints of 2.5 GB: two kept, one being written and one best. Existing ones reduce the space still needed."""
     for i in range(lying):
         (tmp_path / f"checkpoints/step-{i:08d}").mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
@@ -36,7 +36,7 @@ def test_room_for_checkpoints(tmp_path, monkeypatch, free, lying, warns):
 
 
 def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
-    checks.precision("bf16", None)  # on the CPU it is slow, and works
+    checks.precision("bf16", None)  # slow on the CPU, but it works
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")

@@ -1,4 +1,4 @@
-"""Checkpoints and exports of the version before roles (commit a34644a) load, and go on with the losses that it had."""
+"""Checkpoints and exports of the version before roles (commit a34644a) load, and training continues with its losses."""
 
 import shutil
 
@@ -19,7 +19,7 @@ LQ = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:260])
 
 
 def test_old_checkpoints_go_on_as_they_did(shards, tmp_path):
-    """Three updates of it, three of ours: all six as that version trained them."""
+    """Three updates by the old version and three by ours match six updates trained by the old version."""
     jobs = []
     for kind in ("tiny", "qwen_image"):
         shutil.copytree(OLD / kind / "checkpoints", tmp_path / kind / "checkpoints")
@@ -35,10 +35,10 @@ def test_old_checkpoints_go_on_as_they_did(shards, tmp_path):
         assert len(wanted) == len(found) == 6 and found[:3] == wanted[:3]
         for want, have in zip(wanted, found, strict=True):
             assert want.keys() == have.keys()
-            for name, value in want.items():  # to the bit on the machine that made them
+            for name, value in want.items():  # bit-identical on the machine that made the stored values
                 assert have[name] == pytest.approx(value, rel=5e-3, abs=1e-4), (want["update"], name)
         new = tmp_path / kind / "checkpoints/step-00000006"
-        for file in ("weights", "ema", "optimiser", "fixed"):  # same files, same names in them
+        for file in ("weights", "ema", "optimiser", "fixed"):  # the same files with the same tensor names
             before = load_file(OLD / kind / f"checkpoints/step-00000003/{file}.safetensors")
             after = load_file(new / f"{file}.safetensors")
             assert {n: x.shape for n, x in before.items()} == {n: x.shape for n, x in after.items()}
@@ -49,7 +49,7 @@ def test_old_models_restore_alike_from_checkpoint_and_export():
         checkpoint = OLD / kind / "checkpoints/step-00000003"
         restored = Upscaler.from_pretrained(checkpoint)(LQ, steps=2, fidelity=0.5)
         assert restored.shape == (160, 240, 3) and restored.std() > 5
-        if kind == "tiny":  # the LoRA's export names a base model, which a random one is not
+        if kind == "tiny":  # the export of a LoRA names a base model, which a randomly initialised base is not
             assert np.array_equal(Upscaler.from_pretrained(OLD / kind / "export")(LQ, steps=2, fidelity=0.5), restored)
 
 

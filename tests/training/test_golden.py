@@ -1,4 +1,4 @@
-"""The first 20 updates of the tiny preset are what they were; `make golden` regenerates them when that is meant."""
+"""The first 20 updates of the tiny preset have not changed; `make golden` regenerates them after an intended change."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""preview.py: what is shown is what the checkpoint restores, it changes nothing, and its score chooses the best checkpoint."""
+"""preview.py: a preview shows what the checkpoint restores and does not affect training.
+
+Its score selects the best checkpoint.
+"""
 
 import csv
 import json
@@ -29,7 +32,10 @@ def heldout(photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(shards, heldout, tmp_path_factory):
-    """Without previews, and with them under several stages, small parameters in pieces (as by default) or not, one and two ranks."""
+    """Runs without previews and with them, on one and two ranks.
+
+    The stages differ, and small parameters are partitioned or, as by default, not.
+    """
     folder = tmp_path_factory.mktemp("previews")
     stages = {"zero1": ROOT / "ds_configs/zero1.json", "zero3": ROOT / "ds_configs/zero3.json"}
     stages["pieces"] = partitioning("zero3_offload", folder)
@@ -54,7 +60,7 @@ def scores(run):
 
 
 def test_previews_change_nothing(runs):
-    """Not a bit of the weights, under ZeRO-3 with whole copies of small parameters too."""
+    """The weights are bit-identical, also under ZeRO-3, where small parameters are kept whole."""
     newest = [checkpoint_folder.latest(runs / name / "checkpoints") for name in ("zero3-off", "zero3")]
     for file in ("weights.safetensors", "ema.safetensors", "optimiser.safetensors"):
         assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes()
@@ -63,7 +69,10 @@ def test_previews_change_nothing(runs):
 
 @pytest.mark.parametrize("name", ["zero3", "pieces", "zero3-two"])
 def test_every_stage_shows_the_same(runs, name):
-    """Also that the averaged weights are shown: a stale whole copy of a parameter would give those of another update."""
+    """Also checks that the averaged weights are shown.
+
+    A stale whole copy of a parameter would show those of another update.
+    """
     reference, found = scores(runs / "zero1"), scores(runs / name)
     assert sorted(reference) == list(range(UPDATES + 1)) == sorted(found)
     for update, values in reference.items():
@@ -85,7 +94,7 @@ def test_it_shows_what_the_checkpoint_restores(runs, heldout):
     assert [p.name for p in sheets] == [f"update-{n:08d}.png" for n in range(0, UPDATES + 1, 2)]
     assert len({p.read_bytes() for p in sheets}) == len(sheets)
     sheet = np.asarray(Image.open(sheets[-1]))
-    first_lq = np.kron(preview.samples[0].lq_up, np.ones((3, 3, 1), np.uint8))  # 72 px, three times as large
+    first_lq = np.kron(preview.samples[0].lq_up, np.ones((3, 3, 1), np.uint8))  # 72 px, enlarged three times
     assert np.array_equal(sheet[22 : 22 + 216, :216], first_lq)
 
 

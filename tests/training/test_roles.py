@@ -1,4 +1,7 @@
-"""Several roles on one base: DeepSpeed against a plain PyTorch loop, under every ZeRO stage, on one rank and two, stopped, killed and resumed."""
+"""Several roles on one base: DeepSpeed against a plain PyTorch loop.
+
+Covers every ZeRO stage on one and two ranks, stopping, killing and resuming.
+"""
 
 import json
 import math
@@ -61,7 +64,7 @@ class Batches:
 
 
 def weights(run_dir) -> dict:
-    """All that is trained, by role."""
+    """All trained weights, by role."""
     folder = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     return {
         "student": load_file(folder / "weights.safetensors"),
@@ -71,7 +74,7 @@ def weights(run_dir) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory):
-    """Every stage on one rank and on two; copies instead of one base; a leaking method."""
+    """Every stage on one and two ranks, a run with copies of the base, and one whose method leaks a gradient."""
     folder = tmp_path_factory.mktemp("roles")
     for ranks in (1, 2):
         jobs = [job(shards, folder / f"{ranks}-{stage}", stage) for stage in STAGES]
@@ -102,7 +105,7 @@ def test_all_roles_step_as_in_plain_torch(runs, reference, stage, ranks):
         assert have["grad_norm"] == pytest.approx(
             math.hypot(have["grad_norm/student"], have["grad_norm/critic"]), rel=1e-6
         )
-    assert wanted[0]["grad_norm/critic"] > 0.2  # so that its own clipping shows
+    assert wanted[0]["grad_norm/critic"] > 0.2  # above the critic's clipping norm
     saved = weights(runs / f"{ranks}-{stage}")
     for role, own in trained.items():
         assert set(own) <= set(saved[role])
@@ -111,14 +114,14 @@ def test_all_roles_step_as_in_plain_torch(runs, reference, stage, ranks):
 
 
 def test_a_gradient_that_leaks_into_the_critic_would_be_noticed(runs, reference):
-    """The same method with a plain backward pass through the critic: its gradient is another from the first update on."""
+    """With a plain backward pass through the critic, its gradient differs from the first update on."""
     found = rows(runs / "leak")[0]
     assert found["grad_norm/student"] == pytest.approx(reference[0][0]["grad_norm/student"], rel=1e-4)
     assert found["grad_norm/critic"] != pytest.approx(reference[0][0]["grad_norm/critic"], rel=1e-2)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_the_base_once(runs):
-    """The student's file as ever, the critic's adapter and head in its own; nothing of the frozen teacher."""
+    """The student's files have the usual names, the critic's adapter and head their own, the frozen teacher none."""
     folder = sorted((runs / "1-zero3/checkpoints").glob("step-*"))[-1]
     names = {p.name for p in folder.glob("*.safetensors")}
     assert names == {
@@ -127,7 +130,7 @@ def test_a_checkpoint_holds_what_is_trained_and_the_base_once(runs):
     student, critic = (set(load_file(folder / f"weights{end}.safetensors")) for end in ("", "-critic"))
     assert not student & critic and all(".critic." in n for n in critic) and not any(".critic." in n for n in student)
     assert any(n.startswith("parts.critic.head.") for n in critic) and any(".lora_A.critic." in n for n in critic)
-    assert not any("blocks.1." in n for n in critic)  # it sees block 1 alone
+    assert not any("blocks.1." in n for n in critic)  # it has only the first block
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("zero1", 1), ("zero3", 2), ("zero2_offload", 1)])
@@ -174,7 +177,7 @@ def test_other_ranks_and_stages_go_on_with_the_same_losses(shards, tmp_path):
     close(rows(tmp_path / "whole"), rows(tmp_path / "moved"))
 
 
-# in this process, without an engine
+# the tests below run in this process, without an engine
 
 
 def small(roles, dtype=torch.float64, **settings) -> Tiny:
@@ -209,7 +212,7 @@ def gradients(backbone, role) -> dict:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_loss_through_another_role_leaves_its_gradient_alone(checkpointing):
-    """float64, to 1e-10: each role has the gradient of its own total and nothing else, also where activations are recomputed."""
+    """In float64, to 1e-10: each role gets exactly the gradient of its own total, also with recomputed activations."""
     config = TwoRolesConfig()
     method = TwoRoles(config)
     backbone = small(method.roles(), gradient_checkpointing=checkpointing)
@@ -221,7 +224,7 @@ def test_a_loss_through_another_role_leaves_its_gradient_alone(checkpointing):
         seen[role] = {name: gradients(backbone, name) for name in ("student", "critic")}
 
     backpropagate(method, models, [pictures()], 0, Progress(0, 1), backward)
-    assert not seen["student"]["critic"]  # after the student's loss the critic has no gradient at all
+    assert not seen["student"]["critic"]  # after the student's loss the critic has no gradient
     assert all(torch.equal(g, seen["critic"]["student"][n]) for n, g in seen["student"]["student"].items())
     totals, _ = plain_losses(config, dict.fromkeys(models, backbone), pictures(), Draws(0, 0, (0, 1, 2)))
     for role, total in totals.items():
@@ -234,7 +237,7 @@ def test_a_loss_through_another_role_leaves_its_gradient_alone(checkpointing):
 
 
 def test_a_single_branch_without_adapter_is_the_prior_itself():
-    """Bit for bit, whatever the other roles on the base have learnt; and another adapter set does not show."""
+    """Bit-identical whatever the other roles on the base have learnt; another adapter set has no effect."""
     prior = Tiny(
         TinyConfig(base="small-prior", train="lora"), roles=(Role("teacher", trains="nothing", branches="single"),)
     )
@@ -264,7 +267,7 @@ def test_an_encoder_adapter_starts_as_the_identity_and_learns():
     with torch.no_grad():
         assert torch.equal(model.adapt(z, early), z)
     optimizer = torch.optim.SGD(backbone.trained("student").values(), lr=1.0)
-    for _ in range(3):  # the last layer is zero at the start, and so is that of the LoRA behind it
+    for _ in range(3):  # the encoder's last layer starts at zero, and so does that of the LoRA after it
         optimizer.zero_grad()
         model.velocity(model.adapt(z, early), early, Condition(z, early)).square().mean().backward()
         optimizer.step()
@@ -298,7 +301,10 @@ def test_a_discriminator_begins_undecided_and_knows_the_time():
         (STUDENT, lambda m, z, t: m.features(z, t), "two branches"),
         (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, text=z)), "Tiny takes no text"),
         (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, guidance=7.5)), "guidance needs two prompts"),
-        (Role("fake", branches="single"), lambda m, z, t: m.velocity(z, t, Condition(z, t)), "needs neither z_lq nor t_tar"),
+        (
+            Role("fake", branches="single"), lambda m, z, t: m.velocity(z, t, Condition(z, t)),
+            "needs neither z_lq nor t_tar",
+        ),
         (Role("fake", branches="single"), lambda m, z, t: m.logits(z, t), "no head"),
         (Role("d", branches="single", blocks=1), lambda m, z, t: m.velocity(z, t), "features and no velocity"),
     ],
@@ -356,7 +362,7 @@ def test_a_role_sees_no_more_blocks_than_there_are(shards, tmp_path):
 
 
 def test_an_update_without_a_loss_for_a_trained_role_is_an_error(shards, tmp_path):
-    """DeepSpeed would take an earlier gradient in its place."""
+    """DeepSpeed would otherwise reuse an earlier gradient."""
     start([small_recipe(shards, tmp_path / "run", method={"name": "one_sided"}, **LORA)], tmp_path, 1)
     error = (tmp_path / "run/error.txt").read_text()
     assert "role critic: no loss of this update reached its parameter" in error
@@ -366,7 +372,7 @@ PRIOR = {"name": "tiny", "width": 128, "depth": 4, "heads": 4, "base": "small-pr
 
 
 class TestPrior:
-    """A second base, `prior:`, that only the critic lives on."""
+    """A second base, `prior:`, which only the critic uses."""
 
     def config(self, shards, run_dir, **changes):
         sizes = {
@@ -395,7 +401,8 @@ class TestPrior:
         for file in folders[0].glob("*.safetensors"):
             assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
         assert all(".critic." in name for name in load_file(folders[0] / "weights-critic.safetensors"))
-        assert rows(tmp_path / "whole")[0]["critic"] == pytest.approx(2 * math.log(2))  # a zero head is undecided
+        # a zero head gives a probability of 1/2 to both classes
+        assert rows(tmp_path / "whole")[0]["critic"] == pytest.approx(2 * math.log(2))
 
     def test_only_the_blocks_that_are_seen_are_held(self, shards, tmp_path):
         config = parse(self.config(shards, tmp_path / "run"))

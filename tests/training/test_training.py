@@ -1,8 +1,12 @@
-"""training.py: DeepSpeed against plain torch, ZeRO stages and rank counts against each other, resume to the same bits."""
+"""training.py: DeepSpeed against plain torch, and ZeRO stages and rank counts against each other.
+
+Resumed runs are bit-identical.
+"""
 
 import csv
 import json
 import os
+import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -32,8 +36,11 @@ VARIANTS = {
 }
 
 
-def start(jobs: list[dict], folder: Path, ranks: int) -> None:
-    """Run jobs in one process of their own, or on ranks under the real launcher."""
+def start(jobs: list[dict], folder: Path, ranks: int, real: bool = False) -> None:
+    """Run jobs one after another in one process, or on ranks as the launcher starts them.
+
+    real: as processes of their own whose output is a pipe, where forked ones (warm.py) write to a file.
+    """
     path = folder / f"jobs-{ranks}-{len(jobs)}.json"
     path.write_text(json.dumps(jobs))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -47,8 +54,8 @@ def start(jobs: list[dict], folder: Path, ranks: int) -> None:
             "--master_port",
             str(free_port()),
         ]
-    done = warm.run(
-        [*launcher, str(ROOT / "tests/run_jobs.py"), str(path)], env=env, capture_output=True, text=True, timeout=600
+    done = (subprocess if real else warm).run(
+        [*launcher, str(ROOT / "tests/run_jobs.py"), str(path)], env=env, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -58,7 +65,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def close(a: list[dict], b: list[dict], relative: float = 2e-4) -> None:
-    """All columns of all updates agree up to fp32 rounding."""
+    """Assert that all columns of all updates agree up to fp32 rounding."""
     assert len(a) == len(b) >= 5
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
@@ -68,7 +75,7 @@ def close(a: list[dict], b: list[dict], relative: float = 2e-4) -> None:
 
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory):
-    """Every stage and variant on one rank and on two."""
+    """Runs of every stage and variant on one and on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     for ranks in (1, 2):
         jobs = []
@@ -84,7 +91,7 @@ def runs(shards, tmp_path_factory):
 
 
 def plain_torch(data: dict) -> tuple[list[dict], dict]:
-    """The same run without DeepSpeed: returns its loss terms and gradient norms, and its final weights."""
+    """Train without DeepSpeed; return the losses and gradient norms of each update, and the final weights."""
     recipe = parse(data)
     backbone, method, train = recipe.build_backbone(), recipe.build_method(), recipe.train
     from teasr.training.trainer import FIT_PAIRS, first_pairs
@@ -116,7 +123,7 @@ def plain_torch(data: dict) -> tuple[list[dict], dict]:
 
 
 def test_engine_agrees_with_plain_torch(runs, shards):
-    """Losses, gradient norms and weights of five updates: a lost or doubled backward pass would show at once."""
+    """Losses, gradient norms and weights of five updates: a missing or doubled backward pass would show at once."""
     reference, weights = plain_torch(small_recipe(shards, runs / "plain"))
     ours = rows(runs / "1-zero3")
     for want, have in zip(reference, ours, strict=True):
@@ -135,7 +142,7 @@ def test_zero_stages_give_the_same_losses(runs, stage, ranks):
 
 @pytest.mark.parametrize("name", [*STAGES, "lora", "alternate", "checkpointing"])
 def test_two_ranks_agree_with_one(runs, name):
-    """Same global batch, same noise: also the averaged weights are the same."""
+    """The same global batch and noise; the averaged weights agree too."""
     close(rows(runs / f"2-{name}"), rows(runs / f"1-{name}"))
     one, two = (load_file(next((runs / f"{r}-{name}/checkpoints").iterdir()) / "ema.safetensors") for r in (1, 2))
     assert one.keys() == two.keys()
@@ -143,7 +150,7 @@ def test_two_ranks_agree_with_one(runs, name):
 
 
 def test_cycle_trains_every_term_on_two_ranks(runs):
-    """Which sample meets which term depends on the number of ranks here, so there is no equality to ask for."""
+    """Which sample gets which loss depends on the number of ranks here, so equality cannot be required."""
     for ranks in (1, 2):
         assert {"flow", "cons", "adv", "rectify", "mse"} <= set(rows(runs / f"{ranks}-cycle")[-1])
 
@@ -162,14 +169,17 @@ def test_frozen_base_stays_as_it_was(runs, shards):
 
 def test_what_every_update_logs(runs):
     row = rows(runs / "1-zero3")[-1]
-    names = "update loss flow cons adv rectify mse grad_norm z_hat_mean z_hat_std rectify_to_data checkerboard learning_rate"
+    names = (
+        "update loss flow cons adv rectify mse grad_norm z_hat_mean z_hat_std rectify_to_data checkerboard "
+        "learning_rate"
+    )
     assert set(names.split()) <= set(row)
     assert rows(runs / "1-zero3")[0].get("rectify") is None  # its ramp starts at zero
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_resume_goes_on_to_the_same_bits(shards, tmp_path, stage):
-    """Six updates in one go against three, a stop, and three more: weights, average, metrics.csv."""
+    """Six updates without a break against three, a stop, and three more: weights, average, metrics.csv."""
     common = {
         "train__deepspeed": str(partitioning(stage, tmp_path)),
         "train__save_every_updates": 3,
@@ -189,7 +199,7 @@ def test_resume_goes_on_to_the_same_bits(shards, tmp_path, stage):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tmp_path, ranks):
-    """One of four shards is torn: the run completes and says so; past the set share it does not start."""
+    """One of four shards is truncated: the run completes and reports it; above the allowed share it does not start."""
     from mlflow import MlflowClient
 
     out = make_shards(photos, tmp_path / "shards")
@@ -198,12 +208,13 @@ def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tm
     tracking = {"uri": store, "experiment": "broken"}
     bears = small_recipe(out, tmp_path / "bears", data__max_bad_share=1.0, tracking=tracking, train__updates=6)
     refuses = small_recipe(out, tmp_path / "refuses")
-    start([bears, refuses][: 3 - ranks], tmp_path, ranks)  # (one rank refuses before the ranks meet)
+    start([bears, refuses][: 3 - ranks], tmp_path, ranks)  # a single rank refuses before the ranks connect
     stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out)), 0, 0, 1, 0)
     wanted = [sum(bool(row[3]) for row in islice(samples, 4)) for samples in [iter(stream)] for _ in range(6)]
     assert [row["bad_samples"] for row in rows(tmp_path / "bears")] == wanted and sum(wanted) > 0
     named = (tmp_path / "bears/bad_samples.txt").read_text()
-    assert "shard-000002.tar cannot be read" in named and len(named.splitlines()) <= ranks  # named once, counted always
+    # reported once, but counted in every update
+    assert "shard-000002.tar cannot be read" in named and len(named.splitlines()) <= ranks
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
     assert [m.value for m in client.get_metric_history(run.info.run_id, "bad_samples")] == wanted

@@ -1,5 +1,6 @@
-"""Qwen-Image (20 B parameters) as a dual-branch restorer, on diffusers' own transformer and VAE.
+"""Qwen-Image (20 B parameters) as a dual-branch restoration model, built on diffusers' transformer and VAE.
 
-backbone.py is what the rest of teasr uses; transformer.py adds the second branch, modulation.py replaces a third of the weights by a table,
-vae.py is the codec for single pictures. Imports other files of `backbones`, and `util`.
+backbone.py is the public part, used by the rest of teasr. transformer.py adds the condition branch, modulation.py
+replaces a third of the weights with a lookup table, and vae.py is the codec for single images. This folder imports
+other files of `backbones`, and `util`.
 """

@@ -1,7 +1,8 @@
-"""Qwen-Image (20 B) as a dual-branch restorer: diffusers' own transformer and VAE, LoRA on the condition branch alone.
+"""Qwen-Image (20 B) as a dual-branch restoration model: diffusers' transformer and VAE, LoRA on the condition branch.
 
-Weights come from the hub or a local folder of a diffusers model (`transformer/`, `vae/`); the prompt's embedding from the file that
-data_prep/cache_prompt.py wrote, so that the text encoder is never loaded here. Two branches, decoupled timesteps: TEASR sec. 3.4.
+The weights come from the hub or from the local folder of a diffusers model (`transformer/`, `vae/`). The prompt
+embedding comes from the file written by data_prep/cache_prompt.py, so the text encoder is never loaded here. The two
+branches with decoupled timesteps follow TEASR sec. 3.4.
 
 Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x2 latent pixels, P = 4 C, T text tokens.
 """
@@ -33,30 +34,30 @@ from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
 from teasr.util.seed import seed_of
 
-PROMPT = "prompt.safetensors"  # beside the weights of a saved model
+PROMPT = "prompt.safetensors"  # file name in the folder of a saved model
 
 
 @dataclass(frozen=True)
 class QwenImageConfig:
-    """Which weights, and how the branches are joined."""
+    """Config of the Qwen-Image backbone: its weights and how its branches are joined."""
 
     model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
-    prompt: str  # file of the prompt's embedding, by data_prep/cache_prompt.py; or "random"
-    lora: str | None = None  # a LoRA by launch/export.py to start from; null: one that does nothing yet
+    prompt: str  # prompt file written by data_prep/cache_prompt.py, or "random"
+    lora: str | None = None  # LoRA exported by launch/export.py to start from; null: a new one without effect yet
     lora_rank: int = 128
     lora_alpha: int = 128
-    # independent: condition tokens see condition tokens alone
+    # independent: condition tokens attend only to condition tokens
     cond_attention: Literal["joint", "independent"] = "joint"
-    # positions of condition tokens: those of the noise, or a frame on
+    # positions of condition tokens: the same as the noise tokens, or those of the next frame
     rope: Literal["shared", "frame_offset"] = "shared"
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of frozen weights and of the computation; the LoRA is kept in fp32
-    quantise: Literal["fp8", "nf4"] | None = None  # frozen weights of the blocks; they compute in dtype
-    # steps of a table, in host memory, in place of a third of the weights; null: the layers themselves
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the computation; the LoRA is stored in fp32
+    quantise: Literal["fp8", "nf4"] | None = None  # of the blocks' frozen weights; they compute in `dtype`
+    # number of steps of the modulation table (in host memory), which replaces a third of the weights; null: no table
     modulation_table: int | None = 1000
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks (not under ZeRO-3, whose hooks break the graphs)
-    attention_backend: str | None = None  # one of diffusers'; default: PyTorch's own choice
-    # for model: random alone: other sizes than the published ones
+    attention_backend: str | None = None  # a diffusers backend name; default: chosen by PyTorch
+    # only for `model: random`: arguments that override the published sizes
     transformer: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ class QwenImageConfig:
 
 
 class QwenNet(RoleNet):
-    """The network: latents and two times -> velocity. Holds the transformer and the prompt."""
+    """The network: latents and two times -> velocity. It holds the transformer and the prompt embedding."""
 
     def __init__(self, transformer: DualBranchTransformer, prompt_TD: Tensor, config: QwenImageConfig):
         super().__init__()
@@ -86,18 +87,18 @@ class QwenNet(RoleNet):
     def predict(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
     ) -> Tensor:
-        """z [B, C, h, w], times [B] fp32 -> v [B, C, h, w]."""
+        """Map latents [B, C, h, w] and times [B] fp32 to the velocity [B, C, h, w]."""
         v = self._tokens(z_t, t_cur, z_lq, t_tar, text, role)
         return unpack(v, z_t.shape[-2] // 2, z_t.shape[-1] // 2)
 
     def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
-        """[B, D, h / 2, w / 2]."""
+        """Return a feature map [B, D, h / 2, w / 2]."""
         blocks = role.blocks or len(self.transformer.transformer_blocks)
         x = self._tokens(z_t, t_cur, None, None, text, role, blocks)
         return x.transpose(1, 2).unflatten(2, (z_t.shape[-2] // 2, z_t.shape[-1] // 2))
 
     def _tokens(self, z_t, t_cur, z_lq, t_tar, text, role: Role, blocks: int | None = None) -> Tensor:
-        """Velocity tokens [B, L, P], or those after so many blocks [B, L, D]."""
+        """Return velocity tokens [B, L, P], or the noise tokens [B, L, D] after `blocks` blocks if that is given."""
         dtype = self.prompt.dtype
         text = self.prompt if text is None else text.to(dtype)
         return self.transformer(
@@ -115,7 +116,7 @@ class QwenNet(RoleNet):
 
 
 def pack(z: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, L, P], channel-major inside a token, as diffusers' pipeline has it."""
+    """[B, C, h, w] -> [B, L, P], channel-major within a token, as in diffusers' pipeline."""
     b, c, h, w = z.shape
     z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return z.reshape(b, (h // 2) * (w // 2), 4 * c)
@@ -136,7 +137,7 @@ class QwenImage(Backbone):
     dtypes = ("bf16", "fp32", "fp8", "nf4")
 
     def __init__(self, config: QwenImageConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
-        """ValueError when weights or prompt are missing, incomplete or do not fit each other."""
+        """Build the backbone. Raises ValueError if weights or prompt are missing, incomplete or incompatible."""
         self.config, self.seed, self.roles, self.prepared = config, seed, tuple(roles), False
         self.given: dict[str, Tensor] = {}
         dtype = DTYPES[config.dtype]
@@ -164,7 +165,7 @@ class QwenImage(Backbone):
         self.downsample, self.pixel_multiple, self.patch_px = 8, 16, 16
 
     def _add_role(self, role: Role) -> None:
-        """Its LoRA set and parts."""
+        """Add the role's LoRA set, encoder adapter and head."""
         config, transformer = self.config, self.net.transformer
         blocks = len(transformer.transformer_blocks)
         if role.blocks is not None and not 1 <= role.blocks <= blocks:
@@ -185,13 +186,13 @@ class QwenImage(Backbone):
         return self.codec.decode(z)
 
     def snap(self, t: Tensor) -> Tensor:
-        """To the times of the modulation table, so that label and noise level agree."""
+        """Round to the times of the modulation table, so that time embedding and noise level agree."""
         steps = self.config.modulation_table
         return t if steps is None else (t.double() * steps).round().div(steps).to(t.dtype)
 
     @classmethod
     def with_random_weights(cls, config: QwenImageConfig) -> QwenImageConfig:
-        """Sizes from the configs of a local model; a name on the hub stands for the published sizes."""
+        """Use the sizes of a local model if `config.model` is a folder, and the published sizes for a hub name."""
         sizes = {"transformer": config.transformer, "vae": config.vae}
         if config.model != "random" and (folder := Path(config.model).expanduser()).is_dir():
             for part in sizes:
@@ -210,7 +211,7 @@ class QwenImage(Backbone):
 
     @classmethod
     def inference_config(cls, config: QwenImageConfig, dtype: str | None, folder: Path) -> QwenImageConfig:
-        """`fp8` and `nf4` are of the frozen weights of the blocks, which then compute in bf16."""
+        """With dtype `fp8` or `nf4`, the blocks' frozen weights are quantised and the blocks compute in bf16."""
         prompt, lora = folder / PROMPT, folder / lora_file.NAME
         config = replace(
             config,
@@ -235,14 +236,15 @@ class QwenImage(Backbone):
         return peft, story | {"branches": branches} | {key: getattr(config, key) for key in told}
 
     def _load_lora(self, path: Path) -> None:
-        """Weights of a LoRA file, which must have been trained with these settings. ValueError when not."""
+        """Load a LoRA file. Raises ValueError if it was trained with a different config."""
         weights, theirs = lora_file.read(path)
-        theirs.setdefault("branches", "dual")  # files of the first edition
+        theirs.setdefault("branches", "dual")  # files of the first version lack this key
         ours = self.lora_metadata()[1]
         told = [k for k in ours if k not in ("base_model", "prompt") and theirs.get(k) != ours[k]]
         if told:
             raise ValueError(
-                f"backbone.lora = {path} has {told[0]} = {theirs.get(told[0])}, this config {ours[told[0]]}: they must agree"
+                f"backbone.lora = {path} has {told[0]} = {theirs.get(told[0])}, this config {ours[told[0]]}: "
+                "they must agree"
             )
         try:
             self.load_weights(weights)
@@ -252,7 +254,7 @@ class QwenImage(Backbone):
     def load_weights(self, state: dict[str, Tensor], role: str = FIRST) -> None:
         super().load_weights(state, role)
         if self.config.model == "random" and not self.prepared:
-            self.given |= state  # there was no memory yet to take it
+            self.given |= state  # no memory is allocated yet: `_place` copies these later
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
@@ -265,7 +267,7 @@ class QwenImage(Backbone):
         return groups
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
-        """The first call also puts the network in its final form, block by block: modulation tabulated, weights quantised."""
+        """Move to the device. The first call also tabulates modulation and quantises weights, block by block."""
         if self.prepared:
             self.net.to(device)
             self.codec.to(device)
@@ -300,7 +302,10 @@ class QwenImage(Backbone):
             transformer.compile_repeated_blocks()
 
     def _place(self, part_name: str, part: nn.Module, device: torch.device, prefix: str = "") -> None:
-        """Move a part; random weights come into being there. `prefix`: of its parameters' names in the network."""
+        """Move a part to the device, where random weights are created if `config.model` is random.
+
+        `prefix` is the prefix of the part's parameter names in the network.
+        """
         if self.config.model != "random" or device.type == "meta":
             part.to(device)
             return
@@ -310,7 +315,9 @@ class QwenImage(Backbone):
             for name, p in module._parameters.items():
                 if p is not None:
                     value = torch.empty_like(p, device=device)
-                    if (last := path.rpartition(".")[2]) in others:  # beside the draws of base and student
+                    if (
+                        last := path.rpartition(".")[2]
+                    ) in others:  # own generator: does not change the draws of base and student
                         value.zero_()
                         if "lora_A" in path:
                             own = seed_of(self.seed, "random weights", part_name, last, path)
@@ -319,7 +326,7 @@ class QwenImage(Backbone):
                         continue
                     if p.ndim > 1 and p.numel() > max(p.shape):
                         value.normal_(0, p[0].numel() ** -0.5, generator=generator)
-                    else:  # of a norm, or a bias
+                    else:  # weight of a norm, or a bias
                         value.fill_(0.0 if name == "bias" else 1.0)
                     module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
         for name, p in part.named_parameters():
@@ -335,7 +342,7 @@ def _pretrained(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCod
 
 
 def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
-    """Both without any memory yet: `QwenImage.to` gives them some, part by part."""
+    """Build transformer and codec without allocating memory: `QwenImage.to` allocates it part by part."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.dtype])
     try:
@@ -349,9 +356,9 @@ def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
 
 
 def _prompt(config: QwenImageConfig, width: int) -> Tensor:
-    """The prompt's embedding [T, width]."""
+    """Return the prompt embedding [T, width]. Raises ValueError if the file is unusable or of another width."""
     if config.prompt == "random":
-        return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # as many tokens as the empty prompt
+        return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # the empty prompt has 5 tokens
     embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
     if mask is not None:
         raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
@@ -364,7 +371,7 @@ def _prompt(config: QwenImageConfig, width: int) -> Tensor:
 
 
 def _group(name: str) -> str:
-    """What a frozen tensor of the transformer is for."""
+    """Return the memory group of a frozen tensor of the transformer."""
     if "_mod." in name:
         return "modulation"
     if any(part in name for part in ("txt_", ".add_", "to_add_out", "norm_added", "prompt")):

@@ -1,8 +1,10 @@
-"""The modulation of every block as a table over times, in host memory, in place of the layers that compute it.
+"""A lookup table over times, in host memory, that replaces the modulation layers of every block.
 
-In Qwen-Image a third of all weights (6.8 of 20.4 B) only turns a time into shifts, scales and gates: 120 Linears that see nothing else. On a grid of
-times their values are 110,592 numbers a block and time; the layers are dropped. Exact on the grid, to which `QwenImage.snap` rounds: times and
-noise levels then agree. A LoRA on a dropped layer stays, since its own product needs the time embedding alone.
+In Qwen-Image a third of all weights (6.8 of 20.4 B) only maps a time to shifts, scales and gates: 120 Linears whose
+sole input is the time embedding. On a grid of times their outputs are 110,592 numbers per block and time, so the
+outputs are stored and the layers are dropped. The table is exact on the grid, and `QwenImage.snap` rounds times to it,
+so that time embeddings and noise levels agree. A LoRA on a dropped layer is kept, because it needs only the time
+embedding.
 """
 
 from __future__ import annotations
@@ -13,28 +15,33 @@ from torch import Tensor, nn
 
 from teasr.backbones.lora import base, replace_linears
 
-Rows = tuple[
-    Tensor, Tensor, Tensor | None
-]  # of one block: noise and text tokens at t_cur, condition tokens at t_tar; [B, 6 D]
+# modulation of one block, each [B, 6 D]: noise and text tokens at t_cur, condition tokens at t_tar
+Rows = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Tabulated(nn.Module):
-    """What stands where a modulation layer was."""
+    """Placeholder for a modulation layer that was replaced by the table."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Never called: the table has its values."""
+        """Raise RuntimeError: the layer must not be called, because the table holds its values."""
         raise RuntimeError("this modulation layer was replaced by a table of its values")
 
 
 class ModulationTable:
-    """Values on the times k / size: for image tokens -size <= k <= size (targets may be negative), for text 0 <= k <= size."""
+    """Modulation values at the times k / size.
+
+    Image tokens: -size <= k <= size, because target times may be negative. Text tokens: 0 <= k <= size.
+    """
 
     def __init__(self, size: int, blocks: int, width: int, dtype: torch.dtype, device: torch.device):
-        """Empty, for `blocks` blocks of `width` D. `device`: where the layers will compute; the table stays in host memory."""
+        """Allocate an empty table for `blocks` blocks of width D = `width`, in host memory.
+
+        `device` is the device on which the network computes.
+        """
         self.size = size
         place = torch.device("meta") if device.type == "meta" else torch.device("cpu")
         pinned = device.type == "cuda"
@@ -43,17 +50,17 @@ class ModulationTable:
 
     @property
     def times(self) -> Tensor:
-        """The grid, ascending, [2 size + 1] fp32."""
+        """The time grid in ascending order, [2 size + 1] fp32."""
         return torch.arange(-self.size, self.size + 1) / self.size
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
+        """Host memory in bytes."""
         return self.image.nbytes + self.text.nbytes
 
     @torch.no_grad()
     def take(self, i: int, block: nn.Module, temb: Tensor) -> None:
-        """Fill in block `i` from the embeddings [2 size + 1, D] of all `times`, and drop its layers."""
+        """Compute the values of block `i` from the embeddings [2 size + 1, D] of all `times`, and drop its layers."""
         y = F.silu(temb)
         self.image[:, i].copy_(base(block.img_mod[1], y))
         self.text[:, i].copy_(base(block.txt_mod[1], y[self.size :]))
@@ -61,22 +68,22 @@ class ModulationTable:
         replace_linears(block.txt_mod, Tabulated)
 
     def rows(self, t_cur: Tensor, t_tar: Tensor | None) -> list[Rows]:
-        """What each block needs at these times [B], on their device. ValueError for a time off the grid."""
+        """Return each block's modulation at these times [B], on their device. Raises ValueError off the grid."""
         cur = self._fetch(self.image, t_cur, self.size).unbind(1)
         text = self._fetch(self.text, t_cur, 0).unbind(1)
         tar = [None] * len(cur) if t_tar is None else self._fetch(self.image, t_tar, self.size).unbind(1)
         return list(zip(cur, text, tar, strict=True))
 
     def _fetch(self, table: Tensor, t: Tensor, zero: int) -> Tensor:
-        """[B, blocks, 6 D] at times [B]; `zero`: the row of time 0."""
+        """Return the rows [B, blocks, 6 D] at times [B]; `zero` is the row of time 0."""
         if table.is_meta:
             return torch.empty(len(t), *table.shape[1:], dtype=table.dtype, device=t.device)
         exact = t.detach().cpu().double() * self.size
         k = exact.round()
         if (exact - k).abs().max() > 1e-3 or (k + zero).min() < 0 or k.max() > self.size:
             raise ValueError(
-                f"time {t.flatten()[(exact - k).abs().argmax()].item():g} is not in the modulation table of {self.size} steps: round times "
-                "with the backbone's snap, or set backbone.modulation_table=null"
+                f"time {t.flatten()[(exact - k).abs().argmax()].item():g} is not in the modulation table of "
+                f"{self.size} steps: round times with the backbone's snap, or set backbone.modulation_table=null"
             )
         rows = (k.long() + zero).tolist()
         gathered = torch.stack([table[row] for row in rows]) if len(rows) > 1 else table[rows[0]][None]

@@ -1,10 +1,12 @@
 """Qwen-Image's transformer with two image branches and decoupled timesteps (TEASR sec. 3.4), on diffusers' own classes.
 
-Same modules and state-dict keys as the stock model, no parameters of its own. Noise tokens run at t_cur, condition tokens, if there are any, at
-t_tar of either sign, text at t_cur; all attend to one another. Which LoRA set acts on noise and which on condition tokens is an argument
-(`Adapters`) that every block gets: no masks, hooks or global state, so that activation checkpointing recomputes what was computed.
+The modules and state-dict keys are those of the stock model, with no additional parameters. Noise and text tokens run
+at t_cur, and optional condition tokens at t_tar of either sign; all tokens attend to one another. The LoRA sets for
+noise and for condition tokens are passed to every block as an argument (`Adapters`). There are no masks, hooks or
+global state, so activation checkpointing recomputes exactly what the first forward pass computed.
 
-Shape legend: B batch, L noise tokens (as many condition tokens), T text tokens, D width, P channels of a token, H heads, E head width.
+Shape legend: B batch, L noise tokens (and equally many condition tokens), T text tokens, D width, P channels per token,
+H heads, E head width.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
 from teasr.backbones.roles import DEFAULT_SET, Adapters
 
 STUDENT_SETS = Adapters(condition=DEFAULT_SET)
-Rope = tuple[Tensor, Tensor, Tensor]  # of noise [L, E / 2], text [T, E / 2] and condition tokens [L, E / 2], complex
+Rope = tuple[Tensor, Tensor, Tensor]  # complex: noise [L, E / 2], text [T, E / 2], condition tokens [L, E / 2]
 
 
 class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
-    """Joint attention over [text, noise, condition] through diffusers' dispatcher."""
+    """Joint attention over [text, noise, condition] tokens through diffusers' attention dispatcher."""
 
     def __call__(
         self,
@@ -45,7 +47,10 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         last: bool,
         adapters: Adapters,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Attention outputs of noise, text and condition tokens; the last block's text and condition outputs are None."""
+        """Return the attention outputs of noise, text and condition tokens.
+
+        The text and condition outputs are None in the last block.
+        """
         heads = functools.partial(_heads, attn)
         lx, lc = adapters.noise, adapters.condition
         q_x, k_x, v_x = (heads(with_lora(layer, x_BLD, lx)) for layer in (attn.to_q, attn.to_k, attn.to_v))
@@ -77,7 +82,7 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         return out_x, out_t, with_lora(attn.to_out[0], out_c, lc)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, *, H, E] each -> [B, queries, D]."""
+        """Map q, k and v, each [B, *, H, E], to [B, queries, D]."""
         out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
         return out.flatten(2, 3).to(q.dtype)
 
@@ -102,10 +107,10 @@ class DualBranchBlock(QwenImageTransformerBlock):
         adapters: Adapters = STUDENT_SETS,
         last: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise, text and condition tokens after the block.
+        """Return the noise, text and condition tokens after the block.
 
-        rows: its modulation where that comes from a table. last: of its results only the noise tokens will be read, what else it would
-        compute is left out.
+        rows: the block's modulation, if it comes from a table. last: only the resulting noise tokens will be used, so
+        the computation of the others is skipped and they are returned unchanged.
         """
         lx, lc = adapters.noise, adapters.condition
         if rows is None:
@@ -137,26 +142,26 @@ class DualBranchBlock(QwenImageTransformerBlock):
         return x_BLD, text_BTD, cond_BLD
 
     def _mlp(self, y_BLD: Tensor, name: str | None) -> Tensor:
-        """The image MLP with this LoRA set."""
+        """Apply the image MLP with this LoRA set."""
         first, _, second = self.img_mlp.net
         return with_lora(second, F.gelu(with_lora(first.proj, y_BLD, name), approximate="tanh"), name)
 
 
 class DualBranchTransformer(QwenImageTransformer2DModel):
-    """The model; weights of the stock one load as they are."""
+    """The dual-branch transformer; it loads the weights of the stock model unchanged."""
 
     _repeated_blocks: ClassVar = ["DualBranchBlock"]
     _no_split_modules: ClassVar = ["DualBranchBlock"]
-    modulation: ModulationTable | None = None  # in place of the blocks' own layers
+    modulation: ModulationTable | None = None  # replaces the blocks' own modulation layers if set
 
-    @functools.wraps(QwenImageTransformer2DModel.__init__)  # else from_pretrained drops the config
+    @functools.wraps(QwenImageTransformer2DModel.__init__)  # otherwise from_pretrained drops the config
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._upgrade()
 
     @classmethod
     def from_stock(cls, model: QwenImageTransformer2DModel) -> DualBranchTransformer:
-        """Turn a loaded stock model, quantised or not, into this class in place."""
+        """Convert a loaded stock model, quantised or not, to this class in place."""
         model.__class__ = cls
         model._upgrade()
         return model
@@ -169,16 +174,19 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
             block.attn.processor = processor
 
     def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
-        """As diffusers' own, into the set that acts on condition tokens unless another is named."""
+        """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""
         super().load_lora_adapter(*args, adapter_name=adapter_name, **kwargs)
         upgrade_lora(self)
 
     def fuse_lora(self, *args, **kwargs) -> None:
-        """Refused: RuntimeError."""
+        """Raise RuntimeError: fusing is not supported, because it would change the noise tokens too."""
         raise RuntimeError("this LoRA acts on condition tokens alone: fused, it would change the noise tokens too")
 
     def time_embedding(self, t: Tensor) -> Tensor:
-        """Times [B] fp32 of either sign -> [B, D]; the sinusoid in fp32 (diffusers rounds t to the network's dtype before it)."""
+        """Embed times [B] fp32 of either sign: [B, D].
+
+        The sinusoid is computed in fp32; diffusers would round t to the network's dtype first.
+        """
         embed = self.time_text_embed
         return embed.timestep_embedder(embed.time_proj(t.float()).to(self.proj_out.weight.dtype))
 
@@ -195,11 +203,15 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
         adapters: Adapters = STUDENT_SETS,
         blocks: int | None = None,
     ) -> Tensor:
-        """Velocity tokens [B, L, P]. `text_BTD` is the prompt's embedding as the text encoder gave it; `grid` (rows, columns), L = rows x columns.
+        """Return velocity tokens [B, L, P].
 
-        cond: condition tokens [B, L, P], at t_tar; without them it is the stock model. rope: `shared` positions or `frame_offset`.
-        cond_attention: `joint`, or `independent` (condition tokens see only each other, all others see them).
-        adapters: the LoRA sets of noise and of condition tokens. blocks: end after so many and return their noise tokens [B, L, D].
+        text_BTD: the prompt embedding from the text encoder. grid: (rows, columns), with L = rows x columns.
+        cond: condition tokens [B, L, P] at t_tar; without them the network is the stock model.
+        rope: `shared` (condition tokens have the positions of the noise tokens) or `frame_offset` (the next frame).
+        cond_attention: `joint`, or `independent` (condition tokens attend only to each other, all others attend to
+        them as well).
+        adapters: the LoRA sets of noise and of condition tokens.
+        blocks: stop after this many blocks and return their noise tokens [B, L, D] instead.
         """
         x = with_lora(self.img_in, tokens_BLP, adapters.noise)
         text = self.txt_in(self.txt_norm(text_BTD))
@@ -236,9 +248,10 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
 def lora_targets(
     model: QwenImageTransformer2DModel, branches: Literal["dual", "single"] = "dual", blocks: int | None = None
 ) -> str:
-    """Regular expression of every Linear that the adapted tokens pass, less those whose result nothing reads.
+    """Return a regular expression that matches the Linears to adapt: all whose output for the adapted tokens is used.
 
-    dual: condition tokens, of which the last block only reads keys and values. single: noise tokens, through `blocks` blocks (default: all).
+    dual: the adapted tokens are the condition tokens; in the last block only their keys and values are used. single:
+    they are the noise tokens, through the first `blocks` blocks (default: all).
     """
     last = len(model.transformer_blocks) - 1 if blocks is None else blocks - 1
     all_of_it = r"attn\.(to_q|to_k|to_v|to_out\.0)|img_mlp\.net\.(0\.proj|2)|img_mod\.1"

@@ -1,7 +1,8 @@
-"""Qwen-Image's VAE for single pictures: exact in two dimensions, differentiable, not clamped, checkpointed.
+"""Qwen-Image's VAE converted to 2-D convolutions for single images, with activation checkpointing and without clamping.
 
-For one frame a causal 3-D convolution sees its picture through the last temporal tap alone, so the others are dropped: a third of the
-parameters and of the work, the same result. The stock `decode` clamps to [-1, 1], which has no gradient where it acts; this one does not.
+For a single frame, only the last temporal tap of a causal 3-D convolution sees the image. Dropping the other taps
+leaves a third of the parameters and of the computation, and the same result. The stock `decode` clamps to [-1, 1], and
+clamped values have no gradient; this one does not clamp and is differentiable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from teasr.backbones.prompts import load_part, vae_folder
 
 
 class LastTap(nn.Module):
-    """What a causal Conv3d does to one frame, [B, C, 1, H, W] -> [B, C', 1, H', W']: a 2-D convolution by its last tap."""
+    """2-D convolution equivalent to a causal Conv3d on one frame, [B, C, 1, H, W] -> [B, C', 1, H', W'].
+
+    It uses the last temporal tap of the Conv3d's weight.
+    """
 
     def __init__(self, conv: QwenImageCausalConv3d):
         super().__init__()
@@ -40,10 +44,10 @@ class ResidualBlock(QwenImageResidualBlock):
 
 
 def to_2d(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Convert in place to the two-dimensional form: exact for single frames, useless for video."""
+    """Convert the VAE to 2-D in place: exact for single frames, unusable for video."""
     for module in list(vae.modules()):
         if hasattr(module, "time_conv"):
-            del module.time_conv  # for the frames after the first
+            del module.time_conv  # used only for frames after the first
         if isinstance(module, QwenImageResidualBlock):
             module.__class__ = ResidualBlock
         for name, child in list(module.named_children()):
@@ -53,12 +57,12 @@ def to_2d(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 
 
 class QwenCodec(nn.Module):
-    """Pictures to normalised latents and back, frozen."""
+    """Frozen codec between images and normalised latents."""
 
     downsample = 8
 
     def __init__(self, vae: AutoencoderKLQwenImage):
-        """Takes the VAE over: it is converted in place."""
+        """Build the codec from a VAE, which is converted to 2-D in place."""
         super().__init__()
         self.vae = to_2d(vae).eval().requires_grad_(False)
         for name in ("latents_mean", "latents_std"):
@@ -68,13 +72,16 @@ class QwenCodec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: str, dtype: torch.dtype) -> QwenCodec:
-        """From a hub name or local folder of a VAE, or of a model with one in vae/. ValueError when missing or incomplete."""
+        """Load from a hub name, or from the local folder of a VAE or of a model with a VAE in vae/.
+
+        Raises ValueError if it is missing or incomplete.
+        """
         subfolder = vae_folder(model, "backbone.model")
         return cls(load_part(AutoencoderKLQwenImage, "backbone.model", model, subfolder, dtype, "VAE"))
 
     @property
     def checkpointing(self) -> bool:
-        """Whether residual blocks are recomputed in the backward pass instead of kept."""
+        """Whether residual blocks are recomputed in the backward pass instead of storing their activations."""
         return any(m.checkpointing for m in self.vae.modules() if isinstance(m, ResidualBlock))
 
     @checkpointing.setter
@@ -84,7 +91,7 @@ class QwenCodec(nn.Module):
                 module.checkpointing = on
 
     def encode(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> (mode of the posterior - mean) / deviation, [B, C, H / 8, W / 8] fp32."""
+        """[B, 3, H, W] in [-1, 1] -> (mode of the posterior - mean) / standard deviation, [B, C, H / 8, W / 8] fp32."""
         moments = self.vae.quant_conv(self.vae.encoder(x[:, :, None].to(self._dtype)))
         return (moments.chunk(2, dim=1)[0][:, :, 0].float() - self.latents_mean) / self.latents_std
 

@@ -1,4 +1,5 @@
-"""From folders of photographs to shards of degraded pairs: which photographs, which crops, on how many processes; and checking a finished set.
+"""Make shards of LQ/HQ pairs from folders of photographs, on any number of processes, and verify a finished set.
 
-Nothing here imports torch, since many processes do this work. May import `config`, `degradation`, `imaging`, `util` and the shard format.
+Nothing here imports torch, because many processes run this code. This folder may import `config`, `degradation`,
+`imaging`, `util` and the shard format.
 """

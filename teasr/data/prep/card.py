@@ -1,4 +1,4 @@
-"""The data card of a shard set: what it holds, where it comes from, under which licences."""
+"""The data card of a shard set: contents, sources and licences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections import Counter
 
 
 def card(settings: dict, licences: dict[str, str], index: dict) -> str:
-    """Markdown. `licences`: sub-folder of the sources, or "." for all others -> licence."""
+    """Return the data card as Markdown.
+
+    `licences` maps a sub-folder of the sources, or "." for all others, to a licence.
+    """
     of_licence = Counter(_licence(source["name"], licences) for source in index["sources"])
     reasons = Counter(row["reason"].split(":")[0] for row in index["skipped"])
     samples, size = sum(s["nsamples"] for s in index["shards"]), sum(s["bytes"] for s in index["shards"])
@@ -18,7 +21,8 @@ def card(settings: dict, licences: dict[str, str], index: dict) -> str:
     lines = [
         "# Data card",
         "",
-        f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; HQ crops of {settings['crop_px']} px as "
+        f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; "
+        f"HQ crops of {settings['crop_px']} px as "
         f"{settings['hq_format']}, LQ as PNG: {pairs}.",
         f"Set hash {index['set_sha256']}.",
         "",
@@ -38,6 +42,6 @@ def card(settings: dict, licences: dict[str, str], index: dict) -> str:
 
 
 def _licence(name: str, licences: dict[str, str]) -> str:
-    """That of the deepest folder named."""
+    """Licence of the deepest folder in `licences` that contains the file."""
     folders = [f for f in licences if f == "." or name.startswith(f.rstrip("/") + "/")]
     return licences[max(folders, key=lambda f: 0 if f == "." else len(f))] if folders else "not stated"

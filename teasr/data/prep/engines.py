@@ -1,7 +1,8 @@
-"""Ways to run one pure task over many specs: in this process, in local processes, or as Ray tasks.
+"""Run one idempotent task over many specs: in this process, in local processes, or as Ray tasks.
 
-A task is `task(spec, on_done) -> result`; it commits what it makes by itself, so that it can be repeated at any time, and calls
-`on_done(n)` as n units of work are through. Several machines without Ray share a job by RANK and WORLD_SIZE, see `my_part`.
+A task is `task(spec, on_done) -> result`. It writes its output itself, can be repeated at any time, and calls
+`on_done(n)` each time n more units of work are done. Several machines without Ray share a job through RANK and
+WORLD_SIZE (see `my_part`).
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any, TypeVar
 S = TypeVar("S")
 R = TypeVar("R")
 Task = Callable[[S, Callable[[int], None]], R]
-ATTEMPTS = 3  # how often a spec may lose its worker
+ATTEMPTS = 3  # attempts per spec when its worker dies
 
 
 def my_part(specs: Sequence[S], rank: int, world: int) -> list[S]:
-    """The static split: every `world`-th spec."""
+    """The specs of one rank: every `world`-th, starting at `rank`."""
     return list(specs[rank::world])
 
 
 def split_from_environment() -> tuple[int, int]:
-    """(rank, world) from RANK and WORLD_SIZE, (0, 1) without them. ValueError when they make no sense."""
+    """(rank, world) from RANK and WORLD_SIZE, (0, 1) without them. Raises ValueError when they are invalid."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
         raise ValueError(f"RANK={rank} WORLD_SIZE={world}: RANK must be 0 .. WORLD_SIZE - 1")
@@ -35,14 +36,15 @@ def split_from_environment() -> tuple[int, int]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(task: Task, specs: Sequence[S], engine: str, workers: int, on_done: Callable[[int], None]) -> list[R]:
-    """Results in the order of the specs. `on_done(n)`: n more units are through (fewer, when a worker was lost).
+    """Run `task` on every spec and return the results in the order of the specs.
 
-    The error of a task stops the job; OSError when a spec lost its worker `ATTEMPTS` times.
+    `on_done(n)` is called each time n more units of work are done; n is negative when a worker was lost and its
+    progress is undone. An error in a task stops the job. Raises OSError when a spec lost its worker `ATTEMPTS` times.
     """
     if engine == "ray":
         return _run_ray(task, specs, on_done)
@@ -56,7 +58,7 @@ def run(task: Task, specs: Sequence[S], engine: str, workers: int, on_done: Call
 
 
 class _Pool:
-    """Processes that take specs one by one; one that dies is replaced and its spec is done again."""
+    """Worker processes that take specs one at a time; a worker that dies is replaced and its spec is run again."""
 
     def __init__(self, task: Task, specs: Sequence[S], on_done: Callable[[int], None]):
         self.task, self.specs, self.on_done = task, specs, on_done
@@ -64,7 +66,7 @@ class _Pool:
         self.attempts = [0] * len(specs)
         self.results: dict[int, Any] = {}
         self.workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
-        self.at_work: dict[Connection, list[int]] = {}  # [spec, units reported so far]
+        self.at_work: dict[Connection, list[int]] = {}  # [index of the spec, units reported so far]
 
     def run(self, workers: int) -> list:
         for _ in range(workers):
@@ -107,7 +109,7 @@ class _Pool:
             spec = self.todo.popleft()
             self.at_work[end] = [spec, 0]
             self.attempts[spec] += 1
-            with contextlib.suppress(OSError):  # it is dead: the next wait says so and replaces it
+            with contextlib.suppress(OSError):  # the worker is dead: the next wait() reports it and it is replaced
                 end.send(self.specs[spec])
 
     def _replace(self, end: Connection) -> None:
@@ -119,7 +121,8 @@ class _Pool:
             self.on_done(-done)
             if self.attempts[spec] >= ATTEMPTS:
                 raise OSError(
-                    f"a worker died {ATTEMPTS} times over the same part (exit code {process.exitcode}; -9 is most often "
+                    f"a worker died {ATTEMPTS} times over the same part "
+                    f"(exit code {process.exitcode}; -9 is most often "
                     "a lack of memory): use fewer workers"
                 )
             self.todo.appendleft(spec)
@@ -128,8 +131,8 @@ class _Pool:
 
 
 def _serve(end: Connection, task: Task) -> None:
-    """A worker: specs in, units of work and results out, until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
+    """Main loop of a worker: receive specs, send progress and results, until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
     try:
         while True:
             spec = end.recv()
@@ -141,11 +144,14 @@ def _serve(end: Connection, task: Task) -> None:
                 message = ("error", error)
             end.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent has ended: so do we
+        pass  # the parent has exited, so this worker exits too
 
 
 def _run_ray(task: Task, specs: Sequence[S], on_done: Callable[[int], None]) -> list[R]:
-    """Ray tasks on the cluster that RAY_ADDRESS names, or on this machine; lost workers and nodes are retried by Ray."""
+    """Run as Ray tasks on the cluster named by RAY_ADDRESS, or on this machine.
+
+    Ray itself retries the tasks of lost workers and nodes.
+    """
     try:
         import ray
     except ImportError:
@@ -157,7 +163,7 @@ def _run_ray(task: Task, specs: Sequence[S], on_done: Callable[[int], None]) -> 
     todo, at_work = deque(range(len(specs))), {}
     try:
         while todo or at_work:
-            # A few tasks a core ahead: enough to keep every core busy, few enough to hold in the object store.
+            # Keep about two tasks per core submitted: enough to keep every core busy, few enough for the object store.
             while todo and len(at_work) < 2 + 2 * ray.cluster_resources().get("CPU", 1):
                 i = todo.popleft()
                 at_work[remote.remote(task, specs[i])] = i

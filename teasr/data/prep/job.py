@@ -1,6 +1,6 @@
-"""The whole preparation of a shard set: look at the photographs, write what is missing, commit the index.
+"""Prepare a shard set: inspect the photographs, write the missing shards, then write the index.
 
-Any number of processes and machines may run it at once on the same folder, and any of them may be killed.
+Any number of processes and machines may run this on the same folder at once, and any of them may be killed safely.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from teasr.util.progress import ProgressLine
 
 
 def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: int = 0, world: int = 1) -> None:
-    """Make the shard set of `config`, or part `rank` of `world` of it, and say what became of every photograph.
+    """Make the shard set of `config`, or part `rank` of `world` of it, and print a summary with the skipped images.
 
-    OSError when the disk or a worker fails, ValueError when the photographs cannot be used; what is finished is kept.
+    Raises OSError when the disk or a worker fails, and ValueError when the photographs cannot be used; finished shards
+    are kept.
     """
     home = {name: str(Path(path).expanduser()) for name in ("photos", "out", "lq") if (path := getattr(config, name))}
     config = replace(config, **home)
@@ -31,7 +32,7 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
     _warn_of_other_libraries(done)
     kept = sum(m["nsamples"] for m in done.values())
     if len(done) < len(plan.shards):
-        (out / INDEX).unlink(missing_ok=True)  # a reader must not take old and new shards for one set
+        (out / INDEX).unlink(missing_ok=True)  # so that no reader mixes old and new shards
     if missing:
         total = kept + sum(len(spec.crops) for spec in missing)
         line = ProgressLine("prepare", total, "samples", kept)
@@ -47,7 +48,10 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
 
 
 def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) -> Plan:
-    """Look at every photograph and lay out the crops. Parts of one job start at different places and share the results."""
+    """Inspect every photograph and make the plan.
+
+    The parts of a job start at different chunks and share the results.
+    """
     lq = Path(config.lq) if config.lq else None
     chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.preset.scale)
     start = rank * len(chunks) // world
@@ -59,23 +63,28 @@ def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) 
 
 
 def _warn_of_other_libraries(done: dict[int, dict]) -> None:
-    """Finished shards are kept whatever made them; their bytes may differ from those that would be made now."""
+    """Warn when a finished shard was made with other library versions.
+
+    Such shards are kept, although their bytes may differ from those that would be written now.
+    """
     other = next((m for m in done.values() if m["libraries"] != libraries()), None)
     if other:
         changed = [
             f"{k} {other['libraries'].get(k)} -> {v}" for k, v in libraries().items() if other["libraries"].get(k) != v
         ]
         print(
-            f"warning: {other['shard']} was made with other versions ({', '.join(changed)}); delete it to make all alike"
+            f"warning: {other['shard']} was made with other versions ({', '.join(changed)}); "
+            "delete it to make all alike"
         )
 
 
 def _summarise(plan: Plan, index: dict) -> None:
-    """Images, shards, bytes, hash, and what was skipped by reason."""
+    """Print samples, shards, bytes, hash, and the number of skipped images by reason."""
     size = sum(m["bytes"] for m in index["shards"])
     variants = f" x {plan.config.variants} variants" if plan.config.variants > 1 else ""
     print(
-        f"{plan.config.out}: {plan.samples} samples{variants} of {plan.config.crop_px} px from {len(plan.photos)} photos in "
+        f"{plan.config.out}: {plan.samples} samples{variants} of {plan.config.crop_px} px "
+        f"from {len(plan.photos)} photos in "
         f"{len(plan.shards)} shards, {size / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}"
     )
     for reason, n in reasons(plan).items():

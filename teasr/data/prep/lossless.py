@@ -1,6 +1,6 @@
-"""Cut a rectangle out of a JPEG without decoding it: the coefficients stay, so nothing is lost a second time.
+"""Crop a JPEG losslessly: the DCT coefficients are copied instead of decoded and encoded again.
 
-Uses jpeglib (an extra: it brings the libjpeg-turbo that lets one read coefficients).
+Needs jpeglib (an optional dependency), which includes a libjpeg-turbo that gives access to the coefficients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def check() -> None:
-    """ValueError with the cure when jpeglib is not installed."""
+    """Raise ValueError, saying how to fix it, when jpeglib is not installed."""
     try:
         import jpeglib  # noqa: F401
     except ImportError:
@@ -21,13 +21,13 @@ def check() -> None:
 
 
 def crop(path: Path, left: int, top: int, side: int) -> bytes:
-    """A JPEG of the square at (left, top); all three must be multiples of the photo's `mcu_px`."""
+    """Crop the square at (left, top) as JPEG bytes. All three numbers, in px, must be multiples of `Photo.mcu_px`."""
     import jpeglib
 
     source = _coefficients(path)
     planes = []
     for plane in (source.Y, source.Cb, source.Cr):
-        # 4:2:0 has half as many chroma blocks each way, 4:2:2 one way only.
+        # 4:2:0 has half as many chroma blocks in both directions, 4:2:2 in one direction only.
         down, across = (round(source.Y.shape[i] / plane.shape[i]) for i in (0, 1))
         y, x = top // (8 * down), left // (8 * across)
         planes.append(plane[y : y + side // (8 * down), x : x + side // (8 * across)].copy())

@@ -1,8 +1,8 @@
-"""One shard: a pure function from its spec to a tar and a manifest; and the index that commits the set.
+"""Write one shard (a tar and its manifest) from its spec, and the index that completes the set.
 
-The bytes of a shard depend on the photographs, the settings and the image libraries alone. A shard is written to a
-temporary file, synced and renamed, and its manifest last: whatever is interrupted is made again, whatever has a manifest is kept,
-and two workers on one shard write the same bytes.
+The bytes of a shard depend only on the photographs, the config and the versions of the image libraries. A shard is
+written to a temporary file, synced and renamed; its manifest is written last. An interrupted shard is therefore made
+again, a shard with a manifest is kept, and two workers on the same shard write the same bytes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ HQ_SUFFIX = {"png": "png", "webp-lossless": "webp", "jpeg98": "jpg"}
 
 
 def process_shard(spec: ShardSpec, on_sample: Callable[[int], None] = lambda samples: None) -> dict:
-    """Write one shard and its manifest, or keep a finished one; returns the manifest.
+    """Write one shard and its manifest, or keep the shard if it is finished; return the manifest.
 
-    `on_sample(n)` is told of every n samples done. OSError when the disk fails, ValueError when a photograph has
-    changed since it was looked at; neither leaves anything half-written.
+    `on_sample(n)` is called each time n more samples are done. Raises OSError when the disk fails, and ValueError when
+    a photograph has changed since it was inspected; neither leaves a partially written file.
     """
     manifest = read_manifest(spec.path, spec.identity)
     if manifest is None:
@@ -60,20 +60,20 @@ def _keys(spec: ShardSpec) -> list[str]:
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Append a member that depends on name and data alone: no time, no owner."""
+    """Append a member without time or owner, so that the bytes depend only on name and data."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
 def libraries() -> dict[str, str]:
-    """Versions that decide the bytes of pictures and draws."""
+    """Versions of the libraries that determine the bytes of images and the random draws."""
     names = ("numpy", "opencv-python-headless", "pillow", "scipy")
     return {name: version(name) for name in names}
 
 
 def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
-    """Members of one sample: HQ, its LQ variants, and how they came about."""
+    """Members of one sample: HQ, its LQ variants, and a JSON record of how they were made."""
     photo, n = crop.photo, config.crop_px
     path = Path(config.photos) / photo.name
     picture = _read_photo(path, photo.sha256, crop.scale)
@@ -135,7 +135,10 @@ def _read_photo(path: Path, sha256: str, scale: float) -> np.ndarray:
 
 
 def finish(plan: Plan, manifests: list[dict]) -> dict:
-    """Write data card and index.json, the commit of the whole set; drop what an earlier set left; returns the index."""
+    """Write the data card and index.json, which marks the set as complete, and return the index.
+
+    Shards left over from an earlier set are deleted.
+    """
     out = Path(plan.config.out)
     index = {
         "format": FORMAT,

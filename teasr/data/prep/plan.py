@@ -1,6 +1,6 @@
-"""What is made of which photographs: settings, the crops of every photo, and their distribution over shards.
+"""Plan a shard set: its config, the crops of every photograph, and their distribution over shards.
 
-A plan is a pure function of the settings and of what was seen when the photographs were looked at.
+A plan is a pure function of the config and of the results of inspecting the photographs.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from teasr.data.prep import lossless
 from teasr.data.prep.sources import Photo
 from teasr.util.seed import seed_of
 
-# Crops of one photo may lie side by side (it is decoded once) as long as a shard has so many chunks.
+# Minimum number of chunks in a full shard. A chunk holds crops of one photo, which is then decoded only once; many
+# chunks per shard mix many photos.
 CHUNKS_A_SHARD = 256
 
 
 @dataclass(frozen=True)
 class PrepConfig:
-    """What is cut out of which photographs and how it is degraded."""
+    """Config of a shard set: photographs, crops and degradation."""
 
-    photos: str  # folder, searched recursively; HQ of a paired set
+    photos: str  # folder, searched recursively; in a paired set the HQ images
     out: str  # folder of the shard set
-    lq: str | None = None  # folder of real LQ pictures, named as those in `photos`; nothing is degraded then
+    lq: str | None = None  # paired set: folder of real LQ images named like those in `photos`; no degradation
     degradation: str = "osediff"
-    peer_exact: bool = False  # operators with the peculiarities of public code
+    peer_exact: bool = False  # use the operators that reproduce public code
     crop_px: int = 512
-    layout: Literal["random", "grid"] = "random"  # grid: every whole crop side by side, for held-out sets
-    crops_per_photo: int = 1  # of the random layout
-    scales: tuple[float, ...] = (1.0,)  # the photo is taken at these sizes in turn; small ones show more structure
-    variants: int = 1  # degraded versions of every crop, stored beside one HQ
+    layout: Literal["random", "grid"] = "random"  # grid: adjacent crops without overlap, for held-out sets
+    crops_per_photo: int = 1  # for the random layout
+    scales: tuple[float, ...] = (1.0,)  # resize factors of the photo, used in turn; small ones show more structure
+    variants: int = 1  # degraded versions of every crop, stored with one HQ
     hq_format: Literal["png", "webp-lossless", "jpeg98"] = "png"
-    keep_jpeg: bool = True  # under jpeg98, cut JPEG photographs without a second loss (places move to their block grid)
-    # Below: blurred (deviation of the Laplacian in grey levels; Gaussian blur of 2 px: 2 to 7).
+    keep_jpeg: bool = True  # with jpeg98: crop JPEG photographs losslessly, aligned to their block grid
+    # Photographs below are skipped as blurred (`Photo.sharpness`; a Gaussian blur of 2 px gives 2 to 7 grey levels).
     min_sharpness: float = 4.0
-    min_contrast: float = 4.0  # below: flat (deviation of the luma in grey levels)
+    min_contrast: float = 4.0  # photographs below are skipped as flat (`Photo.contrast`, in grey levels)
     shard_samples: int = 2048
     seed: int = 0
     licences: dict[str, str] = field(default_factory=dict)  # for the data card: sub-folder (or ".") -> licence
@@ -65,23 +66,23 @@ class PrepConfig:
 
     @property
     def preset(self) -> degradation.Degradation:
-        """The degradation's settings."""
+        """Config of the degradation."""
         return degradation.preset(self.degradation, peer_exact=self.peer_exact)
 
     @property
     def keeps_jpeg(self) -> bool:
-        """Whether JPEG photographs are cut without decoding; not where the pixels change anyway."""
+        """Whether JPEG photographs are cropped without decoding; False when the pixels change anyway."""
         return self.hq_format == "jpeg98" and self.keep_jpeg and self.crop_px % 16 == 0 and not self.preset.usm
 
     def identity(self) -> dict:
-        """The settings that decide the bytes of a shard, beside its crops."""
+        """The config values that, together with its crops, determine the bytes of a shard."""
         names = ("degradation", "peer_exact", "crop_px", "variants", "hq_format", "keep_jpeg", "seed")
         return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None}
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of a photograph, which is first brought to `scale`; `index` counts the crops of the photo."""
+    """A square of a photograph that is first resized by `scale`; `index` is the number of the crop in its photo."""
 
     photo: Photo
     index: int
@@ -92,7 +93,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """All that is needed to write one shard, on whichever machine sees the folders."""
+    """Everything needed to write one shard, on any machine that has access to the folders."""
 
     config: PrepConfig
     shard: int
@@ -100,12 +101,12 @@ class ShardSpec:
 
     @property
     def path(self) -> Path:
-        """Where the shard goes."""
+        """Path of the shard."""
         return Path(self.config.out) / shard_name(self.shard)
 
     @cached_property
     def identity(self) -> str:
-        """Hash of everything that decides the bytes of the shard, libraries aside."""
+        """Hash of everything that determines the bytes of the shard, except library versions."""
         rows = [(c.photo.sha256, c.photo.lq_sha256, c.index, c.scale, c.left, c.top) for c in self.crops]
         text = json.dumps([FORMAT, self.config.identity(), self.shard, self.config.shard_samples, rows], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -113,7 +114,7 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shard set before it is made: its shards, the photographs in use, and (name, reason) of the others."""
+    """A shard set to be made: its shards, the photographs it uses, and (name, reason) of the skipped ones."""
 
     config: PrepConfig
     photos: tuple[Photo, ...]
@@ -127,7 +128,7 @@ class Plan:
 
 
 def make_plan(config: PrepConfig, looked_at: Iterable[Photo | tuple[str, str]]) -> Plan:
-    """Choose photographs and lay out their crops. ValueError when none can be used."""
+    """Select photographs and place their crops. Raises ValueError when no photograph can be used."""
     photos, skipped, seen = [], [], {}
     for row in sorted(looked_at, key=lambda row: row.name if isinstance(row, Photo) else row[0]):
         reason = row[1] if isinstance(row, tuple) else _unfit(row, config, seen)
@@ -145,7 +146,7 @@ def make_plan(config: PrepConfig, looked_at: Iterable[Photo | tuple[str, str]]) 
 
 
 def _unfit(photo: Photo, config: PrepConfig, seen: dict[str, str]) -> str:
-    """Why a photograph is not used, the kind of trouble first; empty when it is."""
+    """Reason for skipping a photograph, beginning with the kind of problem; empty if it is used."""
     if min(photo.width, photo.height) < config.crop_px:
         return f"too small: {photo.width}x{photo.height} px, the crop is {config.crop_px} px"
     if photo.contrast < config.min_contrast:
@@ -158,7 +159,10 @@ def _unfit(photo: Photo, config: PrepConfig, seen: dict[str, str]) -> str:
 
 
 def _crops(photo: Photo, config: PrepConfig) -> list[Crop]:
-    """Every crop of one photo; a scale at which it is smaller than the crop is left out."""
+    """All crops of one photo.
+
+    Scales at which the photo is smaller than a crop are skipped; if none is left, scale 1 is used.
+    """
     n, rng = config.crop_px, np.random.default_rng(seed_of(config.seed, photo.sha256, "places"))
     sizes = [(scale, *scaled(photo.width, photo.height, scale)) for scale in config.scales]
     sizes = [size for size in sizes if min(size[1:]) >= n] or [(1.0, photo.width, photo.height)]
@@ -174,7 +178,10 @@ def _crops(photo: Photo, config: PrepConfig) -> list[Crop]:
 
 
 def _arrange(of_photo: list[list[Crop]], config: PrepConfig) -> list[Crop]:
-    """Crops in their final order. Random: in chunks of one photo, small enough that every shard mixes many photos."""
+    """Crops in their final order.
+
+    The random layout shuffles chunks of crops of one photo, which are small enough that every shard mixes many photos.
+    """
     if config.layout == "grid":
         return [crop for crops in of_photo for crop in crops]
     n = max(1, config.shard_samples // CHUNKS_A_SHARD)
@@ -184,10 +191,10 @@ def _arrange(of_photo: list[list[Crop]], config: PrepConfig) -> list[Crop]:
 
 
 def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
-    """Size of a photo at a scale."""
+    """Size (width, height) of a photo after resizing by `scale`."""
     return round(width * scale), round(height * scale)
 
 
 def reasons(plan: Plan) -> dict[str, int]:
-    """How many pictures were skipped, by the kind of trouble."""
+    """Number of skipped images by kind of problem."""
     return dict(Counter(reason.split(":")[0] for _, reason in plan.skipped).most_common())

@@ -1,7 +1,8 @@
-"""The photographs of a shard set: found, looked at once, and kept or skipped for a stated reason.
+"""Find and inspect the photographs of a shard set; each is kept, or skipped for a stated reason.
 
-Looking at a photograph decodes it whole, so that a broken one is found before anything is made of it. It is done in chunks, each
-a file of results below `<out>/.plan`: interrupted, it goes on; shared between machines, each does the chunks that are missing.
+Inspection decodes each photograph completely, so that broken files are found before any shard is made. It works in
+chunks, whose results are stored in files below `<out>/.plan`: an interrupted inspection resumes, and machines that
+share the folder each inspect the chunks that are still missing.
 """
 
 from __future__ import annotations
@@ -21,31 +22,34 @@ from teasr.data.layout import FORMAT
 from teasr.imaging import images
 from teasr.util.files import write_atomic
 
-CHUNK = 64  # photographs a chunk
+CHUNK = 64  # photographs per chunk
 TILE_PX = 64
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A usable photograph: name below the folder, hash of the file, size upright; and what decides about it later."""
+    """A usable photograph: name relative to the folder, hash of the file, size in upright orientation.
+
+    The other fields are used later to select it and to place its crops.
+    """
 
     name: str
     sha256: str
-    pixels: str  # hash of the decoded picture: equal for the same picture in another file
+    pixels: str  # hash of the decoded image, to find the same image in another file
     width: int
     height: int
-    sharpness: float  # deviation of the Laplacian, in grey levels, in the sharpest tenth of its tiles
-    contrast: float  # deviation of the luma, in grey levels
-    mcu_px: int  # grid on which a JPEG can be cut without loss; 0 when it cannot
-    lq: str = ""  # of a paired set: the LQ picture below its own folder
+    sharpness: float  # standard deviation of the Laplacian in a tile, in grey levels: 0.9 quantile over the tiles
+    contrast: float  # standard deviation of the luma, in grey levels
+    mcu_px: int  # grid on which a JPEG can be cropped losslessly; 0 if it cannot
+    lq: str = ""  # in a paired set: name of the LQ image relative to the LQ folder
     lq_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Photographs to look at, as (name, bytes, modification time in ns), and the file that gets the result.
+    """Photographs to inspect, as (name, bytes, modification time in ns), and the file for the result.
 
-    In a paired set each is followed by its LQ picture, which must be `scale` times smaller.
+    In a paired set each photograph is followed by its LQ image, which must be `scale` times smaller.
     """
 
     folder: str
@@ -61,19 +65,19 @@ class Chunk:
 
     @property
     def identity(self) -> str:
-        """Changes when one of the files does."""
+        """Hash that changes when one of the files changes."""
         return hashlib.sha256(json.dumps([FORMAT, self.files, bool(self.lq_folder), self.scale]).encode()).hexdigest()
 
 
 def find(
     folder: Path, out: Path, lq_folder: Path | None = None, scale: int = 4
 ) -> tuple[list[Chunk], list[tuple[str, str]]]:
-    """All pictures below a folder, cut into chunks to look at; and (name, reason) for what cannot be looked at.
+    """Find all images below a folder, in chunks to inspect, and (name, reason) of those that cannot be inspected.
 
-    ValueError when there is no picture at all.
+    Raises ValueError when there are no images.
     """
     names, problems = _walk(folder)
-    if out.resolve().is_relative_to(folder.resolve()):  # the set itself holds no photographs
+    if out.resolve().is_relative_to(folder.resolve()):  # the files of the shard set are not photographs
         inside = out.resolve().relative_to(folder.resolve()).as_posix() + "/"
         names = [name for name in names if not name.startswith(inside)]
     pairs = dict.fromkeys(names, "")
@@ -118,14 +122,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
     except OSError:
-        return (0, 0)  # a dangling link: named when it is looked at
+        return (0, 0)  # a dangling link: reported when it is inspected
     return (stat.st_size, stat.st_mtime_ns)
 
 
 def inspect_chunk(chunk: Chunk, on_photo: Callable[[int], None] = lambda photos: None) -> list[Photo | tuple[str, str]]:
-    """Look at every photograph of a chunk, or read what was seen before: photos, and (name, reason) for the unusable.
+    """Inspect every photograph of a chunk, or read the stored result: photos, and (name, reason) of unusable ones.
 
-    `on_photo(n)` is told of every n photographs looked at.
+    `on_photo(n)` is called each time n more photographs are inspected.
     """
     known = _read_result(chunk)
     if known is not None:
@@ -152,12 +156,15 @@ def _read_result(chunk: Chunk) -> list[Photo | tuple[str, str]] | None:
         if result["identity"] == chunk.identity:
             return [Photo(**row) if isinstance(row, dict) else tuple(row) for row in result["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or of another version: looked at again
+        pass  # missing or from another version: inspect again
     return None
 
 
 def inspect_photo(path: Path, name: str) -> Photo:
-    """Decode and measure one photograph. ValueError, beginning with the kind of trouble, when it cannot be used."""
+    """Decode and measure one photograph.
+
+    Raises ValueError when it cannot be used; the message begins with the kind of problem.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -193,7 +200,7 @@ def _with_lq(photo: Photo, path: Path, name: str, scale: int) -> Photo:
 
 
 def measure(x: np.ndarray) -> tuple[float, float]:
-    """(sharpness, contrast) of a picture [H, W, 3], as `Photo` has them."""
+    """(sharpness, contrast) of an image [H, W, 3], as defined in `Photo`."""
     luma = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
     detail = cv2.Laplacian(luma, cv2.CV_16S, ksize=1).astype(np.float32)
     tile = min(TILE_PX, *luma.shape)
@@ -203,9 +210,9 @@ def measure(x: np.ndarray) -> tuple[float, float]:
 
 
 def lossless_grid(data: bytes) -> int:
-    """Side of the blocks, in px, at whose borders a JPEG file can be cut without decoding: 8 or 16; 0 for all else.
+    """Size in px of the grid on which a JPEG file can be cropped without decoding: 8 or 16; 0 for all other files.
 
-    0 also where the pixels would have to change: turned by EXIF, another colour profile, grey or CMYK.
+    Also 0 when the pixels would have to change: EXIF rotation, a colour profile, grey or CMYK.
     """
     with Image.open(io.BytesIO(data)) as picture:
         if picture.format != "JPEG" or picture.mode != "RGB" or picture.info.get("icc_profile"):

@@ -1,6 +1,6 @@
-"""A shard set checked: counts, hashes, every member decoded, LQ made again from its record; and a contact sheet.
+"""Verify a shard set (counts, hashes, decoding, LQ degraded again from its record), and draw a contact sheet.
 
-Reads the tars by itself and imports no torch, so that every core can check a shard.
+This module reads the tars itself and does not import torch, so that every core can check a shard.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ SHEET_SAMPLES, THUMB_PX = 24, 192
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to check: its row in the index, and which of its samples are decoded and degraded anew."""
+    """One shard to check: its row in the index, and which samples to decode and to degrade again."""
 
     folder: str
     row: dict
     settings: dict
     libraries: tuple[dict, ...]
-    first: int  # number of its first sample in the set
+    first: int  # number of the shard's first sample in the set
     decode: tuple[int, ...]
     redo: tuple[int, ...]
 
     @property
     def path(self) -> Path:
-        """The tar."""
+        """Path of the tar."""
         return Path(self.folder) / self.row["shard"]
 
 
 def read_index(folder: Path) -> dict:
-    """The index of a local set. ValueError when it is missing or of another format."""
-    if ":" in folder.parts[0]:  # s3:// has lost a slash on its way to a path
+    """Read the index of a local set. Raises ValueError when it is missing or has another format."""
+    if ":" in folder.parts[0]:  # a URL: `Path` turned s3:// into s3:/
         raise ValueError(f"{folder}: only a local folder can be verified, copy the set first")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one that holds {INDEX}")
@@ -68,9 +68,10 @@ def read_index(folder: Path) -> dict:
 
 
 def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[list[str], list[str], dict]:
-    """Check a whole set: (problems, warnings, index). `share` of the samples are decoded, `redo` of them degraded anew.
+    """Check a whole set; return (problems, warnings, index).
 
-    ValueError when there is no index to check against.
+    `share` is the fraction of the samples to decode, `redo` the number of samples to degrade again. Raises ValueError
+    when the set has no valid index.
     """
     index = read_index(folder)
     problems, warnings = _check_index(folder, index)
@@ -105,7 +106,7 @@ def _check_index(folder: Path, index: dict) -> tuple[list[str], list[str]]:
 
 
 def verify_shard(check: ShardCheck, on_done: Callable[[int], None] = lambda samples: None) -> list[str]:
-    """What is wrong with one shard, one line each; `on_done(n)` is told of every n samples decoded."""
+    """List the problems of one shard, one line each; `on_done(n)` is called each time n more samples are decoded."""
     name, row = check.row["shard"], check.row
     try:
         data = check.path.read_bytes()
@@ -140,7 +141,11 @@ def verify_shard(check: ShardCheck, on_done: Callable[[int], None] = lambda samp
 
 
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) in the order of the tar; a key comes twice when its members are apart. TarError when it is torn."""
+    """Yield (key, members) in the order of the tar.
+
+    A key appears twice when its members are not adjacent. Raises TarError when the tar is truncated or a member appears
+    twice.
+    """
     key, members = "", {}
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for info in tar:
@@ -171,7 +176,7 @@ def _check_keys(check: ShardCheck, keys: list[str]) -> list[str]:
 
 
 def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: bool = False) -> list[str]:
-    """What is wrong with one sample, each beginning with the member's name."""
+    """List the problems of one sample, each beginning with the name of the member."""
     settings = check.settings
     hq_field = f"hq.{HQ_SUFFIX[settings['hq_format']]}"
     lq_fields = [lq_field(v) for v in range(settings["variants"])]
@@ -201,7 +206,7 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
 
 
 def _redo(check: ShardCheck, key: str, hq: np.ndarray, lq: list[np.ndarray], record: dict) -> list[str]:
-    """Degrade the stored HQ again with the recorded seeds: the same parameters and pixels must come out."""
+    """Degrade the stored HQ again with the recorded seeds; parameters and pixels must be identical."""
     settings = degradation.preset(check.settings["degradation"], check.settings["peer_exact"])
     problems = []
     for variant, drawn in enumerate(record.get("degradation", [])):
@@ -214,7 +219,7 @@ def _redo(check: ShardCheck, key: str, hq: np.ndarray, lq: list[np.ndarray], rec
 
 
 def contact_sheet(folder: Path, index: dict) -> np.ndarray:
-    """Up to 24 samples spread over the set, LQ (enlarged) beside HQ, with key and source: [H, W, 3] uint8."""
+    """Up to 24 samples spread over the set, enlarged LQ beside HQ, with key and source: [H, W, 3] uint8."""
     total = sum(row["nsamples"] for row in index["shards"])
     chosen = sorted(set(np.linspace(0, total - 1, min(SHEET_SAMPLES, total)).round().astype(int).tolist()))
     tiles, first = [], 0
