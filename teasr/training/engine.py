@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from teasr.backbones.base import Backbone
+from teasr.backbones.roles import Role, places
 from teasr.config.settings import TrainConfig
 from teasr.util.distributed import World
 
@@ -89,14 +90,20 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
     }
 
 
-def check_nvme(settings: dict, world: World) -> None:
-    """Raise ValueError when `settings` offload weights or optimiser to NVMe and this machine does not support it."""
+def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:
+    """Raise ValueError when `settings` offload to NVMe and this machine, or a method with these roles, cannot."""
     zero = settings["zero_optimization"]
     wanted = [
         zero[part] for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device") == "nvme"
     ]
     if not wanted:
         return
+    trained = [role for role in roles if role.trains != "nothing"]
+    if any(len(together) > 1 for together in places(trained).values()):
+        raise ValueError(
+            f"the roles {', '.join(role.name for role in trained)} share an engine, which was never tested with "
+            "weights or optimiser on NVMe: take ds_configs/zero3_offload.json, or give each role a copy of the base"
+        )
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     for part in wanted:

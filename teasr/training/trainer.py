@@ -57,10 +57,10 @@ class Trainer:
         self.shards = ShardSet.open(*config.data.locations)
         check_streams(self.shards, config.data, self.world.size)
         settings = engine_settings(self.train, self.world.size)
-        check_nvme(settings, self.world)
         preflight.precision(self.train.dtype, to_dict(config.backbone).get("dtype"))
         self.method: Method = config.build_method()
         self.method.check(self.accumulation)
+        check_nvme(settings, self.world, self.method.roles())
         if config.preview.every_updates != 0:
             for steps in config.preview.steps:
                 self.method.sampler().check(steps)

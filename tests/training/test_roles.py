@@ -29,7 +29,7 @@ from teasr.data.stream import PairStream, batches
 from teasr.methods.base import Progress
 from teasr.run_config import parse
 from teasr.training.networks import Networks
-from teasr.training.trainer import FIT_PAIRS, first_pairs
+from teasr.training.trainer import FIT_PAIRS, Trainer, first_pairs
 from teasr.training.update import backpropagate
 from teasr.util.randomness import Draws
 
@@ -359,6 +359,20 @@ def test_a_role_sees_no_more_blocks_than_there_are(shards, tmp_path):
     config = parse(job(shards, tmp_path / "run", method={"critic_blocks": 3}))
     with pytest.raises(ValueError, match="role critic sees 3 blocks: this backbone has 1 to 2"):
         Networks(config, config.build_method())
+
+
+def test_several_roles_on_nvme_are_refused(shards, tmp_path):
+    """Never tested: a sentence instead of gradients that may be wrong. With a copy each, only the disk is asked for."""
+    settings = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())
+    for part in ("offload_param", "offload_optimizer"):
+        settings["zero_optimization"].get(part, {})["nvme_path"] = str(tmp_path / "none")
+    (tmp_path / "nvme.json").write_text(json.dumps(settings))
+    data = job(shards, tmp_path / "run", train__deepspeed=str(tmp_path / "nvme.json"))
+    with pytest.raises(ValueError, match="the roles student, critic share an engine"):
+        Trainer(parse(data))
+    data["method"]["copies"] = True
+    with pytest.raises(ValueError, match="is no folder"):
+        Trainer(parse(data))
 
 
 def test_an_update_without_a_loss_for_a_trained_role_is_an_error(shards, tmp_path):
