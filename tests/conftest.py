@@ -15,12 +15,15 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
     "test_resume.py",
-    "test_training.py",
-    "test_qwen_image.py",
     "test_nodes.py",
+    "test_training.py",
     "test_demo.py",
-    "test_ablate.py",
+    "test_footprint.py",
+    "test_qwen_image.py",
+    "test_tiny.py",
+    "test_roles.py",
     "test_tracking.py",
+    "test_golden.py",
 )
 
 
