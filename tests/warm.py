@@ -56,7 +56,7 @@ class _Parent:
             self.started.clear()
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            assert self.started.wait(120), "the warm parent does not answer"
+            assert self.started.wait(1800), "the warm parent does not answer"
             return self.pid
 
     def _start(self) -> None:

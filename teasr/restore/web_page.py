@@ -52,7 +52,8 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
         )
         picture.write(place, after)
         height, width = after.rgb.shape[:2]
-        told = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {time.monotonic() - began:.1f} s"
+        seconds = time.monotonic() - began
+        told = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {seconds:.1f} s"
         return (_shown(before.rgb, width, height), _shown(after.rgb, width, height)), str(place), told
 
     with gr.Blocks(title="TEASR") as page:

@@ -186,7 +186,7 @@ def test_stopped_at_any_moment_no_half_written_file_is_left(untrained, tmp_path,
         Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(source / f"{i:02d}.png")
     command = [sys.executable, "-m", "teasr.cli", "upscale", str(source), "-o", str(out), "--model", str(untrained)]
     process = warm.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 900
     while len(list(out.glob("*.png"))) < 2:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)

@@ -25,7 +25,7 @@ def address(untrained):
     port = free_port()
     command = [sys.executable, "-m", "teasr.cli", "demo", "--model", str(untrained), "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    until, url = time.monotonic() + 180, f"http://127.0.0.1:{port}"
+    until, url = time.monotonic() + 900, f"http://127.0.0.1:{port}"
     while True:
         try:
             urllib.request.urlopen(url, timeout=10).read()

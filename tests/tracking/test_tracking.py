@@ -168,7 +168,7 @@ class Server:
         self.process = subprocess.Popen(
             program, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        until = time.monotonic() + 90
+        until = time.monotonic() + 900
         while not self.answers():
             assert time.monotonic() < until and self.process.poll() is None
             time.sleep(0.2)

@@ -61,7 +61,7 @@ def tell(process: subprocess.Popen, number: int) -> None:
         psutil.wait_procs(family, timeout=10)
 
 
-def wait_for(process: subprocess.Popen, condition, seconds: float = 600) -> None:
+def wait_for(process: subprocess.Popen, condition, seconds: float = 1800) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()[-3000:]
