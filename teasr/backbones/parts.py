@@ -83,7 +83,7 @@ class RoleNet(nn.Module):
         if len(own):
             if "parts" not in self._modules:
                 self.parts = nn.ModuleDict()
-            self.parts[role.name] = own.requires_grad_(role.trains != "nothing")
+            self.parts[role.name] = own.requires_grad_(role.is_trained)
 
     def forward(
         self,

@@ -60,6 +60,11 @@ class Role:
         return self.base, self.copy
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it has trainable parameters."""
+        return self.trains != "nothing"
+
+    @property
     def adapter_set(self) -> str | None:
         """Name of its LoRA set in the network's parameters, or None if it has no LoRA."""
         if self.trains != "adapter":

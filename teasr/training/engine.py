@@ -98,7 +98,7 @@ def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:
     ]
     if not wanted:
         return
-    trained = [role for role in roles if role.trains != "nothing"]
+    trained = [role for role in roles if role.is_trained]
     if any(len(together) > 1 for together in places(trained).values()):
         raise ValueError(
             f"the roles {', '.join(role.name for role in trained)} share an engine, which was never tested with "
@@ -130,7 +130,7 @@ def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: 
     import deepspeed
 
     backbone.to(world.device, each=_cutter(settings))
-    roles = [role for role in backbone.roles if role.trains != "nothing"]
+    roles = [role for role in backbone.roles if role.is_trained]
     groups = [
         {"params": list(backbone.trained(role.name).values()), "lr": train.learning_rate * role.rate, "rate": role.rate}
         for role in roles

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from teasr.backbones.base import Backbone
@@ -28,7 +26,7 @@ class Networks:
     @property
     def trained_roles(self) -> list[Role]:
         """Roles that have trainable parameters."""
-        return [role for role in self.roles.values() if role.trains != "nothing"]
+        return [role for role in self.roles.values() if role.is_trained]
 
     @property
     def trained_bases(self) -> dict[Place, Backbone]:
@@ -53,9 +51,9 @@ class Networks:
             else:
                 base.share_codec(self.student)
 
-    def place_frozen(self, device: torch.device, each: Callable = lambda part: None) -> None:
+    def place_frozen(self, device: torch.device) -> None:
         """Freeze and move bases without trained roles. They have no engine and no optimiser state and are not saved."""
         for place, base in self.bases.items():
             if place not in self.trained_bases:
                 base.net.requires_grad_(False)
-                base.to(device, each)
+                base.to(device)

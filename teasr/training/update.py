@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from teasr.backbones.model import Model
-from teasr.backbones.roles import Role
+from teasr.backbones.roles import Role, places
 from teasr.config.settings import TrainConfig
 from teasr.data.batch import Batch
 from teasr.methods.base import Method, Progress
@@ -66,11 +66,10 @@ class Update:
         self.method, self.networks, self.engines = method, networks, engines
         self.train, self.seed, self.world = train, seed, world
         self.parameters = {role.name: networks.base(role.name).trained(role.name) for role in networks.trained_roles}
-        shared = [place for place, base in networks.trained_bases.items() if len(self._trained_on(base.roles)) > 1]
-        self.clipped = [role for role in networks.trained_roles if role.place in shared]
-
-    def _trained_on(self, roles: Sequence[Role]) -> list[Role]:
-        return [role for role in roles if role.trains != "nothing"]
+        # roles that share an engine are clipped here; DeepSpeed clips the only role of an engine
+        together = places(networks.trained_roles).values()
+        self.clipped = [role for roles in together if len(roles) > 1 for role in roles]
+        self.alone = {roles[0].place: roles[0].name for roles in together if len(roles) == 1}
 
     def __call__(
         self,
@@ -109,9 +108,8 @@ class Update:
         for place, engine in self.engines.items():
             set_rate(engine, rate)
             engine.step()
-            if not any(role.place == place for role in self.clipped):
-                (role,) = self._trained_on(self.networks.bases[place].roles)
-                norms[role.name] = float(engine.get_global_grad_norm())
+            if place in self.alone:
+                norms[self.alone[place]] = float(engine.get_global_grad_norm())
         weights = self.method.loss_weights(progress)
         loss = sum(weight * logs.get(name, 0.0) for name, weight in weights.items())
         by_role = {f"grad_norm/{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}

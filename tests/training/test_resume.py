@@ -2,10 +2,8 @@
 
 import contextlib
 import csv
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,7 @@ import warm
 import yaml
 from conftest import ROOT, make_shards, partitioning, small_recipe
 from safetensors.torch import load_file
-from test_training import close, rows, start
-
-from teasr.util.distributed import free_port
+from test_training import close, launcher_of, rows, start
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimiser.safetensors", "fixed.safetensors")
 
@@ -30,17 +26,7 @@ def begin(data: dict, folder: Path, ranks: int, real: bool = False) -> subproces
     """
     path = folder / f"{Path(data['run_dir']).name}.yaml"
     path.write_text(yaml.safe_dump(data))
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "--num_gpus",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-        ]
+    launcher, env = launcher_of(ranks)
     command = [*launcher, str(ROOT / "launch/train.py"), "--config", str(path)]
     return (subprocess if real else warm).Popen(
         command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -36,6 +36,16 @@ VARIANTS = {
 }
 
 
+def launcher_of(ranks: int) -> tuple[list[str], dict[str, str]]:
+    """The command that starts a script on so many ranks, and its environment without those of an earlier launcher."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    if ranks == 1:
+        return [sys.executable], env
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    return [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())], env
+
+
 def start(jobs: list[dict], folder: Path, ranks: int, real: bool = False) -> None:
     """Run jobs one after another in one process, or on ranks as the launcher starts them.
 
@@ -43,17 +53,7 @@ def start(jobs: list[dict], folder: Path, ranks: int, real: bool = False) -> Non
     """
     path = folder / f"jobs-{ranks}-{len(jobs)}.json"
     path.write_text(json.dumps(jobs))
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "--num_gpus",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-        ]
+    launcher, env = launcher_of(ranks)
     done = (subprocess if real else warm).run(
         [*launcher, str(ROOT / "tests/run_jobs.py"), str(path)], env=env, capture_output=True, text=True, timeout=1800
     )
