@@ -9,11 +9,15 @@
 
     shards         folder of the shard set
     vae            local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
-    out            folder of the sidecars (default: latents/ inside `shards`)
+    out            folder of the latents (default: latents/ inside `shards`)
+    augment        none, flip (default) or dihedral: store the latents of 1, 2 or 8 flipped and rotated images, as many
+                   as training with that data.augment needs
     device         auto (a GPU if there is one), cpu, cuda
     dtype          dtype of the stored latents: bf16 (default) or fp32
     compute_dtype  dtype of the VAE: fp32 (default) or bf16
     batch          images per batch (default 8)
+
+Train with them by data.latents=data/train/latents.
 
 Exit code 2: an error that the message explains.
 """
@@ -28,9 +32,11 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: error
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
+from teasr.backbones.prompts import pick_device
+from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.config import strict_yaml as cfg
-from teasr.data.latents import LatentsConfig, cache_latents
 from teasr.data.prep import engines
+from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
-        cache_latents(config, *engines.split_from_environment())
+        part = engines.split_from_environment()
+        device = pick_device(config.device)
+        codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae").to(device)
+        cache_latents(config, codec, device, *part)
     except OSError as error:
         print(f"error: {error}; what is finished is kept: cure it and run the same command again", file=sys.stderr)
         return 2

@@ -94,6 +94,16 @@ class Backbone(ABC):
         if state:
             raise ValueError(f"this backbone keeps no fixed state, the checkpoint holds {sorted(state)[:3]}")
 
+    def codec_sha256(self) -> str:
+        """Return the hash of the codec, by which cached latents are recognised (`data.latents`).
+
+        Raises ValueError if latents of this backbone cannot be cached, because its codec belongs to the run.
+        """
+        raise ValueError(
+            f"data.latents: {type(self).__name__} fits its codec to the data of each run, so its latents cannot be "
+            "cached: remove data.latents"
+        )
+
     def check_sharing(self) -> None:
         """Raise ValueError if the base itself is trained and has several roles: training would change them all."""
         if self.trains_base and len(self.roles) > 1:

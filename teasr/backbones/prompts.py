@@ -1,16 +1,13 @@
 """Prompt files: the Qwen-Image text embedding of one prompt, computed once and stored with its provenance.
 
 Training and inference use a single prompt (the empty one), so the text encoder (7 B parameters) is loaded only once,
-for about a minute, to write this file. `pack` and `unpack` write and read safetensors with a checksum and a
-record of their provenance (the "story"); cached latents (data/latents.py) use the same format.
+for about a minute, to write this file (in the format of util/tensor_file.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +15,12 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from teasr.util.files import write_atomic
+from teasr.util.tensor_file import pack, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STORY = "teasr"  # the only metadata key, because safetensors does not write several keys in a fixed order
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,12 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
             f"prompt {path} cannot be read ({error.strerror}): make it with data_prep/cache_prompt.py"
         ) from None
     try:
-        tensors, story = unpack(data, f"prompt {path}")
+        tensors, metadata = unpack(data, f"prompt {path}")
     except ValueError as error:
         raise ValueError(f"{error}: make it again with data_prep/cache_prompt.py") from None
     if "prompt_embeds" not in tensors:
         raise ValueError(f"prompt {path} holds no prompt_embeds: make it with data_prep/cache_prompt.py")
-    return tensors["prompt_embeds"], tensors.get("prompt_mask"), story
+    return tensors["prompt_embeds"], tensors.get("prompt_mask"), metadata
 
 
 def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -170,38 +166,3 @@ def cannot_load(key: str, model: str, error: object) -> ValueError:
         f"{key} = {model} cannot be loaded ({reason}): give the local folder of a complete diffusers model "
         f"({key}=/path/to/model), or connect to the hub"
     )
-
-
-def pack(tensors: dict[str, Tensor], story: dict) -> bytes:
-    """Serialise tensors and their provenance (a JSON dict) to safetensors, with a checksum of both.
-
-    The result is deterministic: it depends only on the arguments.
-    """
-    tensors = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
-    text = json.dumps(story | {"crc32": _crc32(tensors, story)}, sort_keys=True)
-    return safetensors.save(tensors, {STORY: text})
-
-
-def unpack(data: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors and the provenance given to `pack`.
-
-    Raises ValueError, starting with `name`, if the data is damaged or was modified.
-    """
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        story = json.loads(header["__metadata__"][STORY])
-        wanted = story.pop("crc32")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is damaged ({error!r})") from None
-    if _crc32(tensors, story) != wanted:
-        raise ValueError(f"{name} is damaged (its check sum differs)")
-    return dict(sorted(tensors.items())), story
-
-
-def _crc32(tensors: dict[str, Tensor], story: dict) -> int:
-    crc = zlib.crc32(json.dumps(story, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), crc)
-        crc = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc

@@ -12,17 +12,29 @@ from torch import Tensor
 class Batch:
     """One micro-batch: images [B, 3, H, W] in [-1, 1].
 
-    LQ is already up-sampled to the size of HQ. `keys` are the keys of the samples.
+    LQ is already up-sampled to the size of HQ. `keys` are the keys of the samples. z_hq and z_lq are their latents
+    [B, C, h, w] if these were cached (`data.latents`); `methods.base.latents` encodes the images otherwise.
     """
 
     x_hq: Tensor
     x_lq: Tensor
     keys: list[str]
+    z_hq: Tensor | None = None
+    z_lq: Tensor | None = None
 
     @classmethod
-    def from_uint8(cls, x_hq: Tensor, x_lq: Tensor, keys: list[str], device: torch.device) -> Batch:
-        """Build a batch from uint8 images.
+    def from_uint8(
+        cls,
+        x_hq: Tensor,
+        x_lq: Tensor,
+        keys: list[str],
+        device: torch.device,
+        z_hq: Tensor | None = None,
+        z_lq: Tensor | None = None,
+    ) -> Batch:
+        """Build a batch from uint8 images and cached latents of any dtype.
 
         They are moved to the device before conversion, which transfers a quarter of the bytes of float32.
         """
-        return cls(*(x.to(device).float() / 127.5 - 1 for x in (x_hq, x_lq)), keys)
+        x_hq, x_lq = (x.to(device).float() / 127.5 - 1 for x in (x_hq, x_lq))
+        return cls(x_hq, x_lq, keys, *(None if z is None else z.to(device).float() for z in (z_hq, z_lq)))

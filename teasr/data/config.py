@@ -16,6 +16,9 @@ class DataConfig:
     augment: Literal["none", "flip", "dihedral"] = "flip"
     degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
     degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
+    latents: str | tuple[str, ...] | None = (
+        None  # cached latents (data_prep/cache_latents.py), one location per `shards`
+    )
     max_bad_share: float = 0.01  # stop when a larger fraction of the samples is broken
 
     @property
@@ -30,6 +33,11 @@ class DataConfig:
             raise ValueError(f"data.streams = {self.streams} must be >= 1 and data.workers = {self.workers} >= 0")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share = {self.max_bad_share}: a share inside [0, 1]")
+        if self.latents is not None and self.degrade == "online":
+            raise ValueError(
+                "data.degrade = online makes new LQ images, whose latents are not cached: set data.degrade=stored, or "
+                "remove data.latents"
+            )
         if self.degradation is not None:
             from teasr import degradation
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shlex
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import webdataset as wds
@@ -18,16 +20,23 @@ from webdataset import tariterators
 from teasr.data.layout import FORMAT, INDEX, lq_field
 from teasr.imaging import images
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class ShardSet:
-    """One or several opened indices: shard URLs, samples and bytes per shard, and the config they were made with."""
+    """One or several opened indices: shard URLs, samples and bytes per shard, and the config they were made with.
+
+    `parts`: for each index, its location and the SHA-256 of every shard by name.
+    """
 
     location: str
     urls: tuple[str, ...]
     counts: tuple[int, ...]
     sizes: tuple[int, ...]
     settings: dict
+    parts: tuple[tuple[str, dict[str, str]], ...] = ()
 
     @classmethod
     def open(cls, location: str, *more: str) -> ShardSet:
@@ -40,20 +49,12 @@ class ShardSet:
         """
         if more:
             return cls._joined([cls.open(each) for each in (location, *more)])
-        cure = "make shards with data_prep/make_shards.py or name the folder that holds them"
-        try:
-            with wds.gopen(url_of(location, INDEX)) as stream:
-                index = json.load(stream)
-            if index["format"] != FORMAT:
-                raise ValueError(f"it has format {index['format']}, this version reads {FORMAT}: make the shards again")
-            rows = [(url_of(location, s["shard"]), int(s["nsamples"]), int(s["bytes"])) for s in index["shards"]]
-        except FileNotFoundError:
-            raise ValueError(f"{location} holds no {INDEX}: {cure}") from None
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{url_of(location, INDEX)} cannot be used ({error!r}): {cure}") from None
-        if not sum(count for _, count, _ in rows):
-            raise ValueError(f"{location} holds no samples: {cure}")
-        return cls(location, *(tuple(column) for column in zip(*rows, strict=True)), settings=index.get("settings", {}))
+        index = read_index(location, "make shards with data_prep/make_shards.py or name the folder that holds them")
+        rows = index["shards"]
+        urls = tuple(url_of(location, row["shard"]) for row in rows)
+        counts, sizes = (tuple(int(row[key]) for row in rows) for key in ("nsamples", "bytes"))
+        hashes = {row["shard"]: row.get("sha256", "") for row in rows}
+        return cls(location, urls, counts, sizes, index.get("settings", {}), ((location, hashes),))
 
     @classmethod
     def _joined(cls, sets: list[ShardSet]) -> ShardSet:
@@ -65,16 +66,47 @@ class ShardSet:
                     "sets that are read together need the same, make one of them again"
                 )
         shared = {k: v for k, v in sets[0].settings.items() if all(s.settings.get(k) == v for s in sets)}
-        urls, counts, sizes = (sum((getattr(s, part) for s in sets), ()) for part in ("urls", "counts", "sizes"))
-        return cls(" + ".join(s.location for s in sets), urls, counts, sizes, shared)
+        urls, counts, sizes, parts = (
+            sum((getattr(s, name) for s in sets), ()) for name in ("urls", "counts", "sizes", "parts")
+        )
+        return cls(" + ".join(s.location for s in sets), urls, counts, sizes, shared, parts)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     @property
+    def locations(self) -> tuple[str, ...]:
+        """The locations that were opened, one for each index."""
+        return tuple(location for location, _ in self.parts)
+
+    def hashes_of(self, location: str) -> dict[str, str]:
+        """SHA-256 of every shard of one of the locations, by name and in order."""
+        return dict(self.parts)[location]
+
+    @property
     def variants(self) -> int:
         """Number of degraded versions of every HQ."""
         return self.settings.get("variants", 1)
+
+
+def read_index(location: str, cure: str) -> dict:
+    """Read the index of a set of shards at a location, as `ShardSet.open` takes it.
+
+    Raises ValueError, ending with `cure`, when it is missing, unreadable, of another format, or lists no samples.
+    """
+    try:
+        with wds.gopen(url_of(location, INDEX)) as stream:
+            index = json.load(stream)
+        if index["format"] != FORMAT:
+            raise ValueError(f"it has format {index['format']}, this version reads {FORMAT}: make the shards again")
+        samples = sum(int(row["nsamples"]) for row in index["shards"] if row["shard"] and int(row["bytes"]) >= 0)
+    except FileNotFoundError:
+        raise ValueError(f"{location} holds no {INDEX}: {cure}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{url_of(location, INDEX)} cannot be used ({error!r}): {cure}") from None
+    if not samples:
+        raise ValueError(f"{location} holds no samples: {cure}")
+    return index
 
 
 def url_of(location: str, name: str) -> str:
@@ -91,13 +123,15 @@ def url_of(location: str, name: str) -> str:
 class Sample:
     """One decoded pair, uint8 [H, W, 3]; LQ at its own size.
 
-    `bad` holds one message for each broken sample or shard that was skipped to find this one.
+    `bad` holds one message for each broken sample or shard that was skipped to find this one. `latents`: the cached
+    latents of HQ and LQ, if they are read (data/latents.py).
     """
 
     key: str
     hq: np.ndarray
     lq: np.ndarray
     bad: tuple[str, ...] = ()
+    latents: tuple[Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> int:
@@ -108,6 +142,11 @@ class Sample:
     def lq_up(self) -> np.ndarray:
         """LQ, up-sampled bicubically to the size of HQ."""
         return images.upsample(self.lq, self.scale)
+
+    def tensors(self, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """HQ and up-sampled LQ as uint8 [3, H, W], both flipped and rotated (`images.turn`)."""
+        hq, lq = images.turn(self.hq, turn), images.turn(self.lq, turn)
+        return images.planes(hq), images.upsample_planes(images.planes(lq), self.scale)
 
 
 def read_shard(url: str) -> list[dict]:
@@ -147,17 +186,16 @@ def _decode_member(raw: dict, field: str, name: str) -> np.ndarray:
     return images.decode_rgb(raw[field], f"{name}.{field}")
 
 
-def decode_near(raw: list[dict], place: int, url: str, variant: int = 0) -> Sample:
+def decode_near(raw: list[dict], place: int, url: str, decoder: Callable[[dict], Sample] = decode) -> Sample:
     """Decode sample `place` of a shard, or the next usable one after it; `Sample.bad` lists what was skipped.
 
-    Because a broken sample is replaced, not removed, all later positions stay the same. Raises ValueError when no
-    sample is usable.
+    Because a broken sample is replaced, not removed, all later positions stay the same. `decoder` raises ValueError for
+    a broken sample. Raises ValueError when no sample is usable.
     """
     bad: list[str] = []
     for offset in range(len(raw)):
         try:
-            sample = decode(raw[(place + offset) % len(raw)], variant)
-            return Sample(sample.key, sample.hq, sample.lq, tuple(bad))
+            return replace(decoder(raw[(place + offset) % len(raw)]), bad=tuple(bad))
         except ValueError as error:
             bad.append(str(error))
     raise ValueError(f"shard {url} holds no usable sample: {bad[0]}; make it again or remove it from {INDEX}")

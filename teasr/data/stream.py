@@ -10,9 +10,10 @@ position of all other samples stays the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from teasr import degradation
 from teasr.data.batch import Batch
 from teasr.data.config import DataConfig
-from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
-from teasr.imaging import images
+from teasr.data.latents import LatentCache, turns_of
+from teasr.data.shards import Sample, ShardSet, decode, decode_near, read_shard
 from teasr.util.seed import seed_of
 
 BAD_ALLOWED = 8  # number of broken samples that is always tolerated, whatever their fraction
@@ -53,11 +54,26 @@ def slots(shards: ShardSet, seed: int, stream: int, streams: int, start: int) ->
         epoch += 1
 
 
-class PairStream(IterableDataset):
-    """Infinite dataset of the samples of one rank, from sample `first` on: (x_hq, x_lq, key, bad).
+class Pair(NamedTuple):
+    """One training sample. Images are uint8 [3, H, W], LQ up-sampled to the size of HQ.
 
-    Images are uint8 [3, H, W], LQ up-sampled to the size of HQ; `bad` holds messages on the samples that were skipped.
+    `bad` holds messages on the samples that were skipped; z_hq and z_lq are the cached latents [C, h, w], if any.
     """
+
+    x_hq: Tensor
+    x_lq: Tensor
+    key: str
+    bad: tuple[str, ...]
+    z_hq: Tensor | None = None
+    z_lq: Tensor | None = None
+
+
+# the shard that each stream reads: its number, and its samples and packed latents or the error of reading them
+Held = dict[int, tuple[int, tuple[list[dict], dict[str, bytes]] | ValueError]]
+
+
+class PairStream(IterableDataset):
+    """Infinite dataset of the samples of one rank, from sample `first` on."""
 
     def __init__(self, shards: ShardSet, config: DataConfig, seed: int, rank: int, world: int, first: int):
         """`first`: position of the first sample in this rank's sequence, = update x samples per rank and update."""
@@ -65,69 +81,83 @@ class PairStream(IterableDataset):
         self.shards, self.config, self.seed = shards, config, seed
         self.rank, self.world, self.first = rank, world, first
         self.online = online_degradation(shards, config)
+        self.latents = latent_cache(shards, config)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, str, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[Pair]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         places: dict[int, Iterator[Slot]] = {}
-        held: dict[int, tuple[int, list[dict] | ValueError]] = {}
+        held: Held = {}
         i = self.first + worker
         while True:
             n = self.rank + i * self.world
             stream = n % self.config.streams
             if stream not in places:
                 places[stream] = slots(self.shards, self.seed, stream, self.config.streams, n // self.config.streams)
-            slot = next(places[stream])
-            sample = self._read(slot, stream, held)
-            hq, lq = self._pair(sample, n)
-            yield hq, lq, sample.key, sample.bad
+            yield self._pair(next(places[stream]), stream, n, held)
             i += workers
 
-    def _read(self, slot: Slot, stream: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> Sample:
+    def _pair(self, slot: Slot, stream: int, n: int, held: Held) -> Pair:
+        """Read, degrade and augment sample `n` of the run."""
+        turn = seed_of(self.seed, "augment", n) % turns_of(self.config.augment)
+        sample = self._read(slot, stream, turn, held)
+        if self.online is not None:
+            made_with = degradation.preset(self.shards.settings["degradation"])
+            hq = sample.hq if made_with.usm else degradation.sharpen(sample.hq, self.online)
+            rng = np.random.default_rng(seed_of(self.seed, "degrade", n))
+            sample = replace(sample, hq=hq, lq=degradation.degrade(hq, self.online, rng)[0])
+        return Pair(*sample.tensors(turn), sample.key, sample.bad, *(sample.latents or (None, None)))
+
+    def _read(self, slot: Slot, stream: int, turn: int, held: Held) -> Sample:
         """Read the sample of a slot; if its shard is unusable, a sample of the next usable shard."""
         bad: list[str] = []
         for offset in range(len(self.shards.urls)):
             shard = (slot.shard + offset) % len(self.shards.urls)
             url = self.shards.urls[shard]
             try:
-                raw = self._hold(shard, stream if offset == 0 else -1 - stream, held)
+                raw, latents = self._hold(shard, stream if offset == 0 else -1 - stream, held)
                 if offset == 0 and slot.place >= len(raw):
                     raise ValueError(
                         f"shard {url} holds {len(raw)} of {self.shards.counts[shard]} samples: make it again"
                     )
                 variant = (slot.place + slot.epoch) % self.shards.variants
-                sample = decode_near(raw, slot.place % len(raw), url, variant)
-                return Sample(sample.key, sample.hq, sample.lq, (*bad, *sample.bad))
+                decoder = partial(self._decode, shard=shard, variant=variant, turn=turn, latents=latents)
+                sample = decode_near(raw, slot.place % len(raw), url, decoder)
+                return replace(sample, bad=(*bad, *sample.bad))
             except ValueError as error:
                 bad.append(str(error))
         raise ValueError(f"no shard of {self.shards.location} can be used: {bad[0]}")
 
-    def _hold(self, shard: int, place: int, held: dict[int, tuple[int, list[dict] | ValueError]]) -> list[dict]:
-        """Return the raw samples of a shard, or raise its read error; both are cached, so that it is read only once."""
+    def _decode(self, raw: dict, shard: int, variant: int, turn: int, latents: dict[str, bytes]) -> Sample:
+        sample = decode(raw, variant)
+        if self.latents is None:
+            return sample
+        return replace(sample, latents=self.latents.pair(latents.get(sample.key), sample.key, shard, variant, turn))
+
+    def _hold(self, shard: int, place: int, held: Held) -> tuple[list[dict], dict[str, bytes]]:
+        """Return the raw samples of a shard and their packed latents, or raise the error of reading them.
+
+        Both are kept, so that each shard is read only once.
+        """
         if place not in held or held[place][0] != shard:
             held.pop(place, None)  # free the old shard before reading the next: shards are large
             try:
-                held[place] = (shard, read_shard(self.shards.urls[shard]))
+                content = read_shard(self.shards.urls[shard]), self.latents.read(shard) if self.latents else {}
             except ValueError as error:
-                held[place] = (shard, error)
-        raw = held[place][1]
-        if isinstance(raw, ValueError):
-            raise raw
-        return raw
+                content = error
+            held[place] = (shard, content)
+        content = held[place][1]
+        if isinstance(content, ValueError):
+            raise content
+        return content
 
-    def _pair(self, sample: Sample, n: int) -> tuple[Tensor, Tensor]:
-        if self.online is not None:
-            made_with = degradation.preset(self.shards.settings["degradation"])
-            hq = sample.hq if made_with.usm else degradation.sharpen(sample.hq, self.online)
-            rng = np.random.default_rng(seed_of(self.seed, "degrade", n))
-            sample = Sample(sample.key, hq, degradation.degrade(hq, self.online, rng)[0])
-        hq, lq = sample.hq, sample.lq
-        turn = seed_of(self.seed, "augment", n)
-        if self.config.augment != "none" and turn & 1:
-            hq, lq = cv2.flip(hq, 1), cv2.flip(lq, 1)
-        if self.config.augment == "dihedral":
-            hq, lq = np.rot90(hq, turn >> 1 & 3), np.rot90(lq, turn >> 1 & 3)
-        return images.planes(hq), images.upsample_planes(images.planes(lq), sample.scale)
+
+def latent_cache(shards: ShardSet, config: DataConfig) -> LatentCache | None:
+    """Open the cached latents of `data.latents`, or return None without. Raises ValueError when they do not fit."""
+    if config.latents is None:
+        return None
+    locations = (config.latents,) if isinstance(config.latents, str) else config.latents
+    return LatentCache.open(locations, shards, config.augment)
 
 
 def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degradation | None:
@@ -208,7 +238,7 @@ def batches(
     )  # fmt: skip
     samples = iter(loader)
     while True:
-        hq, lq, keys, bad = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
+        hq, lq, keys, bad, *latents = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
         if len({x.shape for x in hq}) > 1:
             raise ValueError(
                 f"samples {keys[0]} .. have different sizes: a batch needs one crop size in the whole shard set"
@@ -221,4 +251,5 @@ def batches(
                 f"({names[0]}): "
                 "look at the set with data_prep/verify_shards.py, make what is broken again, or raise the share"
             )
-        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device), names
+        z_hq, z_lq = (None if z[0] is None else torch.stack(z) for z in latents)
+        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq), names

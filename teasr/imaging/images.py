@@ -170,6 +170,14 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def turn(x: np.ndarray, number: int) -> np.ndarray:
+    """Flip and rotate an image [H, W, 3] by one of the eight symmetries of the square, 0 to 7; 0 changes nothing.
+
+    Odd numbers flip it horizontally first; number // 2 counts the quarter turns, counter-clockwise.
+    """
+    return np.rot90(cv2.flip(x, 1) if number & 1 else x, number >> 1)
+
+
 def upsample(lq: np.ndarray, scale: int) -> np.ndarray:
     """Upsample bicubically like Pillow (as in OSEDiff's test).
 

@@ -34,6 +34,14 @@ class Progress:
     micros: int = 1
 
 
+@torch.no_grad()
+def latents(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the latents (z_hq, z_lq) of a batch: cached ones if the batch has them, else the images are encoded."""
+    if batch.z_hq is not None and batch.z_lq is not None:
+        return batch.z_hq, batch.z_lq
+    return model.encode(batch.x_hq), model.encode(batch.x_lq)
+
+
 @dataclass
 class Loss:
     """A scalar to back-propagate, the role through whose base it is back-propagated, and values to log with it."""

@@ -22,7 +22,7 @@ from teasr.backbones.model import Condition, Model
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
-from teasr.methods.base import Loss, Method, Progress
+from teasr.methods.base import Loss, Method, Progress, latents
 from teasr.methods.sampler import AnyStep, Sampler
 from teasr.util.randomness import Draws
 
@@ -138,8 +138,7 @@ class Teasr(Method):
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         """Yield up to four losses. Losses with zero weight, and anything only they need, are not computed."""
         student, weight = models["student"], self._select(self.loss_weights(progress), draws, progress)
-        with torch.no_grad():
-            z0, z_lq = student.encode(batch.x_hq), student.encode(batch.x_lq)
+        z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
         inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None

@@ -169,7 +169,10 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
         result.peaks[name] = max(result.peaks.get(name, 0), meter.peak)
         meter.flops, meter.peak = 0, meter.now()
 
-    batches = [Batch(picture, picture, [""] * b)] * method.cycle
+    student, z = networks.student, None
+    if config.data.latents is not None:  # then nothing is encoded
+        z = torch.empty(b, student.latent_channels, n // student.downsample, n // student.downsample, device="meta")
+    batches = [Batch(picture, picture, [""] * b, z, z)] * method.cycle
     progress = Progress(config.train.updates - 1, config.train.updates)
     with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), meter:
         backpropagate(

@@ -17,7 +17,7 @@ import torch
 
 from teasr.config.strict_yaml import to_dict
 from teasr.data.shards import ShardSet, decode_near, read_shard
-from teasr.data.stream import PairStream, batches, check_shards, check_streams
+from teasr.data.stream import PairStream, batches, check_shards, check_streams, latent_cache
 from teasr.imaging.images import to_tensor
 from teasr.methods.base import Method
 from teasr.run_config import RunConfig
@@ -56,6 +56,7 @@ class Trainer:
         self.accumulation = self.train.accumulation(self.world.size)
         self.shards = ShardSet.open(*config.data.locations)
         check_streams(self.shards, config.data, self.world.size)
+        latents = latent_cache(self.shards, config.data)
         settings = engine_settings(self.train, self.world.size)
         preflight.precision(self.train.dtype, to_dict(config.backbone).get("dtype"))
         self.method: Method = config.build_method()
@@ -66,6 +67,8 @@ class Trainer:
                 self.method.sampler().check(steps)
         self.method.load()
         self.networks = Networks(config, self.method)
+        if latents is not None:
+            latents.check_codec(self.networks.student.codec_sha256())
         self._set_autocast()
         self.state = RunState(config, self.world, self.networks, self._say)
         self.preview = Preview.of(config.preview, self.train.save_every_updates, self.shards, config.seed)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from teasr.backbones.prompts import load_prompt, pack, unpack
+from teasr.backbones.prompts import load_prompt
+from teasr.util.tensor_file import pack, unpack
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import run_config as recipe
-from teasr.backbones import prompts, quantised
+from teasr.backbones import quantised
 from teasr.backbones.lora import inject_peft_lora
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig, QwenNet, pack, unpack
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
+from teasr.backbones.qwen_image.vae import QwenCodec
+from teasr.data.prep.latents import LatentsConfig, cache_latents
 from teasr.restore.upscaler import Upscaler
 from teasr.training.trainer import Trainer
+from teasr.util import tensor_file
 from teasr.util.distributed import free_port
 
 
@@ -46,7 +49,7 @@ def model(tmp_path_factory):
     )
     vae.save_pretrained(folder / "vae")
     story = {"prompt": "", "model": "tiny", "dtype": "fp32", "libraries": {}}
-    (folder / "prompt.safetensors").write_bytes(prompts.pack({"prompt_embeds": torch.randn(5, 48)}, story))
+    (folder / "prompt.safetensors").write_bytes(tensor_file.pack({"prompt_embeds": torch.randn(5, 48)}, story))
     return folder
 
 
@@ -111,9 +114,16 @@ def test_full_size_has_the_published_counts():
 def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
     """The ZeRO stages agree, and a resumed run (3 + 3 updates) is bit-identical to 6 updates.
 
-    Its checkpoint restores images and can be scored.
+    With cached latents, the losses are the same. Its checkpoint restores images and can be scored.
     """
-    jobs = []
+    cached = LatentsConfig(str(shards), str(model), str(tmp_path / "latents"), dtype="fp32")
+    cache_latents(cached, QwenCodec.from_pretrained(str(model), torch.float32), torch.device("cpu"))
+    jobs = [
+        small_recipe(
+            shards, tmp_path / "cached", train__updates=6, backbone=config(model), data__latents=cached.out,
+            train__deepspeed=str(partitioning("zero1", tmp_path)),
+        )
+    ]  # fmt: skip
     for stage in ("zero1", "zero2", "zero3"):
         common = {"backbone": config(model), "train__deepspeed": str(partitioning(stage, tmp_path))}
         common |= {"train__save_every_updates": 3, "train__keep_checkpoints": 5}
@@ -123,6 +133,8 @@ def test_it_trains_resumes_and_restores(model, shards, tmp_path, ranks):
     start(jobs, tmp_path, ranks)
     one = rows(tmp_path / "zero1-whole")
     assert len(one) == 6
+    for a, b in zip(one, rows(tmp_path / "cached"), strict=True):
+        assert all(a[name] == pytest.approx(b[name], rel=1e-3) for name in ("loss", "grad_norm", "flow", "cons", "mse"))
     for other in ("zero2-whole", "zero3-whole"):
         for a, b in zip(one, rows(tmp_path / other), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
@@ -174,7 +186,7 @@ def test_mistakes_name_the_cure(model, tmp_path):
     with pytest.raises(ValueError, match=r"cache_prompt\.py"):
         backbone(model, prompt=str(tmp_path / "none.safetensors"))
     story = {"prompt": "", "model": "x", "dtype": "fp32", "libraries": {}}
-    (tmp_path / "wide.safetensors").write_bytes(prompts.pack({"prompt_embeds": torch.randn(5, 64)}, story))
+    (tmp_path / "wide.safetensors").write_bytes(tensor_file.pack({"prompt_embeds": torch.randn(5, 64)}, story))
     with pytest.raises(ValueError, match="has 64 numbers a token"):
         backbone(model, prompt=str(tmp_path / "wide.safetensors"))
 

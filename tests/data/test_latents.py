@@ -1,6 +1,6 @@
 """data_prep/cache_latents.py with a real VAE at tiny size: values, hash, damage and mistakes.
 
-The hash does not depend on how the work was split or interrupted.
+The hash does not depend on how the work was split or interrupted. Training reads what was cached.
 """
 
 import importlib.util
@@ -17,9 +17,15 @@ import warm
 from conftest import ROOT, make_shards
 from test_shards import rewrite
 
-from teasr.data.latents import LatentsConfig, cache_latents, read_latents
+from teasr.backbones.qwen_image.vae import QwenCodec
+from teasr.data import latents
+from teasr.data.config import DataConfig
+from teasr.data.latents import LatentCache
+from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents
 from teasr.data.shards import ShardSet, decode, read_shard
+from teasr.data.stream import PairStream, batches
 from teasr.imaging import images
+from teasr.util.tensor_file import unpack
 
 MEAN, STD = (0.1, -0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 0.7)
 
@@ -40,11 +46,23 @@ def vae(tmp_path_factory):
     return tiny_vae(tmp_path_factory.mktemp("model"))
 
 
+def cache(*settings, **more):
+    """Cache latents as data_prep/cache_latents.py does."""
+    config = LatentsConfig(*settings, **more)
+    codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae")
+    cache_latents(config, codec, torch.device("cpu"))
+
+
+def read_latents(path):
+    """{key: {name: latent}} of one sidecar."""
+    return {raw["__key__"]: unpack(raw[latents.MEMBER], str(path))[0] for raw in read_shard(str(path))}
+
+
 @pytest.fixture(scope="module")
 def whole(shards, vae, tmp_path_factory):
     """The sidecars of `shards`, made without interruption."""
     out = tmp_path_factory.mktemp("latents")
-    cache_latents(LatentsConfig(str(shards), vae, str(out), dtype="fp32"))
+    cache(str(shards), vae, str(out), dtype="fp32")
     return out
 
 
@@ -92,15 +110,15 @@ def test_values_are_those_of_the_vae_normalised_by_hand(shards, vae, whole):
 
 
 def test_the_sidecars_are_a_shard_set_with_the_keys_of_the_images(shards, whole):
-    images_set, latents = ShardSet.open(str(shards)), ShardSet.open(str(whole))
-    assert latents.counts == images_set.counts and len(latents) == 48
+    images_set, cached = ShardSet.open(str(shards)), ShardSet.open(str(whole))
+    assert cached.counts == images_set.counts and len(cached) == 48
     settings = json.loads((whole / "index.json").read_text())["settings"]
-    assert settings["vae_config"]["latents_std"] == list(STD) and settings["dtype"] == "fp32"
+    assert settings["augment"] == "flip" and settings["dtype"] == "fp32"
 
 
 def test_stored_in_bf16_beside_the_images_by_default(photos, vae, tmp_path, capsys):
     shards = make_shards(photos, tmp_path / "set", crops_per_photo=2, shard_samples=6)
-    cache_latents(LatentsConfig(str(shards), vae))
+    cache(str(shards), vae)
     said = capsys.readouterr().out
     assert "latents   6/6 samples" in said and "left" in said
     assert f"6 samples in 1 shards, 0.0 MB, sha256 {set_hash(shards / 'latents')[:12]}" in said
@@ -113,12 +131,12 @@ def test_stored_in_bf16_beside_the_images_by_default(photos, vae, tmp_path, caps
 
 def test_every_variant_has_its_latent(photos, vae, tmp_path):
     shards = make_shards(photos, tmp_path / "set", crops_per_photo=1, variants=3)
-    cache_latents(LatentsConfig(str(shards), vae, dtype="fp32", batch=5))  # batches that end inside a sample
+    cache(str(shards), vae, dtype="fp32", batch=5)  # batches that end inside a sample
     stored = read_latents(f"{shards}/latents/shard-000000.tar")
     encoder_of_one = tmp_path / "one"
-    cache_latents(LatentsConfig(str(shards), vae, str(encoder_of_one), dtype="fp32", batch=1))
+    cache(str(shards), vae, str(encoder_of_one), dtype="fp32", batch=1)
     for key, tensors in read_latents(f"{encoder_of_one}/shard-000000.tar").items():
-        assert list(stored[key]) == ["hq", "lq", "lq.1", "lq.2"]
+        assert sorted(stored[key]) == sorted(f"{n}{t}" for n in ("hq", "lq", "lq.1", "lq.2") for t in ("", "@1"))
         for name, z in tensors.items():
             torch.testing.assert_close(stored[key][name], z, rtol=1e-4, atol=1e-5)
         assert not torch.equal(tensors["lq.1"], tensors["lq.2"])
@@ -131,11 +149,11 @@ def test_resumed_after_lost_manifests_and_torn_tars_it_has_the_same_bytes(shards
     (out / "shard-000001.tar").write_bytes((out / "shard-000001.tar").read_bytes()[:5000])
     (out / "shard-000002.json").write_text('{"torn')
     kept = (out / "shard-000003.tar").stat().st_mtime_ns
-    cache_latents(LatentsConfig(str(shards), vae, str(out), dtype="fp32"))
+    cache(str(shards), vae, str(out), dtype="fp32")
     assert tars(out) == tars(whole) and set_hash(out) == set_hash(whole)
     assert (out / "shard-000003.tar").stat().st_mtime_ns == kept
     capsys.readouterr()
-    cache_latents(LatentsConfig(str(shards), vae, str(out), dtype="fp32"))
+    cache(str(shards), vae, str(out), dtype="fp32")
     assert "samples/s" not in capsys.readouterr().out  # nothing was left to do
 
 
@@ -145,18 +163,18 @@ def test_two_parts_make_what_one_makes(shards, vae, whole, tmp_path, monkeypatch
         monkeypatch.setenv("RANK", str(rank))
         assert run(f"shards={shards}", f"vae={vae}", f"out={tmp_path}", "dtype=fp32") == 0
         if rank == 1:
-            assert "part 1 of 2 is done; 2 shards of other parts are missing still" in capsys.readouterr().out
+            assert "part 1 of 2 is finished; 2 shards of other parts are missing" in capsys.readouterr().out
             assert sorted(tars(tmp_path)) == ["shard-000001.tar", "shard-000003.tar"]
     assert tars(tmp_path) == tars(whole) and set_hash(tmp_path) == set_hash(whole)
 
 
 def test_other_weights_or_settings_make_the_sidecars_again(shards, vae, whole, tmp_path):
     out = copied(whole, tmp_path / "out")
-    cache_latents(LatentsConfig(str(shards), tiny_vae(tmp_path / "other", seed=1), str(out), dtype="fp32"))
+    cache(str(shards), tiny_vae(tmp_path / "other", seed=1), str(out), dtype="fp32")
     assert all(a != b for a, b in zip(tars(out).values(), tars(whole).values(), strict=True))
-    cache_latents(LatentsConfig(str(shards), vae, str(out)))
+    cache(str(shards), vae, str(out))
     assert read_latents(f"{out}/shard-000000.tar")["000000000"]["hq"].dtype == torch.bfloat16
-    cache_latents(LatentsConfig(str(shards), vae, str(out), dtype="fp32"))
+    cache(str(shards), vae, str(out), dtype="fp32")
     assert set_hash(out) == set_hash(whole)
 
 
@@ -198,34 +216,92 @@ def test_a_shard_that_ends_early_or_is_another_one_is_an_error(shards, vae, tmp_
     else:
         path.write_bytes((shards / "shard-000001.tar").read_bytes())
     with pytest.raises(ValueError, match=r"shard-000000\.tar is not the one in index\.json"):
-        cache_latents(LatentsConfig(str(broken), vae, str(tmp_path / "out")))
+        cache(str(broken), vae, str(tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_damage_to_a_sidecar_is_seen(whole, tmp_path):
-    data = (whole / "shard-000000.tar").read_bytes()
-    path = tmp_path / "shard-000000.tar"
-    sound = read_latents(f"{whole}/shard-000000.tar")
-    step = len(data) // 150
-    for place in range(0, len(data), step):
+def stream(shards, cached, first=0, **settings):
+    """A training stream that reads cached latents."""
+    config = DataConfig(str(shards), latents=str(cached), **settings)
+    return PairStream(ShardSet.open(str(shards)), config, 0, 0, 1, first)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "dihedral"])
+def test_training_reads_the_latents_of_the_images_that_it_sees(shards, vae, tmp_path, augment):
+    """Also in loader processes, for variants, and when a run is resumed in the middle."""
+    cache(str(shards), vae, str(tmp_path), dtype="fp32", augment=augment)
+    codec = QwenCodec.from_pretrained(vae, torch.float32)
+    read = batches(stream(shards, tmp_path, augment=augment, workers=2), 12)
+    seen = [next(read)[0] for _ in range(4)]
+    for batch in seen:
+        for x, z in ((batch.x_hq, batch.z_hq), (batch.x_lq, batch.z_lq)):
+            with torch.no_grad():
+                torch.testing.assert_close(z, codec.encode(x), rtol=1e-4, atol=1e-5)
+    resumed, _ = next(batches(stream(shards, tmp_path, augment=augment, first=24), 12))
+    assert torch.equal(resumed.z_lq, seen[2].z_lq) and resumed.keys == seen[2].keys
+    plain = PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), augment=augment), 0, 0, 1, 0)
+    without, _ = next(batches(plain, 12))
+    assert without.z_hq is None and torch.equal(without.x_lq, seen[0].x_lq)  # the images are the same with and without
+
+
+def test_several_sets_and_variants_are_read_with_their_latents(photos, vae, tmp_path):
+    sets = [make_shards(photos, tmp_path / f"set{i}", crops_per_photo=6, variants=2, seed=i) for i in (1, 2)]
+    for folder in sets:
+        cache(str(folder), vae, dtype="fp32", augment="none")
+    codec, names = QwenCodec.from_pretrained(vae, torch.float32), tuple(map(str, sets))
+    config = DataConfig(names, streams=2, augment="none", latents=tuple(f"{name}/latents" for name in names))
+    shards = ShardSet.open(*names)
+    read = batches(PairStream(shards, config, 0, 0, 1, 0), len(shards))
+    for batch, _ in (next(read), next(read)):  # the second epoch has the other variant
+        with torch.no_grad():
+            torch.testing.assert_close(batch.z_lq, codec.encode(batch.x_lq), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"names 1 folder\(s\) and data.shards 2"):
+        LatentCache.open((f"{names[0]}/latents",), shards, "none")
+    cache(names[1], tiny_vae(tmp_path / "other", seed=1), dtype="fp32", augment="none")
+    with pytest.raises(ValueError, match="come from different VAEs"):
+        LatentCache.open(config.latents, shards, "none")
+
+
+def test_latents_that_do_not_fit_are_an_error_with_the_cure(shards, photos, vae, whole, tmp_path):
+    shard_set = ShardSet.open(str(shards))
+    other = make_shards(photos, tmp_path / "other", seed=7)
+    for location, source, augment, message in (
+        (tmp_path / "nowhere", shards, "flip", r"holds no index.json: make it with data_prep/cache_latents.py shards="),
+        (shards, shards, "flip", "does not hold cached latents"),
+        (whole, other, "flip", r"were made from other shards than those in .*other \(shard-000000.tar differs\)"),
+        (whole, shards, "dihedral", "data.augment = dihedral, but the latents in .* were made with augment=flip"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LatentCache.open((str(location),), ShardSet.open(str(source)), augment)
+    LatentCache.open((str(whole),), shard_set, "none")
+    with pytest.raises(ValueError, match=r"data.degrade = online makes new LQ images"):
+        DataConfig(str(shards), latents=str(whole), degrade="online")
+    cached = LatentCache.open((str(whole),), shard_set, "flip")
+    cached.check_codec(QwenCodec.from_pretrained(vae, torch.bfloat16).sha256())  # the dtype does not matter
+    with pytest.raises(ValueError, match=f"come from the VAE {vae}, not from this run's"):
+        cached.check_codec(QwenCodec.from_pretrained(tiny_vae(tmp_path / "vae", seed=1), torch.float32).sha256())
+
+
+def test_damage_to_a_sidecar_is_seen_and_the_sample_replaced(shards, whole, tmp_path):
+    """Every read either gives the cached latents or names the broken sample, whichever bit was flipped."""
+    sound = {key: row["hq"] for path in whole.glob("*.tar") for key, row in read_latents(path).items()}
+    out = copied(whole, tmp_path / "out")
+    data, path, named = (whole / "shard-000000.tar").read_bytes(), out / "shard-000000.tar", 0
+    for place in range(0, len(data), len(data) // 40):
         path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        try:
-            read = read_latents(str(path))
-        except ValueError as error:
-            assert "data_prep/cache_latents.py again" in str(error)
-        else:  # the padding of the tar was hit, and no number has changed
-            assert all(torch.equal(z, sound[k][n]) for k, row in read.items() for n, z in row.items())
-            assert read.keys() == sound.keys()
-    for length in (0, 100, 512, 5000, len(data) // 2 // 512 * 512):
-        path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match="cache_latents"):
-            read_latents(str(path))
-    path.write_bytes(data)
-    rewrite(path, lambda name, data: data if name < "000000011" else None)
-    with pytest.raises(ValueError, match=r"holds 11 samples of \{12\}"):
-        read_latents(str(path))
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_latents(str(tmp_path / "nowhere.tar"))
+        read = iter(stream(shards, out, augment="none"))
+        for pair in (next(read) for _ in range(48)):
+            assert torch.equal(pair.z_hq, sound[pair.key])
+            named += len(pair.bad)
+    assert named >= 20
+    rewrite(path, lambda name, content: content if name < "000000011" else None)
+    read = iter(stream(shards, out, augment="none"))
+    bad = [message for _ in range(48) for message in next(read).bad]
+    assert len(bad) == 1 and "000000011.latents.safetensors is missing: run data_prep/cache_latents.py again" in bad[0]
+    path.unlink()
+    read = iter(stream(shards, out, augment="none"))
+    bad = [message for _ in range(48) for message in next(read).bad]
+    assert len(bad) >= 12 and "shard-000000.tar cannot be read" in bad[0]
 
 
 def test_a_full_disk_leaves_nothing_half_written(shards, vae, tmp_path, monkeypatch, capsys):
@@ -268,11 +344,11 @@ def test_mistakes_are_one_line_with_the_cure(shards, vae, tmp_path, monkeypatch,
         ({"vae": tmp_path / "empty"}, "give the local folder of a complete diffusers model (vae=/path/to/model)"),
         ({"vae": torn}, "torn cannot be loaded (Unable to load weights"),
         ({"vae": without}, "without cannot be loaded (Error no file named diffusion_pytorch_model.safetensors"),
-        ({"vae": lacking}, "its weights lack quant_conv.weight"),
+        ({"vae": lacking}, "its VAE lacks quant_conv.weight"),
         ({"vae": infinite}, "not finite"),
         ({"shards": "/nowhere"}, "/nowhere holds no index.json: make shards"),
         ({"shards": odd}, "HQ of 60x60 px: the VAE takes multiples of 8 px"),
-        ({"out": shards}, "holds an index.json that is not of latents"),
+        ({"out": shards}, "holds an index.json of something else than latents"),
         ({"batch": 0}, "batch = 0: must be >= 1"),
         ({"dtype": "fp16"}, "allowed are bf16, fp32"),
         ({"devices": "cpu"}, "did you mean device?"),

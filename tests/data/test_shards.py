@@ -127,7 +127,7 @@ def test_a_broken_sample_is_replaced_named_and_shifts_nothing(photos, shards, tm
     good, broken = keys(shards, n=48), keys(out, n=48)
     assert [a for a, b in zip(good, broken, strict=True) if a != b] == [bad]
     stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out)), 0, 0, 1, 0)
-    named = [names for *_, names in islice(iter(stream), 48) if names]
+    named = [pair.bad for pair in islice(iter(stream), 48) if pair.bad]
     assert len(named) == 1 and f"{bad}.lq.png" in named[0][0]
 
 
@@ -267,7 +267,7 @@ def test_variants_take_turns_by_epoch(photos, tmp_path):
     """Over K epochs, every variant of a sample is used once."""
     out = make_shards(photos, tmp_path / "k", variants=2)
     seen = {}
-    for _, lq, key, _ in stream_of(out, 96, augment="none"):
+    for _, lq, key, *_ in stream_of(out, 96, augment="none"):
         seen.setdefault(key, []).append(lq)
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in seen.values()) and len(seen) == 48
 
@@ -278,7 +278,7 @@ def test_online_degradation_is_new_each_epoch_and_a_function_of_the_position(pho
     assert [row[2] for row in stored] == [row[2] for row in online]
     assert all(torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1]) for a, b in zip(stored, online, strict=True))
     by_key = {}
-    for _, lq, key, _ in online:
+    for _, lq, key, *_ in online:
         by_key.setdefault(key, []).append(lq)
     assert all(not torch.equal(*pair) for pair in by_key.values())
     stream = PairStream(ShardSet.open(str(shards)), DataConfig(str(shards), **config), 0, 0, 1, 40)

@@ -185,6 +185,11 @@ class QwenImage(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return self.codec.decode(z)
 
+    def codec_sha256(self) -> str:
+        if self.config.model == "random":
+            raise ValueError("data.latents: cached latents do not belong to a random VAE; remove data.latents")
+        return self.codec.sha256()
+
     def snap(self, t: Tensor) -> Tensor:
         """Round to the times of the modulation table, so that time embedding and noise level agree."""
         steps = self.config.modulation_table

@@ -7,6 +7,8 @@ clamped values have no gradient; this one does not clamp and is differentiable.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
@@ -71,13 +73,22 @@ class QwenCodec(nn.Module):
             )
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: torch.dtype) -> QwenCodec:
+    def from_pretrained(cls, model: str, dtype: torch.dtype, key: str = "backbone.model") -> QwenCodec:
         """Load from a hub name, or from the local folder of a VAE or of a model with a VAE in vae/.
 
-        Raises ValueError if it is missing or incomplete.
+        `key`: the config key that names it. Raises ValueError if it is missing or incomplete.
         """
-        subfolder = vae_folder(model, "backbone.model")
-        return cls(load_part(AutoencoderKLQwenImage, "backbone.model", model, subfolder, dtype, "VAE"))
+        return cls(load_part(AutoencoderKLQwenImage, key, model, vae_folder(model, key), dtype, "VAE"))
+
+    def sha256(self) -> str:
+        """Hash of the weights, rounded to bf16 so that it does not depend on the dtype, and of the normalisation."""
+        tensors = {name: x.bfloat16() for name, x in self.vae.state_dict().items()}
+        tensors |= {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        sha256 = hashlib.sha256()
+        for name, x in sorted(tensors.items()):
+            sha256.update(f"{name} {list(x.shape)}".encode())
+            sha256.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return sha256.hexdigest()
 
     @property
     def checkpointing(self) -> bool:
