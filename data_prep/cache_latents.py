@@ -36,19 +36,27 @@ from teasr.data.prep import engines
 def main(arguments: list[str] | None = None) -> int:
     """Write all missing sidecars, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings listed above, such as shards=data/train vae=Qwen/Qwen-Image",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
         cache_latents(config, *engines.split_from_environment())
     except OSError as error:
-        print(f"error: {error}; what is finished is kept: cure it and run the same command again", file=sys.stderr)
+        print(
+            f"error: {error}; finished shards are kept; fix the problem and run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        print("\nstopped; finished shards are kept; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

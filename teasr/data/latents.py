@@ -80,14 +80,14 @@ class Encoder:
         h, w = pictures[0].shape[:2]
         unit = self.vae.spatial_compression_ratio
         if h % unit or w % unit:
-            raise ValueError(f"HQ of {w}x{h} px: the VAE takes multiples of {unit} px, make shards with such a crop_px")
+            raise ValueError(f"HQ of {w}x{h} px: the VAE takes multiples of {unit} px; choose crop_px accordingly")
         x = torch.stack([images.to_tensor(x) for x in pictures])[:, :, None].to(self.device, self.dtype)
         try:
             z = self.vae.encode(x).latent_dist.mode()[:, :, 0].float().cpu()
         except torch.OutOfMemoryError:
-            raise ValueError(f"{len(x)} pictures of {w}x{h} px do not fit into the GPU: set a smaller batch") from None
+            raise ValueError(f"{len(x)} images of {w}x{h} px do not fit in GPU memory: set a smaller batch") from None
         if not z.isfinite().all():
-            raise ValueError("the VAE gives numbers that are not finite: set compute_dtype=fp32, look at its weights")
+            raise ValueError("the VAE returns values that are not finite: set compute_dtype=fp32 or check its weights")
         return (z - self.mean) / self.std
 
 
@@ -108,7 +108,7 @@ class _Set:
         self.rows = json.loads((self.source / INDEX).read_text())["shards"]
         self.out = Path(config.out).expanduser() if config.out else self.source / "latents"
         if (self.out / INDEX).exists() and "vae_sha256" not in (self.out / INDEX).read_text():
-            raise ValueError(f"out = {self.out} holds an {INDEX} that is not of latents: name another folder")
+            raise ValueError(f"out = {self.out} holds the {INDEX} of a set without latents: choose another folder")
         self.encoder = Encoder(config)
         self.settings = {
             "vae_config": self.encoder.config, "vae_sha256": self.encoder.sha256, "variants": self.variants,
@@ -143,7 +143,7 @@ class _Set:
                     add_member(tar, f"{key}.{MEMBER}", prompts.pack(tensors, {"samples": len(raw)}))
                     line.show(done)
             if sha256_of(source) != row["sha256"]:
-                raise _broken(source, f"{source} is not the one in {INDEX}")
+                raise _broken(source, f"{source} is not the shard that {INDEX} lists (its sha256 differs)")
         made_with = {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")}
         keys = [record["__key__"] for record in raw]
         device = self.encoder.device.type
@@ -186,9 +186,9 @@ def _pictures(raw: list[dict], variants: int, source: Path) -> Iterator[tuple[st
 
 def _broken(source: Path, error: object) -> ValueError:
     return ValueError(
-        f"{error}; finished sidecars are kept: look at the set with data_prep/verify_shards.py, "
+        f"{error}; finished sidecars are kept; check the set with data_prep/verify_shards.py, "
         f"delete {source} and its .json, "
-        "make it again with the command that made the set, then run this command again"
+        "make it again with the make_shards command of the set, then run this command again"
     )
 
 
@@ -213,7 +213,7 @@ def cache_latents(config: LatentsConfig, rank: int = 0, world: int = 1) -> None:
     line.close()
     done |= {row["shard"]: m for row in work.rows if row["shard"] not in done and (m := work.finished(row))}
     if len(done) < len(work.rows):
-        print(f"part {rank} of {world} is done; {len(work.rows) - len(done)} shards of other parts are missing still")
+        print(f"part {rank} of {world} is done; {len(work.rows) - len(done)} shards of other parts are still missing")
         return
     index = work.finish([done[row["shard"]] for row in work.rows])
     rows = index["shards"]
@@ -235,7 +235,7 @@ def read_latents(url: str) -> dict[str, dict[str, Tensor]]:
             latents[key], story = prompts.unpack(record.get(MEMBER, b""), f"{url}/{key}.{MEMBER}")
             samples.add(story.get("samples"))
         if samples != {len(latents)}:
-            raise ValueError(f"sidecar {url} holds {len(latents)} samples of {samples}")
+            raise ValueError(f"sidecar {url} holds {len(latents)} samples, but its metadata says {samples}")
     except ValueError as error:
         raise ValueError(f"{error}: delete this sidecar and run data_prep/cache_latents.py again") from error
     return latents
