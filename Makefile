@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/demo
-PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')# free, for ranks to meet at
+# a free port, at which the ranks meet
+PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 WORKERS ?= 2# test files at a time; each may start two ranks
 # Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
 export TOKENIZERS_PARALLELISM := false

@@ -81,7 +81,7 @@ def saving(run: Path, since: float) -> bool:
     return any(p.stat().st_mtime > since for p in (run / "checkpoints").glob(".tmp-*") if p.exists())
 
 
-def left(run: Path) -> dict[str, bytes]:
+def final_files(run: Path) -> dict[str, bytes]:
     """Return the files that a run ends with, by name."""
     files = [*checkpoint_folder.latest(run / "checkpoints").glob("*.safetensors"), run / "metrics.csv"]
     return {path.name: path.read_bytes() for path in files + sorted((run / "previews").glob("*.png"))}
@@ -95,14 +95,14 @@ def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> N
     until = time.monotonic() + draw.uniform(0, 12)
     updates, before = saved + draw.randint(1, 6), written(run)
 
-    def come() -> bool:
+    def moment_reached() -> bool:
         if moment == MOMENTS[0]:
             return time.monotonic() >= until
         if written(run) == before or newest_update(run) < updates:
             return False
         return moment == MOMENTS[1] or saving(run, job.begun)
 
-    while job.process.poll() is None and not come():
+    while job.process.poll() is None and not moment_reached():
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.3 if moment == MOMENTS[1] else 0.02))
 
@@ -110,26 +110,32 @@ def wait(job: Job, run: Path, moment: str, saved: int, draw: random.Random) -> N
 def main() -> int:
     """Run uninterrupted, then with kills; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards", type=lambda text: Path(text).resolve())
-    parser.add_argument("--config", default="launch/presets/tiny_teasr.yaml")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("shards", type=lambda text: Path(text).resolve(), help="folder of a training shard set")
+    parser.add_argument(
+        "--config",
+        default="launch/presets/tiny_teasr.yaml",
+        help="YAML config of the run (default: launch/presets/tiny_teasr.yaml)",
+    )
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="config overrides, such as train.micro_batch=4"
+    )
     options = parser.parse_intermixed_args()
     place, draw = Path(tempfile.mkdtemp()), random.Random(options.seed)
     started = time.monotonic()
     if Job(place / "whole", options).process.wait():
         print((place / "whole.log").read_text()[-2000:])
         return 1
-    print(f"undisturbed: {time.monotonic() - started:.1f} s", flush=True)
+    print(f"uninterrupted run: {time.monotonic() - started:.1f} s", flush=True)
     run, survived, where = place / "killed", 0, dict.fromkeys(MOMENTS, 0)
     for i in range(options.kills):
         before, saved_before = written(run), saved_update(run)
         job = Job(run, options)
         wait(job, run, draw.choice(MOMENTS), saved_before, draw)
         if job.process.poll() is not None:
-            print(f"it ended before kill {i + 1}: more updates are needed, such as train.updates=300")
+            print(f"the run finished before kill {i + 1}: add more updates, such as train.updates=300")
             break
         job.kill()
         reached, saved = newest_update(run), saved_update(run)
@@ -139,15 +145,15 @@ def main() -> int:
         found = checkpoint_folder.latest(run / "checkpoints")
         good = saved == 0 or (found is not None and found.name == checkpoint_folder.name_of(saved))
         survived += good
-        state = "whole" if good else "LOST"
-        print(f"kill {i + 1}: {kind}, at update {reached}, newest checkpoint {saved}: {state}", flush=True)
+        state = "intact" if good else "LOST"
+        print(f"kill {i + 1}, {kind}: last update {reached}, newest checkpoint {saved}, {state}", flush=True)
     end = Job(run, options)
     failed = end.process.wait()
-    equal = not failed and left(run) == left(place / "whole")
-    print(f"killed {', '.join(f'{n} {kind}' for kind, n in where.items())}; {options.ranks} rank(s)")
+    equal = not failed and final_files(run) == final_files(place / "whole")
+    print(f"kills: {', '.join(f'{n} {kind}' for kind, n in where.items())}; {options.ranks} rank(s)")
     print(
         f"survived {survived}, lost {sum(where.values()) - survived}; "
-        f"the end {'equals' if equal else 'DIFFERS FROM'} the undisturbed run's, byte for byte"
+        f"final files {'are identical to' if equal else 'DIFFER FROM'} those of the uninterrupted run"
     )
     if equal:
         shutil.rmtree(place)

@@ -25,10 +25,16 @@ from pathlib import Path
 def main() -> int:
     """Run the rounds; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photos")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("settings", nargs="*", default=["crop_px=128", "crops_per_photo=4", "shard_samples=64"])
+    parser.add_argument("photos", help="folder of photographs")
+    parser.add_argument("--rounds", type=int, default=20, help="number of shard sets to make (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        default=["crop_px=128", "crops_per_photo=4", "shard_samples=64"],
+        help="settings of make_shards.py (default: crop_px=128 crops_per_photo=4 shard_samples=64)",
+    )
     options = parser.parse_intermixed_args()
     place, draw = Path(tempfile.mkdtemp()), random.Random(options.seed)
 
@@ -42,7 +48,7 @@ def main() -> int:
     started = time.monotonic()
     subprocess.run(command(place / "whole"), check=True, stdout=subprocess.DEVNULL)
     whole, wanted = time.monotonic() - started, set_hash(place / "whole")
-    print(f"undisturbed: {whole:.1f} s, sha256 {wanted[:12]}")
+    print(f"uninterrupted run: {whole:.1f} s, sha256 {wanted[:12]}")
     equal, kills = 0, 0
     for i in range(options.rounds):
         out = place / f"round-{i}"
@@ -61,11 +67,11 @@ def main() -> int:
         equal += good
         print(
             f"round {i + 1}: killed after {', '.join(f'{m:.1f}' for m in moments)} s: "
-            f"{'equal' if good else 'DIFFERENT'}"
+            f"{'identical' if good else 'DIFFERENT, or temporary files left'}"
         )
         shutil.rmtree(out)
     shutil.rmtree(place)
-    print(f"{equal} of {options.rounds} rounds equal, {kills} kills")
+    print(f"{equal} of {options.rounds} rounds identical to the uninterrupted run, {kills} kills")
     return 0 if equal == options.rounds else 1
 
 

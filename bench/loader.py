@@ -50,9 +50,9 @@ def reader(shards: ShardSet, samples: int, **config) -> float:
 def main() -> None:
     """Time all variants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("shards", help="folder of a shard set")
+    parser.add_argument("--samples", type=int, default=1000, help="number of samples per round (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; figures are medians (default: 5)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shards = ShardSet.open(options.shards)
@@ -75,7 +75,7 @@ def main() -> None:
     )
     for name, seconds in rows.items():
         ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-        print(f"{name:28s} {options.samples / statistics.median(seconds):8.1f} samples/s   {ratio:5.2f} of raw")
+        print(f"{name:28s} {options.samples / statistics.median(seconds):8.1f} samples/s   {ratio:5.2f} x raw speed")
 
 
 if __name__ == "__main__":

@@ -45,19 +45,21 @@ def compare(name: str, ours, theirs, rounds: int = ROUNDS) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=512, help="of the pictures, px")
-    parser.add_argument("--samples", type=int, default=100, help="of a set, for the Frechet distance of 2048 features")
+    parser.add_argument("--side", type=int, default=512, help="side of the images in pixels (default: 512)")
+    parser.add_argument(
+        "--samples", type=int, default=100, help="samples per set for the Frechet distance (default: 100)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     base = np.kron(rng.integers(0, 256, (options.side // 8, options.side // 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-    made = (base + rng.normal(0, 12, base.shape)).clip(0, 255).round().astype(np.uint8)
-    a, b = (torch.from_numpy(x).permute(2, 0, 1)[None].float() / 255 for x in (base, made))
+    noisy = (base + rng.normal(0, 12, base.shape)).clip(0, 255).round().astype(np.uint8)
+    a, b = (torch.from_numpy(x).permute(2, 0, 1)[None].float() / 255 for x in (base, noisy))
     print(f"{'':22s} {'ours':>12s} {'pyiqa':>12s} {'difference':>10s} {'ours ms':>10s} {'pyiqa ms':>10s} {'ratio':>8s}")
     for name, act in (("psnr", psnr), ("ssim", ssim)):
         metric = pyiqa.create_metric(name, test_y_channel=True, color_space="ycbcr", device=torch.device("cpu"))
         compare(
-            f"{name}, {options.side} px", lambda act=act: act(made, base), lambda metric=metric: metric(b, a).item()
+            f"{name}, {options.side} px", lambda act=act: act(noisy, base), lambda metric=metric: metric(b, a).item()
         )
     mix = rng.normal(size=(2048, 2048)) / 2048**0.5
     x, y = rng.normal(size=(options.samples, 2048)) @ mix, rng.normal(size=(options.samples, 2048)) @ mix * 1.2 + 0.05

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from teasr import run_config as recipe
+from teasr import run_config
 from teasr.backbones.model import Model
 from teasr.data.shards import ShardSet
 from teasr.data.stream import PairStream, batches
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Bare:
     """The update in plain PyTorch. `reader`: take batches from the trainer's reader instead of a fixed list."""
 
-    def __init__(self, settings: recipe.RunConfig, reader: bool):
+    def __init__(self, settings: run_config.RunConfig, reader: bool):
         torch.set_num_threads(settings.train.cpu_threads or 1)
         self.settings, self.train, self.update = settings, settings.train, 0
         self.backbone, self.method = settings.build_backbone(), settings.build_method()
@@ -74,7 +74,7 @@ class Bare:
 class Whole:
     """The trainer; each call of `run` lets `fit` do some more updates."""
 
-    def __init__(self, settings: recipe.RunConfig, zero: str, ema: bool, mlflow: bool, place: Path):
+    def __init__(self, settings: run_config.RunConfig, zero: str, ema: bool, mlflow: bool, place: Path):
         train = replace(settings.train, deepspeed=str(ROOT / f"ds_configs/{zero}.json"), save_every_updates=10**9)
         train = train if ema else replace(train, ema=None)
         preview, tracking = (
@@ -82,8 +82,8 @@ class Whole:
             replace(settings.tracking, mlflow=mlflow, uri=None),
         )
         name = f"{zero}-{ema}-{mlflow}"
-        made = replace(settings, train=train, preview=preview, tracking=tracking, run_dir=str(place / name))
-        self.trainer = Trainer(made)
+        config = replace(settings, train=train, preview=preview, tracking=tracking, run_dir=str(place / name))
+        self.trainer = Trainer(config)
         self.trainer.state.save = lambda score=None: None  # a checkpoint is not part of an update
 
     def run(self, updates: int) -> float:
@@ -99,15 +99,20 @@ class Whole:
 def main() -> None:
     """Time all variants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards")
-    parser.add_argument("--config", type=Path, default=ROOT / "launch/presets/tiny_teasr.yaml")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=20, help="of each row in each round")
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("shards", help="folder of a training shard set")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "launch/presets/tiny_teasr.yaml",
+        help="YAML config (default: launch/presets/tiny_teasr.yaml)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; figures are medians (default: 5)")
+    parser.add_argument("--updates", type=int, default=20, help="updates of each row per round (default: 20)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="config overrides, such as train.batch=8")
     options = parser.parse_intermixed_args()
     place = Path(tempfile.mkdtemp())
     ramp = "method.ramps={rectify: {start: 0, length: 1, unit: updates}}"  # every row does the same work in every round
-    settings = recipe.load(options.config, [f"data.shards={options.shards}", ramp, *options.settings])
+    settings = run_config.load(options.config, [f"data.shards={options.shards}", ramp, *options.settings])
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet):
         ways = {
@@ -116,13 +121,13 @@ def main() -> None:
             "trainer, ZeRO-1, no average": Whole(settings, "zero1", ema=False, mlflow=False, place=place),
             "+ moving average": Whole(settings, "zero1", ema=True, mlflow=False, place=place),
             "+ MLflow": Whole(settings, "zero1", ema=True, mlflow=True, place=place),
-            "the same under ZeRO-2": Whole(settings, "zero2", ema=True, mlflow=True, place=place),
-            "the same under ZeRO-3": Whole(settings, "zero3", ema=True, mlflow=True, place=place),
+            "the same with ZeRO-2": Whole(settings, "zero2", ema=True, mlflow=True, place=place),
+            "the same with ZeRO-3": Whole(settings, "zero3", ema=True, mlflow=True, place=place),
         }
         for way in ways.values():
             way.run(5)
         rounds = [{name: way.run(options.updates) for name, way in ways.items()} for _ in range(options.rounds)]
-    print(f"{'':30s} s / update   of the bare loop")
+    print(f"{'':30s} s / update   relative to the bare loop")
     for name in ways:
         seconds = statistics.median(r[name] for r in rounds)
         ratio = statistics.median(r[name] / r["bare loop"] for r in rounds)

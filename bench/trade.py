@@ -32,36 +32,45 @@ def sharpness(x: np.ndarray) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", help="folder of a run, a checkpoint or an export, or the name of a shipped model")
     parser.add_argument("--data", required=True, help="shard set of held-out pairs")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--fidelity", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
-    parser.add_argument("--pictures", type=int, default=24, help="at most")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[2, 4, 8], help="numbers of sampling steps (default: 2 4 8)"
+    )
+    parser.add_argument(
+        "--fidelity",
+        type=float,
+        nargs="+",
+        default=[0, 0.25, 0.5, 0.75, 1],
+        help="values of fidelity, each combined with each number of steps (default: 0 0.25 0.5 0.75 1)",
+    )
+    parser.add_argument("--pictures", type=int, default=24, help="largest number of pairs to use (default: 24)")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     upscaler = Upscaler.from_pretrained(options.model)
     entries = pairs_of.from_shards(options.data)
     pairs = [load() for (_, load), _ in zip(entries, range(options.pictures), strict=False)]
 
-    def show(name: str, made: list[np.ndarray]) -> None:
-        psnr = np.mean([psnr(x, pair.hq) for x, pair in zip(made, pairs, strict=True)])
-        print(f"{name:24s} {psnr:7.3f} {np.mean([sharpness(x) for x in made]):7.2f}", flush=True)
+    def show(name: str, images: list[np.ndarray]) -> None:
+        mean_psnr = np.mean([psnr(x, pair.hq) for x, pair in zip(images, pairs, strict=True)])
+        print(f"{name:24s} {mean_psnr:7.3f} {np.mean([sharpness(x) for x in images]):10.2f}", flush=True)
 
-    def restore(pair, steps, **how) -> np.ndarray:
-        return upscaler(pair.lq, steps, seed_of(0, pair.key), **how)
+    def restore(pair, steps, **settings) -> np.ndarray:
+        return upscaler(pair.lq, steps, seed_of(0, pair.key), **settings)
 
-    print(f"{len(pairs)} pictures{'':14s} PSNR-Y   sharp")
+    print(f"{f'{len(pairs)} images':24s} {'PSNR-Y':>7s} {'sharpness':>10s}")
     show("original", [pair.hq for pair in pairs])
     show("bicubic", [pair.lq_up for pair in pairs])
     show("1 step", [restore(pair, 1) for pair in pairs])
     for steps in options.steps:
         for fidelity in options.fidelity:
             show(f"{steps} steps, fidelity {fidelity:g}", [restore(pair, steps, fidelity=fidelity) for pair in pairs])
-    told: list[str] = []
-    show("auto", [restore(pair, "auto", say=told.append) for pair in pairs])
-    chosen = Counter(int(line.split()[0]) for line in told)
+    notes: list[str] = []
+    show("auto", [restore(pair, "auto", say=notes.append) for pair in pairs])
+    chosen = Counter(int(line.split()[0]) for line in notes)
     mean = sum(n * count for n, count in chosen.items()) / len(pairs)
-    print("auto chose " + ", ".join(f"{n}: {chosen[n]}" for n in sorted(chosen)) + f"; {mean:.2f} steps a picture")
+    counts = ", ".join(f"{n} step{'s' * (n != 1)} for {chosen[n]} images" for n in sorted(chosen))
+    print(f"auto chose {counts}; mean {mean:.2f} steps per image")
 
 
 if __name__ == "__main__":

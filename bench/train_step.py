@@ -46,13 +46,25 @@ LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
 def main() -> None:
     """Measure or predict every layout and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=512, metavar="PX")
-    parser.add_argument("--updates", type=int, default=5, help="measured, after one to warm up")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--predict", action="store_true", help="count on the meta device, run nothing")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML config, such as launch/presets/qwen_teasr.yaml"
+    )
+    parser.add_argument(
+        "--size", type=int, default=512, metavar="PX", help="side of the images in pixels (default: 512)"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=5, help="number of measured updates, after one warm-up update (default: 5)"
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="layouts to measure (default: all)"
+    )
+    parser.add_argument(
+        "--predict", action="store_true", help="only predict, by counting on the meta device; runs no update"
+    )
     parser.add_argument("--only", choices=LAYOUTS, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config overrides, such as train.micro_batch=1"
+    )
     options = parser.parse_intermixed_args()
     if options.only:
         print(json.dumps(one_layout(options)))
@@ -201,7 +213,7 @@ def table(rows: dict[str, dict], predicted_only: bool) -> str:
     for name, row in rows.items():
         if "seconds" in row:
             lines.append(f"{name}: " + ", ".join(f"{phase} {s:.3f} s" for phase, s in row["seconds"].items()))
-    return "\n".join(lines + ["counted on the meta device: a prediction"] * predicted_only)
+    return "\n".join(lines + ["predictions only: counted on the meta device, nothing was run"] * predicted_only)
 
 
 if __name__ == "__main__":

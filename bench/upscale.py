@@ -82,11 +82,21 @@ def measure(act, clock: Timed, device: torch.device) -> tuple[float, float, floa
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048], help="of restored pictures, px")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tiles", type=int, nargs="+", help="default: the backbone's")
-    parser.add_argument("--plain", type=int, default=1024, help="largest size for the loop without tiles")
+    parser.add_argument("model", help="folder of a run, a checkpoint or an export, or the name of a shipped model")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        help="sides of the restored images in pixels (default: 512 1024 2048)",
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="numbers of sampling steps (default: 1 4)")
+    parser.add_argument(
+        "--tiles", type=int, nargs="+", help="sides of the tiles in pixels (default: the backbone's own size)"
+    )
+    parser.add_argument(
+        "--plain", type=int, default=1024, help="largest image size for the loop without tiles (default: 1024)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     upscaler = Upscaler.from_pretrained(options.model)

@@ -42,7 +42,12 @@ from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents
 def main(arguments: list[str] | None = None) -> int:
     """Write all missing sidecars, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings listed above, such as shards=data/train vae=Qwen/Qwen-Image",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
@@ -51,13 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
         codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae").to(device)
         cache_latents(config, codec, device, *part)
     except OSError as error:
-        print(f"error: {error}; what is finished is kept: cure it and run the same command again", file=sys.stderr)
+        print(
+            f"error: {error}; finished shards are kept; fix the problem and run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        print("\nstopped; finished shards are kept; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -29,7 +29,12 @@ from teasr.config import strict_yaml as cfg
 def main(arguments: list[str] | None = None) -> int:
     """Write the embedding file unless it is up to date; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="see above")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings listed above, such as model=Qwen/Qwen-Image out=prompt.safetensors",
+    )
     options = parser.parse_intermixed_args(arguments)
     # the prompt is plain text and not parsed as YAML, which would turn an empty prompt into null
     texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")]
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
+        print("\nstopped; nothing was written", file=sys.stderr)
         return 130
     return 0
 

@@ -21,19 +21,22 @@ PHOTOS = {
 def main(arguments: list[str] | None = None) -> int:
     """Copy the photographs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder that gets train/ and heldout/")
+    parser.add_argument("out", type=Path, help="output folder, in which train/ and heldout/ are created")
     options = parser.parse_args(arguments)
     try:
         import skimage.data
     except ImportError:
-        print("error: the demo uses scikit-image's photographs: pip install 'teasr[demo]'", file=sys.stderr)
+        print("error: the demo photographs are part of scikit-image: run pip install 'teasr[demo]'", file=sys.stderr)
         return 2
     source = Path(skimage.data.__file__).parent
     for part, names in PHOTOS.items():
         (options.out / part).mkdir(parents=True, exist_ok=True)
         for name in names:
             if not (source / name).is_file():
-                print(f"error: {source} lacks {name}: install the scikit-image of constraints.txt", file=sys.stderr)
+                print(
+                    f"error: {source} does not contain {name}: install the scikit-image version in constraints.txt",
+                    file=sys.stderr,
+                )
                 return 2
             shutil.copyfile(source / name, options.out / part / name)
     return 0

@@ -28,23 +28,38 @@ from teasr.data.prep.plan import PrepConfig
 def main(arguments: list[str] | None = None) -> int:
     """Scan the photographs, write all missing shards, then the index; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with the settings")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="local processes, or Ray tasks")
-    parser.add_argument("--workers", type=int, default=engines.cores(), help="local processes (default: every core)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("--config", type=Path, help="YAML file with settings (default: none)")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where to run: local processes or Ray tasks (default: local)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=engines.cores(), help="number of local processes (default: one per core)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings, such as crop_px=512; they override those of --config",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         data = cfg.read_yaml(options.config) if options.config else {}
         config = cfg.build(PrepConfig, cfg.override(data, options.overrides))
         make_set(config, options.engine, options.workers, *engines.split_from_environment())
     except OSError as error:
-        print(f"error: {error}; what is finished is kept: cure it and run the same command again", file=sys.stderr)
+        print(
+            f"error: {error}; finished shards are kept; fix the problem and run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        print("\nstopped; finished shards are kept; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -21,28 +21,35 @@ from teasr.data.prep.verifying import contact_sheet, verify_set
 from teasr.imaging import images
 from teasr.util.files import write_atomic
 
-NAMED = 50
+MAX_SHOWN = 50  # the most problems that are printed
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check the set and report problems; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, help="folder of the shard set")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the samples to decode (default: all)")
     parser.add_argument(
-        "--redo", type=int, default=0, help="so many samples are degraded again from their record and compared"
+        "--share", type=float, default=1.0, help="fraction of the samples to decode, at most 1 (default: 1)"
     )
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) here")
-    parser.add_argument("--workers", type=int, default=engines.cores(), help="local processes (default: every core)")
+    parser.add_argument(
+        "--redo",
+        type=int,
+        default=0,
+        help="number of samples to degrade again from their recorded parameters and compare (default: 0)",
+    )
+    parser.add_argument("--sheet", type=Path, help="path of a contact sheet (PNG) to write (default: none)")
+    parser.add_argument(
+        "--workers", type=int, default=engines.cores(), help="number of local processes (default: one per core)"
+    )
     options = parser.parse_args(arguments)
     try:
         if not 0 < options.share <= 1:
-            raise ValueError(f"--share {options.share}: a share inside (0, 1]")
+            raise ValueError(f"--share {options.share}: must be greater than 0 and at most 1")
         problems, warnings, index = verify_set(options.shards, options.share, options.redo, options.workers)
-        for line in [f"warning: {w}" for w in warnings] + problems[:NAMED]:
+        for line in [f"warning: {w}" for w in warnings] + problems[:MAX_SHOWN]:
             print(line)
-        if len(problems) > NAMED:
-            print(f".. and {len(problems) - NAMED} more")
+        if len(problems) > MAX_SHOWN:
+            print(f".. and {len(problems) - MAX_SHOWN} more problems")
         if options.sheet and not problems:
             write_atomic(options.sheet, images.png_bytes(contact_sheet(options.shards, index)))
     except (ValueError, OSError) as error:
@@ -50,11 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     shards = index["shards"]
     if options.redo and index["settings"].get("lq"):
-        print("real pairs: there is no degradation to redo")
+        print("--redo had no effect: the set holds real pairs, whose LQ images were not made by a degradation")
     print(
         f"{options.shards}: {sum(s['nsamples'] for s in shards)} samples in {len(shards)} shards, "
         f"{sum(s['bytes'] for s in shards) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}: "
-        + (f"{len(problems)} problems" if problems else "all good")
+        + (f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
     )
     return 1 if problems else 0
 

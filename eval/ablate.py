@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teasr import run_config as recipe
+from teasr import run_config
 from teasr.evaluation.metrics import METRICS
 from teasr.util.files import write_atomic
 
@@ -52,8 +52,8 @@ ROWS = {
 CHAINS = {"table3"}  # rows are compared with the previous row, not with the first
 STEADY = {  # column of metrics.csv -> its label, and how the seeds' values are combined
     "skipped": ("updates skipped", sum),
-    "grad_norm": ("gradient norm, largest over median", max),
-    "rectify_to_data": ("gradient of L_rectify to L_data", np.mean),
+    "grad_norm": ("largest gradient norm / median", max),
+    "rectify_to_data": ("gradient RMS, L_rectify / L_data", np.mean),
     "checkerboard": ("checkerboard energy", np.mean),
 }
 
@@ -61,31 +61,68 @@ STEADY = {  # column of metrics.csv -> its label, and how the seeds' values are 
 def main(arguments: list[str] | None = None) -> int:
     """Train, score and report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the recipe that is varied")
-    parser.add_argument("--data", required=True, help="as of eval/benchmark.py")
-    parser.add_argument("--rows", choices=tuple(ROWS), default="table3")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--metrics", nargs="+", default=["psnr", "ssim"])
-    parser.add_argument("--metric-weights", type=Path)
-    parser.add_argument("--data-root", type=Path, default=Path("data/eval"))
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--launcher", default="deepspeed --num_gpus 1", help="what starts launch/train.py")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all rows")
+    parser.add_argument("--config", type=Path, required=True, help="YAML config whose variants are trained")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="held-out pairs: a shard set, two folders as LQ:HQ, or a name in eval/datasets.yaml",
+    )
+    parser.add_argument(
+        "--rows",
+        choices=tuple(ROWS),
+        default="table3",
+        help="variants to train: table3 (the paper's Table 3), losses (losses left out) or starts (LoRA, all weights, "
+        "from scratch) (default: table3)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each row is trained with each (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="numbers of sampling steps to score (default: 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", default=["psnr", "ssim"], help="metrics to compute (default: psnr ssim)"
+    )
+    parser.add_argument(
+        "--metric-weights",
+        type=Path,
+        help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data/eval"),
+        help="folder that contains the datasets of eval/datasets.yaml (default: data/eval)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="output folder (default: runs/ablation)"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="deepspeed --num_gpus 1",
+        help="command that starts launch/train.py (default: deepspeed --num_gpus 1)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config overrides of all rows, such as train.updates=100"
+    )
     options = parser.parse_args(arguments)
     try:
         for changes in ROWS[options.rows].values():  # report errors before the first training
-            recipe.load(options.config, [*options.overrides, *changes])
+            run_config.load(options.config, [*options.overrides, *changes])
         found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
-        told = summary(found, options)
-        write_atomic(options.out / "ablation.json", json.dumps(told, indent=1).encode())
-        text = markdown(told)
+        result = summary(found, options)
+        write_atomic(options.out / "ablation.json", json.dumps(result, indent=1).encode())
+        text = markdown(result)
         write_atomic(options.out / "ablation.md", text.encode())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
         return 130
     print(f"\n{text}\n{options.out / 'ablation.md'}")
     return 0
@@ -100,37 +137,40 @@ def one(options: argparse.Namespace, name: str, seed: int) -> dict:
     print(f"\n{name}, seed {seed}: {run}", flush=True)
     settings = [*options.overrides, *ROWS[options.rows][name], f"run_dir={run}", f"seed={seed}"]
     launcher = shlex.split(options.launcher)
-    _do([*launcher, str(ROOT / "launch/train.py"), "--config", str(options.config), *settings])
+    _run([*launcher, str(ROOT / "launch/train.py"), "--config", str(options.config), *settings])
     scoring = ["--data", options.data, "--data-root", str(options.data_root), "--steps", *map(str, options.steps)]
     scoring += ["--metrics", *options.metrics, "--out", str(run / "eval/ablation")]
     if options.metric_weights:
         scoring += ["--metric-weights", str(options.metric_weights)]
-    _do([sys.executable, str(ROOT / "eval/benchmark.py"), str(run), *scoring])
+    _run([sys.executable, str(ROOT / "eval/benchmark.py"), str(run), *scoring])
     return json.loads((run / "eval/ablation/scores.json").read_text()) | {"training": steadiness(run / "metrics.csv")}
 
 
 def steadiness(log: Path) -> dict[str, float | None]:
     """Summarise how stable a training was, from its metrics.csv; None marks values that were not logged.
 
-    Returns the number of skipped updates, the largest gradient norm over the median (both after the first tenth of the
-    run) and the means of the other columns over the last tenth.
+    Returns the number of skipped updates, the largest gradient norm over the median (after the first tenth of the run)
+    and the means of the other columns over the last tenth.
     """
     with open(log) as file:
         rows = list(csv.DictReader(file))
     tenth = math.ceil(len(rows) / 10)
     # updates whose gradient norm is not finite were skipped
     norms = [norm for r in rows[tenth:] if math.isfinite(norm := float(r["grad_norm"]))] or [math.nan]
-    told = {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
-    for name in STEADY.keys() - told:
+    stability = {"skipped": sum(float(r["skipped"]) for r in rows), "grad_norm": max(norms) / float(np.median(norms))}
+    for name in STEADY.keys() - stability:
         late = [float(r[name]) for r in rows[-tenth:] if r.get(name)]
-        told[name] = float(np.mean(late)) if late else None
-    return told
+        stability[name] = float(np.mean(late)) if late else None
+    return stability
 
 
-def _do(command: list[str]) -> None:
+def _run(command: list[str]) -> None:
     done = subprocess.run(command)
     if done.returncode:
-        raise ValueError(f"exit code {done.returncode} of {shlex.join(command)}: see above; the same command goes on")
+        raise ValueError(
+            f"exit code {done.returncode} of {shlex.join(command)}: see its output above; fix the problem and run "
+            "eval/ablate.py again with the same arguments to resume"
+        )
 
 
 def summary(found: dict[str, list[dict]], options: argparse.Namespace) -> dict:
@@ -166,9 +206,9 @@ def compare(rows: dict, base: str, better: str) -> dict:
     for method, metrics in rows[better].items():
         if method == "bicubic":
             continue
-        for metric, told in metrics.items():
+        for metric, values in metrics.items():
             sign = 1 if METRICS[metric].higher else -1
-            each = [sign * (a - b) for a, b in zip(told["values"], rows[base][method][metric]["values"], strict=True)]
+            each = [sign * (a - b) for a, b in zip(values["values"], rows[base][method][metric]["values"], strict=True)]
             deviation = float(np.std(each, ddof=1)) if len(each) > 1 else None
             gains.setdefault(method, {})[metric] = {
                 "gain": float(np.mean(each)), "deviation": deviation,
@@ -177,17 +217,17 @@ def compare(rows: dict, base: str, better: str) -> dict:
     return {"base": base, "row": better, "gains": gains}
 
 
-def markdown(told: dict) -> str:
+def markdown(result: dict) -> str:
     """Format the tables, and the conclusions in words, as Markdown."""
-    metrics = list(next(iter(next(iter(told["rows"].values())).values())))
+    metrics = list(next(iter(next(iter(result["rows"].values())).values())))
     digits = {m: 3 if m in ("psnr", "niqe", "musiq", "fid") else 4 for m in metrics}
     lines = [
-        f"{told['dataset']}, {told['pictures']} pictures, protocol {told['protocol']}; "
-        f"{told['config']} {' '.join(told['overrides'])}; "
-        f"seeds {', '.join(map(str, told['seeds']))}; mean ± standard deviation over seeds.", "",
+        f"{result['dataset']}, {result['pictures']} images, protocol {result['protocol']}; "
+        f"{result['config']} {' '.join(result['overrides'])}; "
+        f"seeds {', '.join(map(str, result['seeds']))}; mean ± standard deviation over seeds.", "",
         "| | steps | " + " | ".join(METRICS[m].label for m in metrics) + " |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
-    for i, (name, methods) in enumerate(told["rows"].items()):
+    for i, (name, methods) in enumerate(result["rows"].items()):
         for method, row in methods.items():
             if method == "bicubic" and i:
                 continue
@@ -195,30 +235,28 @@ def markdown(told: dict) -> str:
             for m in metrics:
                 cells.append(f"{row[m]['mean']:.{digits[m]}f}{_spread(row[m]['deviation'], digits[m])}")
             lines.append(f"| {'' if method == 'bicubic' else name} | {method} | {' | '.join(cells)} |")
-    for comparison in told["comparisons"]:
-        lines += ["", f"**{comparison['row']}** against *{comparison['base']}* (positive: better):", ""]
+    for comparison in result["comparisons"]:
+        lines += ["", f"**{comparison['row']}** compared with *{comparison['base']}* (positive: better):", ""]
         for method, row in comparison["gains"].items():
             parts = []
-            for m, told_gain in row.items():
-                text = (
-                    f"{METRICS[m].label} {told_gain['gain']:+.{digits[m]}f}{_spread(told_gain['deviation'], digits[m])}"
-                )
-                parts.append(f"{text}, {told_gain['seeds_for']} of {told_gain['seeds']} seeds for it")
+            for m, gain in row.items():
+                text = f"{METRICS[m].label} {gain['gain']:+.{digits[m]}f}{_spread(gain['deviation'], digits[m])}"
+                parts.append(f"{text}, {gain['seeds_for']} of {gain['seeds']} seeds better")
             lines.append(f"- {method}: {'; '.join(parts)}")
         lines += ["", verdict(comparison)]
     lines += [
         "",
-        "How steady the trainings were: all seeds' skipped updates and worst gradient norm after the first tenth; "
-        "means of the last tenth.",
+        "Stability of the trainings, over all seeds: total number of skipped updates; largest gradient norm relative "
+        "to the median, after the first tenth of the run; means over the last tenth of the run.",
         "",
         "| | " + " | ".join(label for label, _ in STEADY.values()) + " |",
         "|---|" + "---|" * len(STEADY),
     ]
-    for name, seeds in told["training"].items():
+    for name, seeds in result["training"].items():
         cells = []
-        for key, (_, together) in STEADY.items():
+        for key, (_, combine) in STEADY.items():
             values = [seed[key] for seed in seeds if seed[key] is not None]
-            cells.append(f"{together(values):.3g}" if values else "-")
+            cells.append(f"{combine(values):.3g}" if values else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -229,13 +267,13 @@ def _spread(deviation: float | None, digits: int) -> str:
 
 
 def verdict(comparison: dict) -> str:
-    """State in how many figures all seeds, no seeds or some seeds favour the row."""
+    """State in how many comparisons all seeds, no seeds or some seeds favour the row."""
     cells = [(g["seeds_for"], g["seeds"]) for row in comparison["gains"].values() for g in row.values()]
     wins, losses = sum(a == n for a, n in cells), sum(a == 0 for a, n in cells)
     return (
-        f"In {wins} of {len(cells)} figures every seed finds {comparison['row']} better, "
-        f"in {losses} every seed finds it worse, "
-        f"in {len(cells) - wins - losses} the seeds disagree."
+        f"In {wins} of {len(cells)} comparisons {comparison['row']} is better with every seed, "
+        f"in {losses} it is worse with every seed, "
+        f"and in {len(cells) - wins - losses} the seeds disagree."
     )
 
 

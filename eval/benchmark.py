@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from teasr import assets
-from teasr.config import strict_yaml as config
+from teasr.config import strict_yaml
 from teasr.config.settings import TrackingConfig
 from teasr.data import pairs as pairs_of
 from teasr.data.pairs import Pairs
@@ -41,23 +41,69 @@ def main(arguments: list[str] | None = None) -> int:
     """Evaluate, or report that it was already done; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "model", nargs="?", type=Path, help="folder of a run, a checkpoint or an export; or `small`, which comes along"
+        "model",
+        nargs="?",
+        type=Path,
+        help="folder of a run, a checkpoint or an export; or `small`, the model shipped with teasr",
     )
-    parser.add_argument("--data", help="shard set, LQ:HQ folders, or a name of eval/datasets.yaml")
-    parser.add_argument("--data-root", type=Path, default=Path("data/eval"), help="where the sets of datasets.yaml lie")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights")
-    parser.add_argument("--fidelity", type=float, default=0.0, help="of more steps than one, as of `teasr upscale`")
-    parser.add_argument("--color", default="none", help="as of `teasr upscale`")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--predictions", type=Path, help="score the pictures of this folder instead of a model's")
-    parser.add_argument("--hq", type=Path, help="their originals")
-    parser.add_argument("--name", default="predictions", help="what to call them")
-    parser.add_argument("--metrics", nargs="+", help=f"default: all of {', '.join(METRICS)}")
-    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="osediff", help="of PSNR and SSIM")
-    parser.add_argument("--metric-weights", type=Path, help="folder of weight files")
-    parser.add_argument("--require", action="store_true", help="a metric that cannot be had is an error")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/eval/DATASET)")
+    parser.add_argument(
+        "--data", help="held-out pairs: a shard set, two folders as LQ:HQ, or a name in eval/datasets.yaml"
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data/eval"),
+        help="folder that contains the datasets of eval/datasets.yaml (default: data/eval)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="numbers of sampling steps to score (default: 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "weights"),
+        default="ema",
+        help="ema: moving average of the weights; weights: those of the last update (default: ema)",
+    )
+    parser.add_argument(
+        "--fidelity",
+        type=float,
+        default=0.0,
+        help="0 to 1: how far to blend the results of several steps with the one-step result (default: 0, no blending)",
+    )
+    parser.add_argument(
+        "--color",
+        default="none",
+        help="method of matching colours of the results to those of LQ: none, wavelet, adain or lab (default: none)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling noise (default: 0)")
+    parser.add_argument(
+        "--predictions", type=Path, help="folder of images to score instead of those of a model; needs --hq and --out"
+    )
+    parser.add_argument("--hq", type=Path, help="folder of the originals of --predictions, with the same file names")
+    parser.add_argument(
+        "--name", default="predictions", help="name of --predictions in the results (default: predictions)"
+    )
+    parser.add_argument("--metrics", nargs="+", help=f"metrics to compute (default: {' '.join(METRICS)})")
+    parser.add_argument(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        default="osediff",
+        help="how to compute PSNR and SSIM: osediff (Y channel), crop4 (Y, 4 px of border cropped) or rgb "
+        "(default: osediff)",
+    )
+    parser.add_argument(
+        "--metric-weights",
+        type=Path,
+        help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
+    )
+    parser.add_argument(
+        "--require", action="store_true", help="fail if a metric is not available, instead of skipping it"
+    )
+    parser.add_argument("--out", type=Path, help="output folder (default: RUN/eval/DATASET)")
     options = parser.parse_args(arguments)
     try:
         evaluate(options)
@@ -65,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -73,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     """Restore the missing images, score them, write the results and log them."""
     if (options.model is None) == (options.predictions is None):
-        raise ValueError("give a model, or --predictions with --hq")
+        raise ValueError("give either a model with --data, or --predictions with --hq and --out")
     if options.model is not None and options.data is not None:
         options.model = checkpoint_folder.resolve(
             assets.find(options.model) or options.model
@@ -104,7 +150,7 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     from teasr.restore.upscaler import Upscaler
 
     if options.data is None:
-        raise ValueError("--data is missing: a shard set, LQ:HQ, or a name of eval/datasets.yaml")
+        raise ValueError("--data is missing: give a shard set, two folders as LQ:HQ, or a name in eval/datasets.yaml")
     folder = options.model
     pairs = find_pairs(options.data, options.data_root)
     manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
@@ -117,12 +163,12 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
             upscaler = load()
             if sample.scale != upscaler.scale:
                 raise ValueError(
-                    f"{sample.key} is a x{sample.scale} pair, the model restores x{upscaler.scale}: "
-                    f"make x{upscaler.scale} shards"
+                    f"{sample.key} is a pair of scale x{sample.scale}, but the model restores x{upscaler.scale}: "
+                    f"evaluate it on pairs of scale x{upscaler.scale}"
                 )
             fidelity = options.fidelity if options.fidelity and steps > 1 else None
-            how = {"fidelity": fidelity, "color_fix": options.color}
-            return upscaler(sample.lq, steps, seed_of(options.seed, sample.key), **how)
+            settings = {"fidelity": fidelity, "color_fix": options.color}
+            return upscaler(sample.lq, steps, seed_of(options.seed, sample.key), **settings)
 
         return restore
 
@@ -133,11 +179,11 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
 
 def _of_predictions(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     if options.hq is None or options.out is None:
-        raise ValueError("--predictions needs --hq, the originals, and --out, a folder for the results")
+        raise ValueError("--predictions needs --hq (folder of the originals) and --out (output folder)")
     theirs = pairs_of.from_folders(options.hq, options.predictions, scale=1, name=options.hq.name)
     methods = {options.name: lambda sample: sample.lq}
-    made_by, kept = {"name": options.name}, {"keep_images": False, "beside_bicubic": False}
-    return Evaluation(theirs, scorer, options.out, methods, made_by, **kept, **_here())
+    made_by, flags = {"name": options.name}, {"keep_images": False, "beside_bicubic": False}
+    return Evaluation(theirs, scorer, options.out, methods, made_by, **flags, **_here())
 
 
 def find_pairs(data: str, root: Path) -> Pairs:
@@ -145,13 +191,16 @@ def find_pairs(data: str, root: Path) -> Pairs:
 
     Raises ValueError when `data` is none of these or the set is incomplete.
     """
-    known = config.read_yaml(DATASETS)
+    known = strict_yaml.read_yaml(DATASETS)
     if data in known:
         entry = known[data]
         hq = root / entry["hq"]
         lq = None if entry["lq"] == "bicubic" else root / entry["lq"]
         if not hq.is_dir():
-            raise ValueError(f"{data}: {hq} is not here. Get it from {entry['get']}; --data-root says where it lies")
+            raise ValueError(
+                f"dataset {data}: folder {hq} does not exist. Get it from {entry['get']}; "
+                f"set --data-root to the folder that contains {entry['hq']}"
+            )
         return pairs_of.from_folders(hq, lq, entry["scale"], data, entry["count"])
     lq, colon, hq = data.partition(":")
     if colon and Path(lq).is_dir():
@@ -161,8 +210,8 @@ def find_pairs(data: str, root: Path) -> Pairs:
 
 def show(scores: dict, out: Path) -> None:
     """Print the score table and the paths of the results."""
-    print(f"\n{scores['dataset']}, {scores['pictures']} pictures, protocol {scores['protocol']}\n{table(scores)}")
-    print(f"\nscores {out / 'scores.json'}\npictures {out / 'comparison.png'}, {out / 'extremes.png'}")
+    print(f"\n{scores['dataset']}, {scores['pictures']} images, protocol {scores['protocol']}\n{table(scores)}")
+    print(f"\nscores {out / 'scores.json'}\nimages {out / 'comparison.png'}, {out / 'extremes.png'}")
 
 
 def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
@@ -174,8 +223,8 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
     if options.model is not None:
         from teasr.run_config import load
 
-        recipe = load(options.model / "config.yaml")
-        tracking, place, params = recipe.tracking, options.home, recipe.to_dict()
+        run_config = load(options.model / "config.yaml")
+        tracking, place, params = run_config.tracking, options.home, run_config.to_dict()
     else:
         tracking, place = TrackingConfig(run_name=options.name), evaluation.out
         params = {"predictions": str(options.predictions), "hq": str(options.hq)}
@@ -195,7 +244,11 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
     try:
         print("logged to", log_results(place, tracking, params, metrics, files, f"eval/{name}"))
     except ValueError as error:
-        print(f"warning: {error}; the files are complete, run this again when it is back", flush=True)
+        print(
+            f"warning: {error}; the result files are complete; to log them, run the same command again when MLflow is "
+            "available",
+            flush=True,
+        )
         return False
     return True
 

@@ -47,7 +47,9 @@ class Result:
             scores = json.loads((folder / "scores.json").read_text())
             scores["methods"], scores["metrics"], scores["dataset"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder} holds no scores.json of eval/benchmark.py") from None
+            raise ValueError(
+                f"{folder} contains no scores.json of eval/benchmark.py: give result folders such as RUN/eval/DATASET"
+            ) from None
         speed = read_json(folder / "speed.json")
         run = folder.parent.parent.name if folder.parent.name == "eval" else folder.name
         return cls(name or run, folder, scores, speed, speed.get("commit", "unknown"))
@@ -57,10 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="result folders of eval/benchmark.py")
-    parser.add_argument("--mlflow", metavar="URI", help="take the results of a tracking store")
-    parser.add_argument("--experiment", help="of that store")
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="numbers of others (eval/published.yaml)")
-    parser.add_argument("--out", type=Path, default=Path("report"))
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="tracking URI of an MLflow store to read results from; needs --experiment"
+    )
+    parser.add_argument("--experiment", metavar="NAME", help="experiment to read from the store of --mlflow")
+    parser.add_argument(
+        "--published", type=Path, default=PUBLISHED, help="YAML file of published scores (default: eval/published.yaml)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="output folder (default: report)")
     options = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -68,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.mlflow:
                 results += from_mlflow(options.mlflow, options.experiment, Path(place))
             if not results:
-                raise ValueError("nothing to report: name result folders, or --mlflow and --experiment")
+                raise ValueError(
+                    "nothing to report: give result folders of eval/benchmark.py, or --mlflow and --experiment"
+                )
             blocks = yaml.safe_load(options.published.read_text())
             options.out.mkdir(parents=True, exist_ok=True)
             write_atomic(options.out / "report.md", markdown(results, blocks).encode())
@@ -153,12 +161,13 @@ def gains(results: list[Result]) -> list[str]:
     lines = []
     for result in results:
         for method, row in result.scores["methods"].items():
-            metric, told = next(iter(row.items()), ("", {}))
-            if "gain_low" in told:
-                mean, low, high = (told[f"gain_{k}"] for k in ("mean", "low", "high"))
+            metric, values = next(iter(row.items()), ("", {}))
+            if "gain_low" in values:
+                mean, low, high = (values[f"gain_{k}"] for k in ("mean", "low", "high"))
                 label = METRICS[metric].label
                 lines.append(
-                    f"{result.name}, {method} - bicubic: {mean:+.3f} {label}, 95 % interval {low:+.3f} to {high:+.3f}"
+                    f"{result.name}, {method}, gain over bicubic: {mean:+.3f} {label}, "
+                    f"95 % interval {low:+.3f} to {high:+.3f}"
                 )
     return lines
 
@@ -166,10 +175,10 @@ def gains(results: list[Result]) -> list[str]:
 def skipped(results: list[Result]) -> dict[str, str]:
     """Return the metrics that were not computed, each with its status, which names the fix."""
     return {
-        METRICS[m].label: told["status"]
+        METRICS[m].label: metric["status"]
         for result in results
-        for m, told in result.scores["metrics"].items()
-        if told["status"] != "ok"
+        for m, metric in result.scores["metrics"].items()
+        if metric["status"] != "ok"
     }
 
 
@@ -180,13 +189,19 @@ def markdown(results: list[Result], blocks: list[dict]) -> str:
         scores = found[0].scores
         rows = rows_of(dataset, found, blocks)
         columns, ours = columns_of(rows), first_of(found)
-        lines += [f"## {dataset}", "", f"{scores['pictures']} pictures, protocol {scores['protocol']}.", ""]
+        lines += [f"## {dataset}", "", f"{scores['pictures']} images, protocol {scores['protocol']}.", ""]
         lines += ["| | " + " | ".join(header(m) for m in columns) + " |", "|---|" + "---|" * len(columns)]
         for name, values, source in rows:
             cells = [cell(m, values) + (f" ({d})" if source and (d := delta(m, values, ours)) else "") for m in columns]
             lines.append(f"| {name}{' *' if source else ''} | " + " | ".join(cells) + " |")
-        notes = list(dict.fromkeys(source for _, _, source in rows if source))
-        lines += ["", *(f"\\* {note}. In brackets: how much better our first row is." for note in notes)]
+        sources = list(dict.fromkeys(source for _, _, source in rows if source))
+        lines += [
+            "",
+            *(
+                f"\\* {source}. In brackets: gain of our first row over this row (positive: better)."
+                for source in sources
+            ),
+        ]
         lines += [f"{line}." for line in gains(found)]
         lines += [f"{label} {status}." for label, status in skipped(found).items()]
         lines += [f"{r.name}: commit {r.commit}, {hardware(r)}." for r in found] + [""]
@@ -196,8 +211,8 @@ def markdown(results: list[Result], blocks: list[dict]) -> str:
 def hardware(result: Result) -> str:
     """Return the device and the seconds per image."""
     speed = result.speed.get("methods", {})
-    seconds = ", ".join(f"{name} {told['seconds_median']:.3g} s" for name, told in speed.items())
-    return f"{result.speed.get('device', 'unknown device')}" + (f"; a picture: {seconds}" if seconds else "")
+    seconds = ", ".join(f"{name} {times['seconds_median']:.3g} s" for name, times in speed.items())
+    return f"{result.speed.get('device', 'unknown device')}" + (f"; time per image: {seconds}" if seconds else "")
 
 
 def chart(metric: str, found: list[Result]) -> str:
@@ -229,7 +244,7 @@ def chart(metric: str, found: list[Result]) -> str:
     def y(v: float) -> float:
         return 12 + (HEIGHT - BOTTOM - 12) * (high - v) / (high - low)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{header(metric)} against steps">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{header(metric)} over the number of steps">']
     for i in range(4):
         v = low + (high - low) * (i + 0.5) / 4
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>')
@@ -273,7 +288,7 @@ def slider(folder: Path, methods: list[str]) -> str:
     sources = html.escape(json.dumps({t: f"data:image/png;base64,{d}" for t, d in data.items()}))
     return f"""<div class="compare" data-pictures="{sources}"><div class="stage">{pictures}\
 <span class="bar"></span></div>
-<input type="range" min="0" max="100" value="50" aria-label="before and after">\
+<input type="range" min="0" max="100" value="50" aria-label="position of the divider between the two images">\
 <div class="choices">{choice("before", before)}{choice("after", after)}</div></div>"""
 
 
@@ -301,26 +316,27 @@ def page(results: list[Result], blocks: list[dict]) -> str:
                 cells.append(f"<td{mark}>{cell(m, values)}{f'<small class={sign}>{gap}</small>' if gap else ''}</td>")
             mark = f' class="published" title="{html.escape(source)}"' if source else ""
             body.append(f"<tr{mark}><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
-        notes = list(dict.fromkeys(source for _, _, source in rows if source))
+        sources = list(dict.fromkeys(source for _, _, source in rows if source))
         charts = "".join(chart(m, found) for m in columns)
         sliders = "".join(
             slider(folder, list(result.scores["methods"]))
             for result in found
             for folder in sorted((result.folder / SHOWN).glob("*"))
         )
-        told = gains(found) + [f"{label} {status}" for label, status in skipped(found).items()]
-        told += [f"{r.name}: commit {r.commit}, {hardware(r)}" for r in found]
+        notes = gains(found) + [f"{label} {status}" for label, status in skipped(found).items()]
+        notes += [f"{r.name}: commit {r.commit}, {hardware(r)}" for r in found]
         sections.append(
-            f"<section><h2>{html.escape(dataset)}</h2><p>{scores['pictures']} pictures, protocol "
+            f"<section><h2>{html.escape(dataset)}</h2><p>{scores['pictures']} images, protocol "
             f"{html.escape(scores['metrics'].get('psnr', {}).get('protocol', scores['protocol']))}.</p>"
             f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table></div>"
             + "".join(
-                f"<p class=note>Grey: {html.escape(note)}. Small: how much better our first row is.</p>"
-                for note in notes
+                f"<p class=note>Grey rows: {html.escape(source)}. Small numbers: gain of our first row over this row "
+                "(positive: better).</p>"
+                for source in sources
             )
             + f"<div class=charts>{charts}</div><div class=sliders>{sliders}</div>"
-            + "".join(f"<p class=note>{html.escape(line)}</p>" for line in told)
+            + "".join(f"<p class=note>{html.escape(line)}</p>" for line in notes)
             + "</section>"
         )
     return PAGE.replace("@@", "".join(sections))

@@ -19,7 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from teasr import run_config as recipe
+from teasr import run_config
 from teasr.backbones import lora_file
 from teasr.util import checkpoint_folder
 
@@ -28,10 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Export; returns the exit code: 0 on success, 2 for an error that the message explains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the file and its card")
-    parser.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the file")
-    parser.add_argument("--register", metavar="NAME", help="make it a version of this model in MLflow's registry")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for the weights and the model card")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "weights"),
+        default="ema",
+        help="ema: moving average of the weights; weights: those of the last update (default: ema)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="dtype of the exported weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--register", metavar="NAME", help="also register the export as a version of this model in MLflow's registry"
+    )
     options = parser.parse_args(arguments)
     try:
         folder = checkpoint_folder.resolve(options.model)
@@ -52,7 +64,7 @@ def register(options: argparse.Namespace, folder: Path) -> str:
     """
     from teasr.tracking.mlflow_results import register_model
 
-    settings = recipe.load(folder / "config.yaml")
+    settings = run_config.load(folder / "config.yaml")
     state = json.loads((folder / "state.json").read_text())
     tags = {"backbone": settings.backbone_name, "updates": str(state["update"]), "commit": state["commit"]}
     return register_model(
@@ -71,15 +83,16 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
 
     file = folder / f"{options.weights}.safetensors"
     if not file.is_file():
-        raise ValueError(f"{folder} holds no {file.name}: choose the other with --weights")
-    settings = recipe.load(folder / "config.yaml")
-    found = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
-    if found is None:
+        other = "ema" if options.weights == "weights" else "weights"
+        raise ValueError(f"{folder} contains no {file.name}: use --weights {other}")
+    settings = run_config.load(folder / "config.yaml")
+    lora = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
+    if lora is None:
         model, *_ = pretrained.load(folder, options.weights, "cpu")
         pretrained.save(model.backbone, list(model.backbone.exported()), settings, options.out, options.dtype)
         return options.out / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
-    peft, metadata = found
+    peft, metadata = lora
     metadata |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
     metadata |= {
         "weights": options.weights,
@@ -89,13 +102,14 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     }
     weights = {name: x.to(pretrained.STORED[options.dtype]) for name, x in load_file(file).items()}
     path = lora_file.write(options.out, weights, peft, metadata)
-    kind = recipe.BACKBONES[settings.backbone_name]()[1]
-    for name, used in kind.files(settings.backbone).items():
+    backbone_class = run_config.BACKBONES[settings.backbone_name]()[1]
+    for name, used in backbone_class.files(settings.backbone).items():
         if used.is_file():
             shutil.copyfile(used, options.out / name)
         else:
             print(
-                f"warning: {used} is not here: copy it to {options.out / name}, or the model cannot be used elsewhere"
+                f"warning: {used} was not found and is missing in the export: copy it to {options.out / name}, "
+                "otherwise the model cannot be used on other machines"
             )
     return path
 

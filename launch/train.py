@@ -18,33 +18,43 @@ from pathlib import Path
 
 from torch import distributed
 
-from teasr import run_config as recipe
+from teasr import run_config
 from teasr.util.distributed import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check and train; returns the exit code: 0 on success, 2 for an error that the message explains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="recipe, such as launch/presets/tiny_teasr.yaml")
-    parser.add_argument("--print", action="store_true", help="print the whole config with every default, and stop")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print memory and FLOPs of an update, and stop; no GPU needed"
+        "--config", type=Path, required=True, help="YAML config, such as launch/presets/tiny_teasr.yaml"
     )
-    parser.add_argument("--size", type=int, metavar="PX", help="of the pictures of the dry run (512)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (1)")
+    parser.add_argument("--print", action="store_true", help="print the whole config with all defaults, then exit")
     parser.add_argument(
-        "--accept-changes", action="store_true", help="resume although the config changed, where it fits"
+        "--dry-run", action="store_true", help="print memory and FLOPs of one update, then exit; needs no GPU"
     )
     parser.add_argument(
-        "--random-init", action="store_true", help="random weights in place of missing ones: for benchmarks"
+        "--size", type=int, metavar="PX", help="side of the images in --dry-run, in pixels (default: 512)"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of ranks in --dry-run (default: 1)")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the config has changed, provided that the tensors of the checkpoint fit",
+    )
+    parser.add_argument(
+        "--random-init",
+        action="store_true",
+        help="start from random weights without reading weight files; for benchmarks only",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.updates=100")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, such as train.updates=100")
     options = parser.parse_intermixed_args(arguments)
     if (options.size or options.ranks) and not options.dry_run:
-        parser.error("--size and --ranks are those of --dry-run: data and launcher decide about a run")
+        parser.error(
+            "--size and --ranks require --dry-run; in a training, the shards set the size and the launcher the ranks"
+        )
     try:
-        settings = recipe.load(options.config, options.overrides)
+        settings = run_config.load(options.config, options.overrides)
         if options.print:
             print(settings.to_yaml(), end="")
             return 0

@@ -9,15 +9,22 @@ from pathlib import Path
 EXAMPLES = (
     "examples:\n"
     "  teasr upscale photo.jpg -o photo_x4.png                                 "
-    "one picture in one step, by the small model that comes along\n"
+    "one image in one step, with the small model shipped with teasr\n"
     "  teasr upscale holiday/ -o restored/ --model runs/mine --steps 4         "
-    "a folder, sub-folders kept; a model of one's own\n"
+    "a folder with its sub-folders, with your own model\n"
     "  teasr upscale portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5   "
-    "half of the detail that 8 steps draw\n"
+    "8 steps, blended halfway to the one-step result\n"
     "  teasr upscale 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png\n"
     "  teasr upscale holiday/ -o restored/ --model runs/mine --skip-existing   "
-    "go on after Ctrl-C\n"
+    "resume after Ctrl-C\n"
 )
+MODEL_HELP = (
+    "folder of a run, a checkpoint or an export; name of a model shipped with teasr; or owner/name of a model on the "
+    "Hugging Face hub (default: the shipped model `small`)"
+)
+DTYPE_HELP = "precision of the weights: fp32, bf16 or fp16; for large models also fp8 or nf4 (default: as trained)"
+DEVICE_HELP = "device: cuda, cuda:1 or cpu (default: the GPU if there is one)"
+OFFLOAD_HELP = "keep the weights in host memory, for a GPU that is too small to hold them"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,49 +44,67 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: what was finished is there", file=sys.stderr, flush=True)
+        print("\nstopped; finished files are kept", file=sys.stderr, flush=True)
         return 130
 
 
 def _add_upscale(commands) -> None:
     upscale = commands.add_parser(
-        "upscale", help="restore pictures at four times their size", epilog=EXAMPLES,
+        "upscale", help="restore images, by default at four times their width and height", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    upscale.add_argument("inputs", nargs="+", metavar="IN", help="file, folder or quoted pattern")
-    upscale.add_argument("-o", "--out", type=Path, required=True, help="folder, or a file for a single picture")
-    model = upscale.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        help="folder of a run, a checkpoint or an export; or owner/name on the hub (the small one that comes along)",
+    upscale.add_argument("inputs", nargs="+", metavar="IN", help="image file, folder of images or quoted glob pattern")
+    upscale.add_argument(
+        "-o", "--out", type=Path, required=True, help="output folder, or output file for a single image"
     )
-    model.add_argument("--weights", choices=("ema", "weights"), default="ema", help="averaged or last weights (ema)")
+    model = upscale.add_argument_group("model")
+    model.add_argument("--model", help=MODEL_HELP)
+    model.add_argument(
+        "--weights",
+        choices=("ema", "weights"),
+        default="ema",
+        help="ema: moving average of the weights; weights: those of the last update (default: ema)",
+    )
     quality = upscale.add_argument_group("quality")
-    quality.add_argument("--steps", default="1", metavar="N|auto", help="1 is fastest, more draw more detail (1)")
+    quality.add_argument(
+        "--steps",
+        default="1",
+        metavar="N|auto",
+        help="number of sampling steps: 1 is fastest, more steps add more detail; auto chooses a number for each image "
+        "(default: 1)",
+    )
     quality.add_argument(
         "--fidelity",
         type=float,
         metavar="F",
-        help="0 to 1: blend the result of several steps with the one-step result (0)",
+        help="0 to 1: how far to blend the result of several steps with the one-step result (default: 0, no blending)",
     )
-    quality.add_argument("--scale", type=float, metavar="X", help="of the sides (4)")
-    quality.add_argument("--size", metavar="WxH", help="in pixels, in place of --scale")
+    quality.add_argument("--scale", type=float, metavar="X", help="scale factor of width and height (default: 4)")
+    quality.add_argument("--size", metavar="WxH", help="size of the result in pixels, instead of --scale")
     quality.add_argument(
         "--color",
         choices=("none", "wavelet", "adain", "lab"),
         default="none",
-        help="take colours back to the source's (none)",
+        help="method of matching the colours of the result to those of the input (default: none)",
     )
-    quality.add_argument("--seed", type=int, default=0, help="of the noise that details are drawn from (0)")
+    quality.add_argument("--seed", type=int, default=0, help="seed of the sampling noise (default: 0)")
     machine = upscale.add_argument_group("machine")
-    machine.add_argument("--tile", default="auto", metavar="auto|PX", help="side of the tiles of large pictures (auto)")
-    machine.add_argument("--dtype", help="fp32, bf16, fp16; fp8 or nf4 of large models (as trained)")
-    machine.add_argument("--offload", action="store_true", help="GPU too small: weights wait in host memory")
-    machine.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
+    machine.add_argument(
+        "--tile",
+        default="auto",
+        metavar="auto|PX",
+        help="side in pixels of the tiles in which large images are processed; auto: as large as memory allows, up to "
+        "the model's own tile size (default: auto)",
+    )
+    machine.add_argument("--dtype", help=DTYPE_HELP)
+    machine.add_argument("--offload", action="store_true", help=OFFLOAD_HELP)
+    machine.add_argument("--device", help=DEVICE_HELP)
     files = upscale.add_argument_group("files")
-    files.add_argument("--skip-existing", action="store_true", help="leave out what has been restored before")
-    files.add_argument("--suffix", default="", help="added to names, such as _x4")
-    files.add_argument("--format", choices=("png", "jpg", "webp", "tif"), help="default: as the picture came")
+    files.add_argument("--skip-existing", action="store_true", help="skip images whose result already exists")
+    files.add_argument("--suffix", default="", help="text appended to output file names, such as _x4 (default: none)")
+    files.add_argument(
+        "--format", choices=("png", "jpg", "webp", "tif"), help="output format (default: that of the input)"
+    )
     upscale.set_defaults(act=_upscale)
 
 
@@ -88,26 +113,26 @@ def _upscale(options: argparse.Namespace) -> int:
     from teasr.restore.upscaler import Upscaler
 
     if options.tile != "auto" and not options.tile.isdigit():
-        raise ValueError(f"--tile {options.tile}: auto, or a number of pixels such as 512")
+        raise ValueError(f"--tile {options.tile}: must be auto or a number of pixels such as 512")
     if options.steps != "auto" and not (options.steps.isdigit() and int(options.steps) >= 1):
-        raise ValueError(f"--steps {options.steps}: auto, or a number >= 1")
+        raise ValueError(f"--steps {options.steps}: must be auto or a whole number >= 1")
     steps = "auto" if options.steps == "auto" else int(options.steps)
-    how = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
-    how |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
+    settings = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
+    settings |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
     todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
     if options.skip_existing and all(job.target.is_file() for job in todo):
-        print(f"all {len(todo)} are there already")
+        print(f"all {len(todo)} results already exist; nothing to do")
         return 0
     upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device, options.dtype, options.offload)
     dials = {} if options.fidelity is None else {"fidelity": options.fidelity}
     upscaler.sampler.check(2 if steps == "auto" else steps, dials)
 
-    def restore(picture, tell, say):
-        return upscaler(picture, steps, options.seed, on_progress=tell, say=say, **how)
+    def restore(picture, on_progress, add_note):
+        return upscaler(picture, steps, options.seed, on_progress=on_progress, say=add_note, **settings)
 
     failed = batch.run(todo, restore, options.skip_existing)
     if failed:
-        print(f"{failed} of {len(todo)} failed", file=sys.stderr)
+        print(f"{failed} of {len(todo)} images failed", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -116,18 +141,22 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit()):
-        raise ValueError(f"--size {text}: width x height in pixels, such as 3840x2160")
+        raise ValueError(f"--size {text}: must be WIDTHxHEIGHT in pixels, such as 3840x2160")
     return int(width), int(height)
 
 
 def _add_demo(commands) -> None:
-    demo = commands.add_parser("demo", help="a local web page to try a model on")
-    demo.add_argument("--model", help="as of `teasr upscale`")
-    demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (127.0.0.1)")
-    demo.add_argument("--port", type=int, default=7860, help="(7860)")
-    demo.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
-    demo.add_argument("--dtype", help="as of `teasr upscale`")
-    demo.add_argument("--offload", action="store_true", help="GPU too small: weights wait in host memory")
+    demo = commands.add_parser("demo", help="serve a local web page to try out a model")
+    demo.add_argument("--model", help=MODEL_HELP)
+    demo.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 allows access from other machines (default: 127.0.0.1)",
+    )
+    demo.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    demo.add_argument("--device", help=DEVICE_HELP)
+    demo.add_argument("--dtype", help=DTYPE_HELP)
+    demo.add_argument("--offload", action="store_true", help=OFFLOAD_HELP)
     demo.set_defaults(act=_demo)
 
 
@@ -135,7 +164,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from teasr.restore import web_page as page
     except ModuleNotFoundError as error:
-        raise ValueError(f"the page needs {error.name}: pip install 'teasr[demo]'") from None
+        raise ValueError(f"the web page needs the package {error.name}: run pip install 'teasr[demo]'") from None
     from teasr.restore.upscaler import Upscaler
 
     upscaler = Upscaler.from_pretrained(
@@ -146,28 +175,28 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _add_sync(commands) -> None:
-    sync = commands.add_parser("sync-mlflow", help="send to MLflow what it lacks of a run folder")
-    sync.add_argument("run", type=Path, help="run folder")
-    sync.add_argument("--uri", help="another store than that of the run's config")
+    sync = commands.add_parser("sync-mlflow", help="upload the updates of a run folder that are missing in MLflow")
+    sync.add_argument("run", type=Path, help="run folder (run_dir of the training)")
+    sync.add_argument("--uri", help="MLflow tracking URI (default: that of the run's config)")
     sync.set_defaults(act=_sync)
 
 
 def _sync(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from teasr.config import strict_yaml as config
+    from teasr.config import strict_yaml
     from teasr.config.settings import TrackingConfig
     from teasr.tracking.mlflow_run import sync
     from teasr.tracking.run_files import METRICS
 
     if not (options.run / METRICS).is_file():
-        raise ValueError(f"{options.run} is no run folder: it holds no {METRICS}")
-    settings = config.read_yaml(options.run / "config.yaml").get("tracking") or {}
-    tracking = config.build(TrackingConfig, settings, "tracking")
+        raise ValueError(f"{options.run} is not a run folder: it contains no {METRICS}; give the run_dir of a training")
+    settings = strict_yaml.read_yaml(options.run / "config.yaml").get("tracking") or {}
+    tracking = strict_yaml.build(TrackingConfig, settings, "tracking")
     if options.uri:
         tracking = replace(tracking, uri=options.uri)
     place, sent = sync(options.run, tracking)
-    print(f"{sent} updates sent to {place}" if sent else f"nothing was missing at {place}")
+    print(f"{sent} updates uploaded to {place}" if sent else f"nothing to upload: {place} is up to date")
     return 0
 
 

@@ -87,14 +87,14 @@ class RunConfig:
 
         Dry runs and benchmarks use it when no weight files are available.
         """
-        made = replace(
+        config = replace(
             self,
             backbone=BACKBONES[self.backbone_name]()[1].with_random_weights(self.backbone),
             method=METHODS[self.method_name]()[1].with_random_weights(self.method),
         )
         if self.prior is None:
-            return made
-        return replace(made, prior=BACKBONES[self.prior_name]()[1].with_random_weights(self.prior))
+            return config
+        return replace(config, prior=BACKBONES[self.prior_name]()[1].with_random_weights(self.prior))
 
     def build_backbone(self, roles: Sequence[Role] = (STUDENT,)) -> Backbone:
         """Build the backbone with its initial weights, for `roles` that share one base.
@@ -105,8 +105,8 @@ class RunConfig:
             return BACKBONES[self.backbone_name]()[1](self.backbone, seed=self.seed, roles=roles)
         if self.prior is None:
             raise ValueError(
-                f"config section prior is missing: method {self.method_name} puts the role {roles[0].name} "
-                "on a second base; name it as `backbone` does"
+                f"config section prior is missing: method {self.method_name} needs a second base for the role "
+                f"{roles[0].name}; add a section prior with a name and settings, as in the section backbone"
             )
         return BACKBONES[self.prior_name]()[1](self.prior, seed=self.seed, roles=roles)
 
@@ -118,7 +118,10 @@ class RunConfig:
         method = METHODS[self.method_name]()[1](self.method)
         check_roles(method.roles())
         if self.prior is not None and all(role.base != "prior" for role in method.roles()):
-            raise ValueError(f"config section prior is of no use: no role of method {self.method_name} lives there")
+            raise ValueError(
+                f"config section prior is unused: no role of method {self.method_name} is placed on it; "
+                "remove the section"
+            )
         return method
 
 
@@ -135,7 +138,7 @@ def parse(data: dict) -> RunConfig:
             raise ValueError(cfg.unknown_key(str(key), str(key), list(sections)))
     for key in ("run_dir", "backbone", "method", "data", "train"):
         if key not in data:
-            raise ValueError(f"config key {key} is missing: every run needs it")
+            raise ValueError(f"config key {key} is missing: add it; every run needs it")
     backbone_name, backbone = _component(BACKBONES, data["backbone"], "backbone")
     method_name, method = _component(METHODS, data["method"], "method")
     prior_name, prior = _component(BACKBONES, data["prior"], "prior") if data.get("prior") else (None, None)
@@ -157,7 +160,7 @@ def parse(data: dict) -> RunConfig:
 
 def _component(registry: dict, data: Any, where: str) -> tuple[str, Any]:
     if not isinstance(data, dict) or "name" not in data:
-        raise ValueError(f"config key {where}.name is missing: one of {', '.join(registry)}")
+        raise ValueError(f"config key {where}.name is missing: set it to one of {', '.join(registry)}")
     name = data["name"]
     if name not in registry:
         raise ValueError(f"config key {where}.name = {name!r}: allowed are {', '.join(registry)}")

@@ -67,6 +67,16 @@ def test_no_document_has_a_gap_or_an_address_of_a_package_index():
         assert not re.search(r"https?://[^ )]*(pypi|index|mirror)", text), path
 
 
+def test_no_line_of_a_markdown_page_is_longer_than_120_characters():
+    folders = ("bench", "data_prep", "docs", "ds_configs", "eval", "launch", "teasr", "tests")
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
+    assert len(pages) >= 15
+    for page in pages:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            is_link = re.fullmatch(r"\s*(?:[-*] |\d+\. )?(?:!?\[[^]]*\]\([^)]*\)|<?https?://\S+>?)[.,;]?", line)
+            assert len(line) <= 120 or is_link, f"{page.relative_to(ROOT)}:{number} has {len(line)} characters"
+
+
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([\w-]+)", README):

@@ -10,8 +10,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "small"  # the model used for restoration when none is specified
 NOTE = (
-    "no model is named: this is the small one that comes with teasr (1.4 M parameters, docs/small.md). "
-    "What the method is made for is a large one: train launch/presets/qwen_teasr.yaml and name its folder"
+    "no model was specified: using the small model shipped with teasr (1.4 M parameters, see docs/small.md). "
+    "The method is designed for large models: train one with launch/presets/qwen_teasr.yaml and pass its run folder"
 )
 
 

@@ -60,19 +60,19 @@ class Backbone(ABC):
         """The network itself, without a wrapping DeepSpeed engine."""
         return getattr(self.net, "module", self.net)
 
-    def call(self, role: Role, part: Part, z_t: Tensor, t_cur: Tensor, *rest: Tensor | None) -> Tensor:
+    def call(self, role: Role, part: Part, z_t: Tensor, t_cur: Tensor, *inputs: Tensor | None) -> Tensor:
         """Run `RoleNet.forward` for this role and return its output in fp32 or higher precision.
 
-        `rest` is z_lq, t_tar, text. Raises ValueError if a text is given to a backbone that takes none. When only the
+        `inputs` is z_lq, t_tar, text. Raises ValueError if a text is given to a backbone that takes none. When only the
         gradient with respect to the input is needed, the network is called without its DeepSpeed engine, because the
         engine's hooks expect a backward pass into parameters.
         """
-        if not self.takes_text and len(rest) == 3 and rest[2] is not None:
-            raise ValueError(f"{type(self).__name__} takes no text: leave `text` out of the condition")
+        if not self.takes_text and len(inputs) == 3 and inputs[2] is not None:
+            raise ValueError(f"{type(self).__name__} takes no text embedding: leave `text` out of the condition")
         net = self.network if only_input_gradient() else self.net
         casts = self.autocast is not None and net is self.network
         with torch.autocast(z_t.device.type, self.autocast) if casts else nullcontext():
-            out = net(z_t, t_cur, *rest, role=role, part=part)
+            out = net(z_t, t_cur, *inputs, role=role, part=part)
         return out if out.dtype == z_t.dtype else out.float()
 
     def snap(self, t: Tensor) -> Tensor:
@@ -92,7 +92,10 @@ class Backbone(ABC):
     def load_fixed_state(self, state: dict[str, Tensor]) -> None:
         """Load the tensors returned by `fixed_state`. Raises ValueError for tensors unknown to this backbone."""
         if state:
-            raise ValueError(f"this backbone keeps no fixed state, the checkpoint holds {sorted(state)[:3]}")
+            raise ValueError(
+                f"{type(self).__name__} has no state besides its network, but the checkpoint contains "
+                f"{sorted(state)[:3]}: load it with the backbone that saved it"
+            )
 
     def codec_sha256(self) -> str:
         """Return the hash of the codec, by which cached latents are recognised (`data.latents`).
@@ -110,7 +113,7 @@ class Backbone(ABC):
             raise ValueError(
                 "backbone.train = full trains the base that the roles "
                 f"{', '.join(role.name for role in self.roles)} share: set "
-                "backbone.train=lora with a backbone.base, or give each role a copy of its own"
+                "backbone.train=lora with a backbone.base, or give each role its own copy of the base (Role.copy)"
             )
 
     def owner(self, name: str, parameter: nn.Parameter) -> str | None:
@@ -160,8 +163,9 @@ class Backbone(ABC):
         """
         if type(self) is not type(other) or self.latent_channels != other.latent_channels:
             raise ValueError(
-                f"prior: {type(self).__name__} with {self.latent_channels} latent channels does not share the codec of "
-                f"{type(other).__name__} with {other.latent_channels}: both must encode pictures alike"
+                f"prior: {type(self).__name__} with {self.latent_channels} latent channels cannot use the codec of "
+                f"{type(other).__name__} with {other.latent_channels}: use the same backbone and the same number of "
+                "latent channels in the sections prior and backbone"
             )
 
     @classmethod
@@ -191,7 +195,7 @@ class Backbone(ABC):
 
         Raises ValueError if the backbone does not support it.
         """
-        raise ValueError(f"{type(self).__name__} cannot be offloaded: leave it out")
+        raise ValueError(f"{type(self).__name__} does not support offloading to host memory: leave offload out")
 
     @classmethod
     def inference_config(cls, config: Any, dtype: str | None, folder: Path) -> Any:
@@ -212,6 +216,6 @@ class Backbone(ABC):
         m = self.pixel_multiple
         if height_px % m or width_px % m or min(height_px, width_px) < m:
             raise ValueError(
-                f"a picture of {width_px}x{height_px} px does not fit this backbone: both sides must be multiples of "
+                f"an image of {width_px}x{height_px} px does not fit this backbone: both sides must be multiples of "
                 f"{m} px; choose a crop such as {max(m, round(width_px / m) * m)}x{max(m, round(height_px / m) * m)}"
             )

@@ -101,7 +101,7 @@ def add_lora(layer: nn.Module, x: Tensor, y: Tensor, name: str | None) -> Tensor
     if name is None or not has_lora(layer) or name not in layer.lora_A or layer.disable_adapters:
         return y
     if layer.merged:
-        raise RuntimeError("a LoRA was fused into weights that other tokens use without it: unmerge it")
+        raise RuntimeError("the LoRA is merged into base weights that other tokens use without it: unmerge it first")
     return layer.lora_B[name](layer.lora_A[name](x), onto=y, scale=layer.scaling[name])
 
 

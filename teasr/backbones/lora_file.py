@@ -54,24 +54,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         ours = json.loads(metadata[OURS])
     except (KeyError, ValueError):
         raise ValueError(
-            f"LoRA {path} says nothing about its branches: it was not made by teasr; export one with launch/export.py"
+            f"LoRA {path} has no metadata of teasr, so it was not made by teasr: export one with launch/export.py"
         ) from None
     if ours.pop("format", None) != FORMAT:
         raise ValueError(f"LoRA {path} was written by another version of teasr: export it again with launch/export.py")
     return weights, ours
 
 
-WHERE = {
+BRANCH_WARNINGS = {
     "dual": (
-        "**It acts on condition tokens alone.** Noise and text tokens run through the base weights. "
-        "A stock diffusers pipeline or ComfyUI loads this\nfile without complaint, "
-        "applies it to all tokens at one time, and gives wrong pictures; "
-        "so does fusing it into the base weights. Use `teasr`."
+        "**This LoRA applies to condition tokens only.** Noise and text tokens use the base weights. "
+        "A standard diffusers pipeline or ComfyUI\nloads this file without an error, "
+        "but applies it to all tokens and produces wrong images; "
+        "fusing it into the base weights does the same. Use `teasr`."
     ),
     "single": (
-        "**It expects the latent of the low-quality picture in place of noise.** "
-        "A stock diffusers pipeline or ComfyUI loads this file without\ncomplaint, starts from noise, "
-        "and gives wrong pictures. Use `teasr`."
+        "**This LoRA expects the latent of the low-quality image instead of noise.** "
+        "A standard diffusers pipeline or ComfyUI loads this file\nwithout an error, but starts from noise "
+        "and produces wrong images. Use `teasr`."
     ),
 }
 
@@ -97,25 +97,25 @@ tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
 
 # TEASR LoRA for {base}
 
-Restores pictures (x4 real-world super-resolution) in 1 to 30 steps: rank {rank}, \
-{count / 1e6:,.1f} M weights in {next(iter(tensors.values())).dtype}.
+Restores images (x4 real-world super-resolution) in 1 to 30 sampling steps: rank {rank}, \
+{count / 1e6:,.1f} M parameters in {next(iter(tensors.values())).dtype}.
 
-{WHERE[ours.get("branches", "dual")]}
+{BRANCH_WARNINGS[ours.get("branches", "dual")]}
 
-Restore with it: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. \
-Continue training from it: `backbone.lora=FOLDER` in a recipe.
+Restore images: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. \
+Continue training: set `backbone.lora=FOLDER` in the config.
 
 | | |
 |---|---|
 | attention of condition tokens | {ours["cond_attention"]} |
 | positions of condition tokens | {ours["rope"]} |
-| times | t_cur in [0, 1], 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
-in fp32 before the sinusoid |
+| times | t_cur in [0, 1], where 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
+the sinusoidal embedding is computed in fp32 |
 | prompt | {ours["prompt"]} |
 | weights | {ours["weights"]} after {ours["updates"]} updates |
 | commit | {ours["commit"]} |
 
-The recipe of the run:
+Config of the training run:
 
 ```yaml
 {ours["recipe"].rstrip()}

@@ -63,7 +63,7 @@ class Model:
         """
         if not self.role.encoder:
             raise ValueError(
-                f"role {self.role.name} has no encoder adapter: encode without a time, or set encoder=True"
+                f"role {self.role.name} has no encoder adapter: encode without a time, or set encoder=True in its Role"
             )
         return self.backbone.call(self.role, "encoder", z_lq, t)
 
@@ -81,15 +81,18 @@ class Model:
         """
         role, c = self.role, condition
         if role.blocks is not None:
-            raise ValueError(f"role {role.name} sees blocks 1..{role.blocks} alone: it has features and no velocity")
+            raise ValueError(
+                f"role {role.name} uses only blocks 1 to {role.blocks}: it returns features, not a velocity; "
+                "set blocks=None in its Role for a velocity"
+            )
         if (role.branches == "dual") != (c.z_lq is not None) or (c.z_lq is None) != (c.t_tar is None):
-            needs = "z_lq and t_tar" if role.branches == "dual" else "neither z_lq nor t_tar"
-            raise ValueError(f"role {role.name} has a {role.branches} branch layout: its condition needs {needs}")
+            must = "must contain z_lq and t_tar" if role.branches == "dual" else "must contain neither z_lq nor t_tar"
+            raise ValueError(f"role {role.name} is {role.branches}-branch: its condition {must}")
         v = self.backbone.call(role, "velocity", z_t, t_cur, c.z_lq, c.t_tar, c.text)
         if isinstance(c.guidance, float | int) and c.guidance == 1:
             return v
         if c.text is None or c.null_text is None:
-            raise ValueError("guidance needs two prompts: give text and null_text")
+            raise ValueError("guidance != 1 needs two prompts: give text and null_text")
         null = self.velocity(z_t, t_cur, replace(c, text=c.null_text, guidance=1.0))
         g = torch.as_tensor(c.guidance, dtype=v.dtype, device=v.device)
         return null + g.reshape(-1, 1, 1, 1) * (v - null)
@@ -99,16 +102,18 @@ class Model:
 
         Raises ValueError for a dual-branch role.
         """
-        self._single("features")
+        self._require_single_branch("features")
         return self.backbone.call(self.role, "features", z_t, t)
 
     def logits(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return one logit per feature token, fp32 [B, h', w']. Raises ValueError for a role without a head."""
         if not self.role.head:
-            raise ValueError(f"role {self.role.name} has no head: set head=True")
-        self._single("logits")
+            raise ValueError(f"role {self.role.name} has no head: set head=True in its Role")
+        self._require_single_branch("logits")
         return self.backbone.call(self.role, "logits", z_t, t)
 
-    def _single(self, what: str) -> None:
+    def _require_single_branch(self, what: str) -> None:
         if self.role.branches != "single":
-            raise ValueError(f"role {self.role.name} has two branches: {what} are those of a single one")
+            raise ValueError(
+                f"role {self.role.name} is dual-branch: {what} are available only for roles with branches=single"
+            )

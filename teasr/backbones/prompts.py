@@ -47,17 +47,19 @@ def cache_prompt(config: PromptConfig) -> None:
         try:
             _, _, found = load_prompt(out)
         except ValueError as error:
-            print(f"{error}; that is done now")
+            print(f"{error}; doing so now")
         else:
             if found == wanted:
-                print(f"{out}: prompt {config.prompt!r} of {config.model} is there already, nothing to do")
+                print(f"{out} already contains prompt {config.prompt!r} of {config.model}: nothing to do")
                 return
-            other = ", ".join(f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if found.get(k) != v)
-            print(f"{out} is made again: {other}")
+            changes = ", ".join(f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if found.get(k) != v)
+            print(f"{out} was computed with other settings and is computed again: {changes}")
     embeds, mask = embed(config.model, config.prompt, pick_device(config.device), DTYPES[config.dtype])
     tensors = {"prompt_embeds": embeds} | ({} if mask is None else {"prompt_mask": mask})
     write_atomic(out, pack(tensors, wanted))
-    print(f"{out}: prompt {config.prompt!r} of {config.model}, {embeds.shape[0]} tokens of {embeds.shape[1]} numbers")
+    print(
+        f"{out}: wrote prompt {config.prompt!r} of {config.model}, {embeds.shape[0]} tokens of width {embeds.shape[1]}"
+    )
 
 
 def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
@@ -69,14 +71,14 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"prompt {path} cannot be read ({error.strerror}): make it with data_prep/cache_prompt.py"
+            f"prompt {path} cannot be read ({error.strerror}): create it with data_prep/cache_prompt.py"
         ) from None
     try:
         tensors, metadata = unpack(data, f"prompt {path}")
     except ValueError as error:
-        raise ValueError(f"{error}: make it again with data_prep/cache_prompt.py") from None
+        raise ValueError(f"{error}: create it again with data_prep/cache_prompt.py") from None
     if "prompt_embeds" not in tensors:
-        raise ValueError(f"prompt {path} holds no prompt_embeds: make it with data_prep/cache_prompt.py")
+        raise ValueError(f"prompt {path} contains no prompt_embeds: create it with data_prep/cache_prompt.py")
     return tensors["prompt_embeds"], tensors.get("prompt_mask"), metadata
 
 
@@ -100,7 +102,8 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
     template = pipeline.prompt_template_encode
     # transformers silently creates a tokenizer with an empty vocabulary if its files are missing
     if tokenizer.decode(tokenizer(template).input_ids) != template:
-        raise cannot_load("model", model, "its folder tokenizer is missing or broken: it cannot spell the template")
+        reason = "its folder tokenizer is missing or broken: decoding the encoded prompt template does not give it back"
+        raise cannot_load("model", model, reason)
     with torch.inference_mode():
         embeds, mask = pipeline.encode_prompt(prompt, device=device)
     return embeds[0].cpu().clone(), None if mask is None else mask[0].cpu().clone()
@@ -121,8 +124,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cpu")
     if wanted >= found:
         raise ValueError(
-            f"device = {device}, LOCAL_RANK = {wanted}, but {found} GPU(s) can be used: set device=cpu, or look at "
-            "nvidia-smi, CUDA_VISIBLE_DEVICES and whether torch was built for this driver"
+            f"device = {device}, LOCAL_RANK = {wanted}, but PyTorch finds {found} GPU(s): set device=cpu, or check "
+            "nvidia-smi, CUDA_VISIBLE_DEVICES and whether PyTorch was built for this driver"
         )
     return torch.device("cuda", wanted)
 
@@ -132,7 +135,8 @@ def model_name(model: str, key: str) -> str:
     folder = Path(model).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError(
-            f"{key} = {model} is no folder, nor owner/name of a model on the hub: give the folder of a diffusers model"
+            f"{key} = {model} is neither a folder nor the owner/name of a model on the Hugging Face hub: give the "
+            "folder of a diffusers model"
         )
     return str(folder) if folder.is_dir() else model
 
@@ -149,7 +153,9 @@ def load_part(cls: type, key: str, model: str, subfolder: str | None, dtype: tor
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise cannot_load(key, model, error) from error
     if info["missing_keys"]:  # diffusers and transformers would initialise them randomly
-        raise cannot_load(key, model, f"its {what} lack{'' if what == 'weights' else 's'} {min(info['missing_keys'])}")
+        raise cannot_load(
+            key, model, f"its {what} lack{'' if what == 'weights' else 's'} the tensor {min(info['missing_keys'])}"
+        )
     return part
 
 
@@ -164,5 +170,5 @@ def cannot_load(key: str, model: str, error: object) -> ValueError:
     reason = " ".join(str(error).split())[:300]
     return ValueError(
         f"{key} = {model} cannot be loaded ({reason}): give the local folder of a complete diffusers model "
-        f"({key}=/path/to/model), or connect to the hub"
+        f"({key}=/path/to/model), or connect to the Hugging Face hub"
     )

@@ -93,7 +93,9 @@ def _bitsandbytes():
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
-        raise ImportError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'") from error
+        raise ImportError(
+            "backbone.quantise = nf4 needs bitsandbytes: install it with pip install 'teasr[nf4]'"
+        ) from error
     return functional
 
 

@@ -46,13 +46,19 @@ class Role:
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name == DEFAULT_SET:
-            raise ValueError(f"role {self.name!r}: a name of small letters, digits and _, and not `{DEFAULT_SET}`")
+            raise ValueError(
+                f"role name {self.name!r} is not allowed: use lower-case letters, digits and _, start with a letter, "
+                f"and do not use `{DEFAULT_SET}`"
+            )
         if self.rate <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
-            raise ValueError(f"role {self.name}: rate {self.rate} and clip_norm {self.clip_norm} must be > 0")
+            raise ValueError(f"role {self.name}: rate = {self.rate} and clip_norm = {self.clip_norm} must be > 0")
         if self.branches == "dual" and (self.blocks is not None or self.head):
-            raise ValueError(f"role {self.name}: features and a head are those of a single branch: set branches=single")
+            raise ValueError(f"role {self.name}: blocks and head require a single branch: set branches=single")
         if self.trains == ("nothing" if self.head else "head"):
-            raise ValueError(f"role {self.name}: head = {self.head} does not go with trains = {self.trains}")
+            cure = "set trains=head or trains=adapter" if self.head else "set head=True or another value of trains"
+            raise ValueError(
+                f"role {self.name}: head = {self.head} cannot be combined with trains = {self.trains}: {cure}"
+            )
 
     @property
     def place(self) -> tuple[str, str]:
@@ -86,12 +92,15 @@ def check_roles(roles: Sequence[Role]) -> None:
     names = [role.name for role in roles]
     if not roles or names[0] != FIRST or roles[0].trains != "adapter" or roles[0].place != ("main", ""):
         raise ValueError(
-            f"the first role of a method is `{FIRST}`: trained, on the base `main`, first copy; got {names}"
+            f"the first role of a method must be named `{FIRST}`, with trains=adapter, base=main and no copy; got "
+            f"{names}"
         )
     if roles[0].blocks is not None:
-        raise ValueError(f"role {FIRST} restores pictures: it sees all blocks, not {roles[0].blocks}")
+        raise ValueError(
+            f"role {FIRST} restores images and needs all blocks: set blocks=None instead of {roles[0].blocks}"
+        )
     if len(set(names)) < len(names):
-        raise ValueError(f"roles {names}: every role has a name of its own")
+        raise ValueError(f"roles {names}: every role needs a unique name")
 
 
 def places(roles: Sequence[Role]) -> dict[tuple[str, str], list[Role]]:

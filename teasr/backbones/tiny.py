@@ -72,20 +72,20 @@ class TinyConfig:
             raise ValueError(f"backbone.latent_channels = {self.latent_channels}: allowed are 1 to {PATCH_PX**2 * 3}")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(
-                f"backbone.width = {self.width} and backbone.heads = {self.heads}: the width of a head must be a whole "
-                "number divisible by 4 (rotary positions of two axes); try width=128 heads=4"
+                f"backbone.width = {self.width} and backbone.heads = {self.heads}: width / heads must be a whole "
+                "number divisible by 4 (for rotary positions along two axes); try backbone.width=128 backbone.heads=4"
             )
         if self.train == "lora" and self.base is None:
             raise ValueError(
-                "backbone.train = lora freezes the base, but backbone.base names none: give the folder of a prior, or "
-                "backbone.base=random for an experiment without a prior"
+                "backbone.train = lora freezes the base, but backbone.base is not set: set it to the folder of a "
+                "prior, or to random for an experiment without a prior"
             )
         if not self.conditional and (
             self.train == "lora" or self.base not in (None, "random") or self.pair is not None
         ):
             raise ValueError(
                 "backbone.conditional = false trains a prior from scratch: leave backbone.base, backbone.pair and "
-                "train = lora out"
+                "backbone.train=lora out"
             )
 
 
@@ -112,7 +112,7 @@ class PCACodec(nn.Module):
             hq.append(_patches(x_hq[None]).flatten(0, 2).double())
             lq.append(_patches(x_lq[None]).flatten(0, 2).double())
         if not hq:
-            raise ValueError("the codec cannot be fitted: no pictures were given; check the shard folder")
+            raise ValueError("the codec cannot be fitted: the shards contain no images; check the shard folder")
         hq, lq = torch.cat(hq), torch.cat(lq)
         if len(hq) < 2 * 192:
             raise ValueError(
@@ -211,9 +211,9 @@ class DualBlock(nn.Module):
         attended = attend(q, k, v)
         if self.pair is not None and x_BKLD.shape[1] > 1:
             # A prior was not trained to attend to a second image, and learning this takes thousands of updates.
-            places = x_BKLD.shape[2]
-            own = self.pair * v[:, :, places:]
-            attended = attended + F.pad(own, (0, 0, 0, attended.shape[2] - places))
+            n_tokens = x_BKLD.shape[2]
+            condition = self.pair * v[:, :, n_tokens:]
+            attended = attended + F.pad(condition, (0, 0, 0, attended.shape[2] - n_tokens))
         attended = attended.transpose(1, 2).flatten(2)
         if last:  # the condition tokens are no longer used: skip computations that would never receive a gradient
             x = x_BKLD[:, 0] + gate1[:, 0] * with_lora(self.to_out, attended, noise)
@@ -355,23 +355,27 @@ def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C
     return y * (t - (1 - t) * sigma2) / n - start + (sigma2 / n).sqrt() * out
 
 
-def load_prior(place: str, net: TinyDiT, codec: PCACodec) -> None:
+def load_prior(source: str, net: TinyDiT, codec: PCACodec) -> None:
     """Load a prior's weights and codec from its folder or from a shipped prior of this name.
 
     Raises ValueError if they are missing, damaged or of different sizes.
     """
     try:
-        folder = checkpoint_folder.resolve(assets.find(place) or Path(place))
+        folder = checkpoint_folder.resolve(assets.find(source) or Path(source))
         file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
         codec.load_state_dict(load_file(folder / "fixed.safetensors"))
         found = net.load_state_dict(load_file(file), strict=False)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"backbone.base = {place} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(
+            f"backbone.base = {source} cannot be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "
+            "prior of this size, or the name of a prior that ships with teasr"
+        ) from None
     missing = [key for key in found.missing_keys if key not in ("residual", "spread") and not key.endswith(".pair")]
     wrong = [*found.unexpected_keys, *missing]
     if wrong:
         raise ValueError(
-            f"backbone.base = {place} is no prior (backbone.conditional=false): {wrong[0]} is too much or missing"
+            f"backbone.base = {source} is not a prior (a model trained with backbone.conditional=false) of this size: "
+            f"tensor {wrong[0]} is unexpected or missing"
         )
 
 
@@ -408,7 +412,9 @@ class Tiny(Backbone):
     def _add_role(self, net: TinyDiT, role: Role, seed: int) -> None:
         """Add the role's LoRA set and parts; the student's continue the random number stream of the network."""
         if role.blocks is not None and not 1 <= role.blocks <= self.config.depth:
-            raise ValueError(f"role {role.name} sees {role.blocks} blocks: this backbone has 1 to {self.config.depth}")
+            raise ValueError(
+                f"role {role.name} uses {role.blocks} blocks: this backbone allows 1 to {self.config.depth}"
+            )
         if role.adapter_set != DEFAULT_SET:
             torch.manual_seed(seed_of(seed, "role", role.name))
         if role.adapter_set and (self.config.conditional or role.branches == "single"):
@@ -467,7 +473,7 @@ class Tiny(Backbone):
         elif not all(torch.equal(getattr(self.codec, n), getattr(other.codec, n)) for n in ("mean", "basis", "scale")):
             raise ValueError(
                 f"prior.base = {self.config.base} and backbone.base = {other.config.base} were trained with "
-                "different codecs: latents of one mean nothing to the other; take a prior that was trained with the "
-                "codec of the backbone"
+                "different codecs, so their latents are not comparable: use a prior that was trained with the codec "
+                "of the backbone"
             )
         self._fitted()

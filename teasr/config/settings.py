@@ -35,26 +35,27 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be >= 1")
         if self.max_hours is not None and self.max_hours <= 0:
-            raise ValueError(f"train.max_hours = {self.max_hours}: must be > 0, such as 23.5, or null")
+            raise ValueError(f"train.max_hours = {self.max_hours}: must be > 0, such as 23.5, or null for no limit")
         if self.max_skipped < 0:
             raise ValueError(f"train.max_skipped = {self.max_skipped}: must be >= 0")
         if self.learning_rate <= 0:
             raise ValueError(f"train.learning_rate = {self.learning_rate}: must be > 0, such as 5e-5")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"train.ema = {self.ema}: a decay inside (0, 1) such as 0.999, or null for none")
+            raise ValueError(f"train.ema = {self.ema}: must be a decay in (0, 1), such as 0.999, or null for no EMA")
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per update on each rank.
 
         Raises ValueError when `batch` is not a multiple of `micro_batch` x `world_size`.
         """
-        each = self.micro_batch * world_size
-        if self.batch % each:
+        samples_per_pass = self.micro_batch * world_size
+        if self.batch % samples_per_pass:
             raise ValueError(
-                f"train.batch = {self.batch} does not divide into {world_size} rank(s) x train.micro_batch = "
-                f"{self.micro_batch}: use a batch that is a multiple of {each}, fewer ranks or another micro_batch"
+                f"train.batch = {self.batch} is not a multiple of {world_size} rank(s) x train.micro_batch = "
+                f"{self.micro_batch}: use a batch that is a multiple of {samples_per_pass}, fewer ranks or another "
+                "micro_batch"
             )
-        return self.batch // each
+        return self.batch // samples_per_pass
 
     def rate(self, update: int) -> float:
         """Learning rate of an update (0-based): linear warm-up, then constant or cosine decay to 5 %."""
@@ -81,8 +82,8 @@ class PreviewConfig:
     def __post_init__(self):
         if self.pictures < 1 or not self.steps or min(self.steps) < 1 or (self.every_updates or 0) < 0:
             raise ValueError(
-                f"preview.pictures = {self.pictures} and preview.steps = {list(self.steps)} must be >= 1, "
-                f"preview.every_updates = {self.every_updates} >= 0 (0 for no previews)"
+                f"preview.pictures = {self.pictures} and every value of preview.steps = {list(self.steps)} must be "
+                f">= 1 and preview.every_updates = {self.every_updates} must be >= 0 (0 for no previews)"
             )
 
 

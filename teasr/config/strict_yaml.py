@@ -26,7 +26,9 @@ def read_yaml(path: Path) -> dict:
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"config {path} must hold `key: value` lines, it holds {type(data).__name__}")
+        raise ValueError(
+            f"config {path} must contain `key: value` lines, but its content is of type {type(data).__name__}"
+        )
     return data
 
 
@@ -39,14 +41,14 @@ def override(data: dict, assignments: list[str]) -> dict:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise ValueError(f"override {assignment!r} is not of the form section.key=value")
+            raise ValueError(f"override {assignment!r} is not of the form section.key=value, such as train.updates=100")
         *sections, key = name.split(".")
-        place = data
+        target = data
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"override {assignment!r}: {section} is a value, not a section")
-        place[key] = yaml.safe_load(value)
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"override {assignment!r}: {section} is a value, not a section with keys")
+        target[key] = yaml.safe_load(value)
     return data
 
 
@@ -65,7 +67,9 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     missing = [n for n in fields if n in required and n not in data]
     if missing:
-        raise ValueError(f"config key {_join(where, missing[0])} is missing: add it ({_type_name(hints[missing[0]])})")
+        raise ValueError(
+            f"config key {_join(where, missing[0])} is missing: add it (type {_type_name(hints[missing[0]])})"
+        )
     return cls(**{key: convert(hints[key], value, _join(where, key)) for key, value in data.items()})
 
 
@@ -94,7 +98,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is ... else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
-            raise ValueError(f"config key {where} = {value!r}: expected a list, {_type_name(hint)}")
+            raise ValueError(f"config key {where} = {value!r}: expected a list of type {_type_name(hint)}")
         return tuple(convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):

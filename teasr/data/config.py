@@ -28,11 +28,13 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.locations:
-            raise ValueError("data.shards is an empty list: name the folder of a shard set")
+            raise ValueError("data.shards is an empty list: set it to the folder or URL of a shard set")
         if self.streams < 1 or self.workers < 0:
-            raise ValueError(f"data.streams = {self.streams} must be >= 1 and data.workers = {self.workers} >= 0")
+            raise ValueError(
+                f"data.streams = {self.streams}, data.workers = {self.workers}: set streams >= 1 and workers >= 0"
+            )
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share = {self.max_bad_share}: a share inside [0, 1]")
+            raise ValueError(f"data.max_bad_share = {self.max_bad_share}: must be a fraction in [0, 1]")
         if self.latents is not None and self.degrade == "online":
             raise ValueError(
                 "data.degrade = online makes new LQ images, whose latents are not cached: set data.degrade=stored, or "

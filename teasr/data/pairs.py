@@ -63,15 +63,18 @@ def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = N
     """
     originals = _by_stem(hq)
     if count is not None and len(originals) != count:
-        raise ValueError(f"{hq} holds {len(originals)} pictures, {name or 'the set'} has {count}: get the whole set")
+        raise ValueError(
+            f"{hq} contains {len(originals)} images, but {name or 'the set'} has {count}: get the complete set"
+        )
     small = None
     if lq is not None:
         small = _by_stem(lq)
-        alone = sorted(originals.keys() ^ small.keys())
-        if alone:
-            lacking, there = (lq, hq) if alone[0] in originals else (hq, lq)
+        unpaired = sorted(originals.keys() ^ small.keys())
+        if unpaired:
+            lacking, there = (lq, hq) if unpaired[0] in originals else (hq, lq)
             raise ValueError(
-                f"{lacking} has no picture {alone[0]}, {there} has one: both folders must hold the same names"
+                f"{lacking} has no image {unpaired[0]}, but {there} has one: both folders must contain the "
+                "same names (without suffix)"
             )
 
     def entries() -> Iterator[tuple[str, Callable[[], Sample]]]:
@@ -87,16 +90,19 @@ def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = N
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder; give a folder of images")
     names, _ = images.walk_pictures(folder)
     found: dict[str, Path] = {}
     for name in names:
         stem = Path(name).with_suffix("").as_posix()
         if stem in found:
-            raise ValueError(f"{folder} holds {found[stem].name} and {Path(name).name}: one of each name")
+            raise ValueError(
+                f"{folder} contains {found[stem].name} and {Path(name).name}: keep one file of each name "
+                "(without suffix)"
+            )
         found[stem] = folder / name
     if not found:
-        raise ValueError(f"{folder} holds no pictures")
+        raise ValueError(f"{folder} contains no images ({', '.join(images.SUFFIXES)})")
     return found
 
 
@@ -105,8 +111,14 @@ def _load(key: str, hq: Path, lq: Path | None, scale: int) -> Sample:
     if lq is not None:
         small = images.read_rgb(lq)
         if original.shape[:2] != (small.shape[0] * scale, small.shape[1] * scale):
-            raise ValueError(f"{hq} is not {scale} times as large as {lq}")
+            raise ValueError(
+                f"the sides of {hq} must be {scale} times those of {lq}: {_size(original)} and {_size(small)}"
+            )
         return Sample(key, original, small)
     height, width = (n // scale for n in original.shape[:2])
     original = np.ascontiguousarray(original[: height * scale, : width * scale])
     return Sample(key, original, np.asarray(Image.fromarray(original).resize((width, height), Image.BICUBIC)))
+
+
+def _size(x: np.ndarray) -> str:
+    return f"{x.shape[1]}x{x.shape[0]} px"

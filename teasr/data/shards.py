@@ -49,7 +49,7 @@ class ShardSet:
         """
         if more:
             return cls._joined([cls.open(each) for each in (location, *more)])
-        index = read_index(location, "make shards with data_prep/make_shards.py or name the folder that holds them")
+        index = read_index(location, "make shards with data_prep/make_shards.py or give the folder of a shard set")
         rows = index["shards"]
         urls = tuple(url_of(location, row["shard"]) for row in rows)
         counts, sizes = (tuple(int(row[key]) for row in rows) for key in ("nsamples", "bytes"))
@@ -62,8 +62,8 @@ class ShardSet:
             if other.variants != sets[0].variants:
                 raise ValueError(
                     f"{sets[0].location} has {sets[0].variants} degraded version(s) of each HQ and "
-                    f"{other.location} {other.variants}: "
-                    "sets that are read together need the same, make one of them again"
+                    f"{other.location} has {other.variants}: "
+                    "sets that are read together need the same number; make one again with variants as in the other"
                 )
         shared = {k: v for k, v in sets[0].settings.items() if all(s.settings.get(k) == v for s in sets)}
         urls, counts, sizes, parts = (
@@ -168,7 +168,7 @@ def decode(raw: dict, variant: int = 0) -> Sample:
     hq, lq = (_decode_member(raw, field, name) for field in (hq_field, lq_field(variant)))
     if hq.shape[0] * lq.shape[1] != hq.shape[1] * lq.shape[0] or hq.shape[0] % lq.shape[0]:
         raise ValueError(
-            f"{name}: HQ {hq.shape[1]}x{hq.shape[0]} px is no whole multiple of LQ {lq.shape[1]}x{lq.shape[0]} px"
+            f"{name}: HQ {hq.shape[1]}x{hq.shape[0]} px is not a whole multiple of LQ {lq.shape[1]}x{lq.shape[0]} px"
         )
     return Sample(raw["__key__"], hq, lq)
 
@@ -182,7 +182,7 @@ def _decode_member(raw: dict, field: str, name: str) -> np.ndarray:
         except (KeyError, ValueError, TypeError):
             raise ValueError(f"{name}.json is missing or broken") from None
         if zlib.crc32(raw[field]) != wanted:
-            raise ValueError(f"{name}.{field} is not as it was written")
+            raise ValueError(f"{name}.{field} is corrupted (its crc32 differs from the recorded one)")
     return images.decode_rgb(raw[field], f"{name}.{field}")
 
 

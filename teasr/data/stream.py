@@ -169,14 +169,14 @@ def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degr
         return None
     if shards.settings.get("lq"):
         raise ValueError(
-            f"{shards.location} holds real pairs, of which HQ must not be degraded: set data.degrade=stored"
+            f"{shards.location} holds real pairs, whose LQ images must not be replaced: set data.degrade=stored"
         )
     needed = {"lq", "degradation", "peer_exact"}
     if not needed <= set(shards.settings):
         raise ValueError(
             f"{shards.location} were made with different settings "
-            f"({', '.join(sorted(needed - set(shards.settings)))}), so that their "
-            "HQ cannot be degraded alike: set data.degrade=stored, or make them alike"
+            f"({', '.join(sorted(needed - set(shards.settings)))}), so that "
+            "their HQ cannot be degraded in the same way: set data.degrade=stored, or make the sets with equal settings"
         )
     return degradation.preset(config.degradation or shards.settings["degradation"], shards.settings["peer_exact"])
 
@@ -218,7 +218,7 @@ def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit
             raise ValueError(f"sample {sample.key} of {shards.urls[i]}: {error}") from None
     if len(bad) > max_bad_share * len(chosen):
         raise ValueError(
-            f"{bad[0]} ({len(bad)} of {len(chosen)} shards looked at; to train on the others raise data.max_bad_share)"
+            f"{bad[0]} ({len(bad)} of {len(chosen)} checked shards are bad; to train anyway, raise data.max_bad_share)"
         )
     return bad
 
@@ -241,7 +241,7 @@ def batches(
         hq, lq, keys, bad, *latents = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
         if len({x.shape for x in hq}) > 1:
             raise ValueError(
-                f"samples {keys[0]} .. have different sizes: a batch needs one crop size in the whole shard set"
+                f"the samples from {keys[0]} on differ in size: all shards of a run must have the same crop_px"
             )
         names = [name for row in bad for name in row]
         seen, broken = seen + micro_batch, broken + sum(map(bool, bad))
@@ -249,7 +249,7 @@ def batches(
             raise ValueError(
                 f"{broken} of {seen} samples are broken, more than data.max_bad_share = {config.max_bad_share} "
                 f"({names[0]}): "
-                "look at the set with data_prep/verify_shards.py, make what is broken again, or raise the share"
+                "check the set with data_prep/verify_shards.py and make the broken shards again, or raise this limit"
             )
         z_hq, z_lq = (None if z[0] is None else torch.stack(z) for z in latents)
         yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq), names

@@ -151,7 +151,7 @@ def jpeg(x: np.ndarray, quality: float) -> np.ndarray:
     ok, coded = cv2.imencode(
         ".jpg", cv2.cvtColor(to_uint8(x), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, round(quality)]
     )
-    assert ok, "libjpeg refused to encode"
+    assert ok, "libjpeg failed to encode the image"
     return cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
 
 

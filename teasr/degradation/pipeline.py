@@ -181,12 +181,12 @@ def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarra
 def _lq_size(hq: np.ndarray, scale: int) -> tuple[int, int]:
     if hq.dtype not in (np.uint8, np.float32) or hq.ndim != 3 or hq.shape[2] != 3:
         raise ValueError(
-            f"degrade needs a picture [H, W, 3] in uint8, or float32 in [0, 1], got {hq.shape} in {hq.dtype}: "
+            f"degrade needs an image [H, W, 3] in uint8, or float32 in [0, 1], got {hq.shape} in {hq.dtype}: "
             "convert it to RGB first"
         )
     height, width = hq.shape[:2]
     if height % scale or width % scale:
-        raise ValueError(f"a picture of {width}x{height} px cannot be reduced x{scale} exactly: crop it first")
+        raise ValueError(f"{width}x{height} px cannot be divided by {scale}: crop the image to multiples of {scale} px")
     return width // scale, height // scale
 
 

@@ -83,8 +83,8 @@ def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
     path = lpips_weight_file(net)
     if weights and not path.is_file():
         raise ValueError(
-            f"LPIPS ({net}) needs the file {path.name}, and {path} does not exist. Put torchvision's {path.name} there "
-            f"(or set TORCH_HOME), or train without LPIPS on purpose: method.lambda_lpips=0"
+            f"LPIPS ({net}) needs torchvision's file {path.name}, but {path} does not exist: put the file there, set "
+            "TORCH_HOME to the folder that contains hub/checkpoints, or train without LPIPS (method.lambda_lpips=0)"
         )
     import lpips
 

@@ -125,7 +125,7 @@ class Evaluation:
             yield name, made
 
     def _wait_for_others(self, missing: list[str]) -> None:
-        line = ProgressLine("wait", len(self.pairs), "pictures")
+        line = ProgressLine("waiting for the other ranks:", len(self.pairs), "pictures")
         while missing := [key for key in missing if not (self.parts / f"{key}.json").is_file()]:
             line.show(len(self.pairs) - len(missing))
             time.sleep(0.2)
@@ -272,7 +272,7 @@ def table(scores: dict) -> str:
             unit = METRICS[names[0]].label
             lines.append(
                 f"{name} - bicubic: {told['gain_mean']:+.3f} {unit}, "
-                f"95 % {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
+                f"95 % interval {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
             )
             break
     for name, told in scores["metrics"].items():

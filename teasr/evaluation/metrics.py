@@ -137,13 +137,13 @@ class Scorer:
         here; models are loaded when first needed.
         """
         self.names = list(METRICS) if names is None else names
-        for kind, known, given in (("metric", METRICS, self.names), ("protocol", PROTOCOLS, [protocol])):
-            if wrong := [name for name in given if name not in known]:
-                raise ValueError(f"{kind} {wrong[0]} does not exist: {', '.join(known)}")
+        for kind, known, requested in (("metric", METRICS, self.names), ("protocol", PROTOCOLS, [protocol])):
+            if wrong := [name for name in requested if name not in known]:
+                raise ValueError(f"{kind} {wrong[0]} does not exist: choose from {', '.join(known)}")
         self.protocol, self.device = PROTOCOLS[protocol], device
         self.folder = (weights or WEIGHTS).expanduser()
         self.hashes: dict[str, dict[str, str]] = {}
-        self.status = {name: self._look(METRICS[name]) for name in self.names}
+        self.status = {name: self._status_of(METRICS[name]) for name in self.names}
         missing = {name: status for name, status in self.status.items() if status != "ok"}
         if require and missing:
             raise ValueError(
@@ -171,13 +171,13 @@ class Scorer:
             }  # fmt: skip
         return found
 
-    def picture(self, made: np.ndarray, hq: np.ndarray | None) -> dict[str, float]:
+    def picture(self, image: np.ndarray, hq: np.ndarray | None) -> dict[str, float]:
         """Score a picture [H, W, 3] uint8 RGB against `hq` of the same kind.
 
         Without `hq`, only no-reference metrics are computed. Raises ValueError if the sizes differ.
         """
         return {
-            name: self._model(name)(made, hq)
+            name: self._model(name)(image, hq)
             for name in self.picture_names
             if hq is not None or METRICS[name].kind == "none"
         }
@@ -187,12 +187,12 @@ class Scorer:
         if self.status.get("fid") == "ok":
             self._features.setdefault(key, []).append(self._model("fid")(x))
 
-    def sets(self, made: str, hq: str) -> dict[str, float]:
-        """Score the collected set `made` against the set `hq`; empty if either has fewer than 2 pictures."""
-        a, b = self._features.get(made), self._features.get(hq)
+    def sets(self, restored: str, hq: str) -> dict[str, float]:
+        """Score the collected set `restored` against the set `hq`; empty if either has fewer than 2 pictures."""
+        a, b = self._features.get(restored), self._features.get(hq)
         return {"fid": frechet_distance(np.stack(a), np.stack(b))} if a and b and min(len(a), len(b)) > 1 else {}
 
-    def _look(self, metric: Metric) -> str:
+    def _status_of(self, metric: Metric) -> str:
         if metric.package and find_spec(metric.package) is None:
             return f"skipped: {PYIQA if metric.package == 'pyiqa' else f'pip install {metric.package}'}"
         for file in metric.files:
@@ -201,7 +201,8 @@ class Scorer:
                 return f"skipped: put {file.name} in {self.folder}"
             digest = _sha256(path)
             if not digest.startswith(file.sha256):
-                return f"skipped: {path} is not the published file (sha256 {digest[:8]}.., not {file.sha256[:8]}..)"
+                hashes = f"sha256 {digest[:8]}.., not {file.sha256[:8]}.."
+                return f"skipped: {path} is not the published file ({hashes}); replace it"
             self.hashes.setdefault(metric.name, {})[file.name] = digest
         return "ok"
 
@@ -212,13 +213,13 @@ class Scorer:
 
     def _load(self, metric: Metric) -> Callable:
         if metric.name in ("psnr", "ssim"):
-            act = {"psnr": psnr, "ssim": ssim}[metric.name]
-            return partial(act, on_luma=self.protocol.luma, border=self.protocol.border_px)
+            function = {"psnr": psnr, "ssim": ssim}[metric.name]
+            return partial(function, on_luma=self.protocol.luma, border=self.protocol.border_px)
         if metric.name == "checkerboard":
             return _checkerboard
         paths = {file.name: _find(file, self.folder) for file in metric.files}
         with ExitStack() as stack:
-            stack.enter_context(_only_these(paths))
+            stack.enter_context(_local_files_only(paths))
             return LOADERS[metric.name](paths, self.device)
 
 
@@ -232,7 +233,7 @@ def _find(file: File, folder: Path) -> Path | None:
 _sha256 = cache(sha256_of)
 
 
-class _only_these(ExitStack):
+class _local_files_only(ExitStack):
     """Context in which libraries find only these files in their caches and cannot download others."""
 
     def __init__(self, paths: dict[str, Path]):
@@ -256,7 +257,7 @@ class _only_these(ExitStack):
 
 
 def _no_download(url: str, *_, **__) -> None:
-    raise ValueError(f"{url.rpartition('/')[2]} would have to be downloaded: put it beside the other metric weights")
+    raise ValueError(f"{url.rpartition('/')[2]} is missing and is not downloaded: put it in the metric weights folder")
 
 
 def _tensor(x: np.ndarray):
@@ -265,10 +266,10 @@ def _tensor(x: np.ndarray):
     return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None].float() / 255
 
 
-def _checkerboard(made: np.ndarray, hq: np.ndarray | None) -> float:
+def _checkerboard(image: np.ndarray, hq: np.ndarray | None) -> float:
     from teasr.diffusion.losses import checkerboard_energy
 
-    return checkerboard_energy(_tensor(made), GRID_PX).item()
+    return checkerboard_energy(_tensor(image), GRID_PX).item()
 
 
 def _lpips(paths: dict[str, Path], device: str) -> Callable:
@@ -278,9 +279,9 @@ def _lpips(paths: dict[str, Path], device: str) -> Callable:
 
     model = load_lpips("alex").to(device)
 
-    def score(made: np.ndarray, hq: np.ndarray) -> float:
+    def score(image: np.ndarray, hq: np.ndarray) -> float:
         with torch.no_grad():
-            return model(*(_tensor(x).to(device) * 2 - 1 for x in (made, hq))).item()
+            return model(*(_tensor(x).to(device) * 2 - 1 for x in (image, hq))).item()
 
     return score
 
@@ -291,9 +292,9 @@ def _pyiqa(name: str, paths: dict[str, Path], device: str, **options) -> Callabl
 
     model = pyiqa.create_metric(name, device=torch.device(device), **options)
 
-    def score(made: np.ndarray, hq: np.ndarray | None) -> float:
-        pictures = [_tensor(x).to(device) for x in ((made,) if model.metric_mode == "NR" else (made, hq))]
-        return model(*pictures).item()
+    def score(image: np.ndarray, hq: np.ndarray | None) -> float:
+        inputs = [_tensor(x).to(device) for x in ((image,) if model.metric_mode == "NR" else (image, hq))]
+        return model(*inputs).item()
 
     return score
 

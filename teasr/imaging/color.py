@@ -24,7 +24,7 @@ def correct(kind: str, restored: np.ndarray, source: np.ndarray) -> None:
     `source` must have the same size and dtype. Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"colour correction {kind} does not exist: {', '.join(KINDS)}")
+        raise ValueError(f"colour correction {kind} does not exist; use one of {', '.join(KINDS)}")
     if kind == "wavelet":
         _wavelet(restored, source)
     elif kind == "adain":
@@ -50,20 +50,20 @@ def _wavelet(restored: np.ndarray, source: np.ndarray) -> None:
     for top in range(0, height, ROWS):
         bottom = min(height, top + ROWS)
         first, last = max(0, top - REACH), min(height, bottom + REACH)
-        as_was = np.concatenate((kept[len(kept) - (top - first) :], restored[top:last]))
-        kept = as_was[max(0, len(as_was) - (last - bottom) - REACH) : len(as_was) - (last - bottom)].copy()
-        low = low_pass(source[first:last].astype(np.float32) - as_was.astype(np.float32))
+        original = np.concatenate((kept[len(kept) - (top - first) :], restored[top:last]))
+        kept = original[max(0, len(original) - (last - bottom) - REACH) : len(original) - (last - bottom)].copy()
+        low = low_pass(source[first:last].astype(np.float32) - original.astype(np.float32))
         inside = slice(top - first, bottom - first)
-        restored[top:bottom] = _whole(as_was[inside] + low[inside], restored.dtype)
+        restored[top:bottom] = _to_integers(original[inside] + low[inside], restored.dtype)
 
 
-def _match(restored: np.ndarray, source: np.ndarray, there: Callable, back: Callable) -> None:
-    most = np.float32(np.iinfo(restored.dtype).max)
+def _match(restored: np.ndarray, source: np.ndarray, forward: Callable, inverse: Callable) -> None:
+    max_value = np.float32(np.iinfo(restored.dtype).max)
 
     def bands(x: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         for top in range(0, len(x), ROWS):
             rows = slice(top, top + ROWS)
-            yield rows, there(x[rows].astype(np.float32) / most)
+            yield rows, forward(x[rows].astype(np.float32) / max_value)
 
     def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total = squares = np.zeros(3)
@@ -78,8 +78,8 @@ def _match(restored: np.ndarray, source: np.ndarray, there: Callable, back: Call
     gain = (wanted / deviation).astype(np.float32)
     for rows, band in bands(restored):
         band = (band - mean.astype(np.float32)) * gain + wanted_mean.astype(np.float32)
-        restored[rows] = _whole(back(band) * most, restored.dtype)
+        restored[rows] = _to_integers(inverse(band) * max_value, restored.dtype)
 
 
-def _whole(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _to_integers(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.rint(x).clip(0, np.iinfo(dtype).max).astype(dtype)

@@ -39,7 +39,7 @@ def ssim(a: np.ndarray, b: np.ndarray, on_luma: bool = True, border: int = 0) ->
     """
     a, b = _inside(a, b, border)
     if min(a.shape[:2]) < 11:
-        raise ValueError(f"SSIM needs pictures of at least 11x11 px, got {a.shape[1]}x{a.shape[0]}")
+        raise ValueError(f"SSIM needs images of at least 11x11 px, got {a.shape[1]}x{a.shape[0]}")
     x, y = (luma(a).round(), luma(b).round()) if on_luma else (a.astype(np.float64), b.astype(np.float64))
 
     def blur(z: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"the Frechet distance needs two sets of 2 features or more, of one length: got {a.shape} and {b.shape}"
+            f"the Frechet distance needs two sets of at least 2 features of equal length, got {a.shape} and {b.shape}"
         )
     a, b = a.astype(np.float64), b.astype(np.float64)
     gap = a.mean(0) - b.mean(0)
@@ -74,9 +74,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def _inside(a: np.ndarray, b: np.ndarray, border: int) -> tuple[np.ndarray, np.ndarray]:
     if a.shape != b.shape:
-        raise ValueError(f"pictures of different size cannot be compared: {a.shape} and {b.shape}")
+        raise ValueError(f"images of different sizes cannot be compared: {a.shape} and {b.shape}")
     if border == 0:
         return a, b
     if min(a.shape[:2]) <= 2 * border:
-        raise ValueError(f"a border of {border} px leaves nothing of {a.shape[1]}x{a.shape[0]} px")
+        raise ValueError(f"a border of {border} px leaves nothing of an image of {a.shape[1]}x{a.shape[0]} px")
     return a[border:-border, border:-border], b[border:-border, border:-border]

@@ -31,7 +31,7 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
     Grey, palette, CMYK and 16-bit pictures are converted. Raises ValueError, naming the picture, if it is missing,
     broken, animated, has several pages or has more than `MAX_PIXELS` pixels.
     """
-    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    name = name or ("the image" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as picture:
             frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a photo and its depth map
             if frames > 1:
-                raise ValueError(f"it is animated or has pages: {frames} frames")
+                raise ValueError(f"it is animated or has several pages: {frames} frames")
             if _is_plain(picture, data):
                 return decode_rgb(data, name)
             return np.asarray(to_srgb(ImageOps.exif_transpose(picture)))
@@ -67,9 +67,9 @@ def _is_plain(picture: Image.Image, data: bytes) -> bool:
 
 
 def _broken(name: str, error: Exception) -> ValueError:
-    text = "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
-    text = text.removeprefix(f"{name} ").removeprefix("cannot be read as a picture: ")
-    return ValueError(f"{name} cannot be read as a picture ({text}); remove it or save it again")
+    text = "unknown image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    text = text.removeprefix(f"{name} ").removeprefix("cannot be read as an image: ")
+    return ValueError(f"{name} cannot be read as an image ({text}); remove it or save it again")
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
@@ -78,7 +78,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         sixteen = np.asarray(picture).astype(np.float32)
         return Image.fromarray((sixteen / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
-        raise ValueError("it holds floating-point numbers of unknown range")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     profile = picture.info.get("icc_profile")
     if profile and picture.mode in ("RGB", "CMYK"):
         try:
@@ -115,7 +115,7 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     x = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if x is None:
-        raise ValueError(f"{name} cannot be read as a picture: truncated or damaged data")
+        raise ValueError(f"{name} cannot be read as an image: truncated or damaged data")
     return x
 
 
@@ -126,7 +126,7 @@ def walk_pictures(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         names += [os.path.join(root, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
         links += [os.path.join(root, f) for f in folders if os.path.islink(os.path.join(root, f))]
     problems = [(error.filename, f"folder cannot be read: {error.strerror}") for error in unreadable]
-    problems += [(link, "link to a folder: not followed, name that folder itself") for link in links]
+    problems += [(link, "link to a folder: not followed; give the linked folder itself") for link in links]
 
     def below(path: str) -> str:
         return Path(path).relative_to(folder).as_posix()
@@ -154,7 +154,7 @@ def jpeg_bytes(x: np.ndarray, quality: int) -> bytes:
 
 def _encode(suffix: str, x: np.ndarray, options: list[int]) -> bytes:
     ok, data = cv2.imencode(suffix, cv2.cvtColor(x, cv2.COLOR_RGB2BGR), options)
-    assert ok, f"OpenCV refused to write {suffix}"
+    assert ok, f"OpenCV failed to encode {suffix}"
     return data.tobytes()
 
 

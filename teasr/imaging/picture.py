@@ -66,18 +66,18 @@ def read(path: Path) -> Picture:
     try:
         return _read_deep(data) or _read_eight(data)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture in a known format (PNG, JPEG, WebP, TIFF, BMP)") from None
+        raise ValueError(f"{path} is not an image in a supported format (PNG, JPEG, WebP, TIFF, BMP)") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 
 def _read_eight(data: bytes) -> Picture:
     with Image.open(io.BytesIO(data)) as opened:
         frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
         if frames > 1:
-            raise ValueError(f"it is animated or has pages: {frames} frames")
+            raise ValueError(f"it is animated or has several pages: {frames} frames")
         if opened.format not in NAMES:
-            raise ValueError(f"{opened.format} is not read here: PNG, JPEG, WebP, TIFF and BMP are")
+            raise ValueError(f"format {opened.format} is not supported; use PNG, JPEG, WebP, TIFF or BMP")
         return replace(from_pil(opened), format=NAMES[opened.format])
 
 
@@ -92,9 +92,11 @@ def _read_deep(data: bytes) -> Picture | None:
             info, frames = dict(opened.info), getattr(opened, "n_frames", 1)
             info["exif_object"] = opened.getexif()
             if frames > 1:
-                raise ValueError(f"it is animated or has pages: {frames} frames")
+                raise ValueError(f"it is animated or has several pages: {frames} frames")
             if opened.size[0] * opened.size[1] > images.MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{opened.size[0]}x{opened.size[1]} px are too many to be meant")
+                raise Image.DecompressionBombError(
+                    f"{opened.size[0]}x{opened.size[1]} px exceeds the limit of {images.MAX_PIXELS} px"
+                )
     except UnidentifiedImageError:
         if not tif:
             raise
@@ -133,18 +135,18 @@ def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
 def from_pil(opened: Image.Image) -> Picture:
     """Convert a Pillow image, rotated as its EXIF says. Raises ValueError for modes that cannot be restored."""
     exif, profile = opened.getexif(), opened.info.get("icc_profile")
-    made = ImageOps.exif_transpose(opened)
-    if made.mode in ("I;16", "I;16L", "I;16B"):
-        deep = np.asarray(made).astype(np.uint16)
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode in ("I;16", "I;16L", "I;16B"):
+        deep = np.asarray(upright).astype(np.uint16)
         return Picture(np.repeat(deep[..., None], 3, 2), None, True, profile, _kept(exif))
-    if made.mode == "F" or made.mode.startswith("I"):
-        raise ValueError(f"its pixels are of a kind that is not restored ({made.mode})")
-    if made.mode == "CMYK":
-        made, profile = images.to_srgb(made), None
-    transparent = "transparency" in made.info or made.mode in ("LA", "PA", "RGBA", "La", "RGBa")
-    grey = made.mode in ("1", "L", "LA", "La")
-    rgba = np.asarray(made.convert("RGBA")) if transparent else None
-    rgb = np.ascontiguousarray(rgba[..., :3]) if transparent else np.asarray(made.convert("RGB"))
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        raise ValueError(f"its pixel mode {upright.mode} is not supported; convert it to RGB")
+    if upright.mode == "CMYK":
+        upright, profile = images.to_srgb(upright), None
+    transparent = "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA", "La", "RGBa")
+    grey = upright.mode in ("1", "L", "LA", "La")
+    rgba = np.asarray(upright.convert("RGBA")) if transparent else None
+    rgb = np.ascontiguousarray(rgba[..., :3]) if transparent else np.asarray(upright.convert("RGB"))
     alpha = np.ascontiguousarray(rgba[..., 3]) if transparent else None
     return Picture(rgb, alpha, grey, profile, _kept(exif))
 
@@ -156,11 +158,11 @@ def to_pil(picture: Picture) -> Image.Image:
     """
     x = _channels(picture)
     if x.dtype == np.uint16 and x.shape[2] > 1:
-        raise ValueError("Pillow knows no 16 bit in colour: give numpy arrays")
-    made = Image.fromarray(x[..., 0] if x.shape[2] == 1 else x)
+        raise ValueError("Pillow does not support colour images of 16 bits per channel; pass numpy arrays")
+    image = Image.fromarray(x[..., 0] if x.shape[2] == 1 else x)
     if picture.profile:
-        made.info["icc_profile"] = picture.profile
-    return made
+        image.info["icc_profile"] = picture.profile
+    return image
 
 
 def write(path: Path, picture: Picture) -> None:
@@ -171,11 +173,11 @@ def write(path: Path, picture: Picture) -> None:
     kind = next((name for name, suffix in FORMATS.items() if path.suffix.lower() == suffix), None)
     kind = {".jpeg": "jpg", ".tiff": "tif"}.get(path.suffix.lower(), kind)
     if kind is None:
-        raise ValueError(f"{path}: pictures are written as {', '.join(FORMATS.values())}")
+        raise ValueError(f"{path}: unknown suffix; images are written as {', '.join(FORMATS.values())}")
     if kind == "jpg" and picture.alpha is not None:
-        raise ValueError(f"{path}: JPEG holds no transparency: choose png or webp")
+        raise ValueError(f"{path}: JPEG cannot store transparency; choose png or webp")
     if picture.rgb.dtype == np.uint16 and kind in ("jpg", "webp"):
-        raise ValueError(f"{path}: {kind} holds 8 bits a channel, the picture has 16: choose png or tif")
+        raise ValueError(f"{path}: {kind} stores 8 bits per channel, but the image has 16; choose png or tif")
     write_atomic(path, _deep(picture, kind) if picture.rgb.dtype == np.uint16 else _eight(picture, kind))
 
 
@@ -194,9 +196,9 @@ def _eight(picture: Picture, kind: str) -> memoryview:
         "webp": ("WEBP", {"quality": QUALITY}),
         "tif": ("TIFF", {"compression": "tiff_lzw"}),
     }[kind]
-    about = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
+    metadata = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
     out = io.BytesIO()
-    to_pil(picture).save(out, name, **extra, **about)
+    to_pil(picture).save(out, name, **extra, **metadata)
     return out.getbuffer()
 
 
@@ -218,9 +220,9 @@ def _deep(picture: Picture, kind: str) -> bytes:
         if picture.exif:
             chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
         head = 33  # signature and IHDR
-        made = b"".join(
+        encoded = b"".join(
             struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
             for name, body in chunks
         )
-        data = data[:head] + made + data[head:]
+        data = data[:head] + encoded + data[head:]
     return data

@@ -102,8 +102,7 @@ class Method(ABC):
         """Raise ValueError when this method cannot run with `accumulation` micro-batches per update."""
         if accumulation % self.cycle:
             raise ValueError(
-                f"the method spreads its work over the micro-batches of an update, {accumulation} is not a multiple of "
-                f"{self.cycle}: set train.batch and train.micro_batch so that there are {self.cycle}, "
-                f"{2 * self.cycle}, .. "
-                "or use method.mode=all"
+                f"the method distributes its losses over {self.cycle} micro-batches, but an update has {accumulation}, "
+                f"which is not a multiple of {self.cycle}: set train.batch and train.micro_batch so that each rank has "
+                f"{self.cycle}, {2 * self.cycle}, ... micro-batches per update, or set method.mode=all"
             )

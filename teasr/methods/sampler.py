@@ -75,13 +75,13 @@ class Sampler(ABC):
             raise ValueError(f"steps = {steps}: the sampler needs at least 1 step; use steps >= 1")
         if self.step_counts is not None and steps not in self.step_counts:
             allowed = ", ".join(map(str, self.step_counts))
-            raise ValueError(f"steps = {steps}: this model's method restores in {allowed} step(s)")
+            raise ValueError(f"steps = {steps} is not supported: this model restores in {allowed} step(s)")
         known = {dial.name: dial.default for dial in self.dials}
         for name, value in (dials or {}).items():
             if name not in known:
-                raise ValueError(f"this model's method has no {name}: its dials are {', '.join(known) or 'none'}")
+                raise ValueError(f"this model has no setting {name}: its settings are {', '.join(known) or 'none'}")
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: must be between 0 and 1")
+                raise ValueError(f"{name} = {value}: must be between 0 and 1")
         return known | dict(dials or {})
 
 
@@ -97,7 +97,9 @@ class AnyStep(Sampler):
         """Also raise ValueError for fidelity > 0 with one step, where there is nothing to blend."""
         values = super().check(steps, dials)
         if values["fidelity"] > 0 and steps == 1:
-            raise ValueError("fidelity blends several steps with the first one's result: use 2 steps or more")
+            raise ValueError(
+                "fidelity > 0 blends the result of several steps with the one-step result: use 2 steps or more"
+            )
         return values
 
     @torch.no_grad()
@@ -127,7 +129,7 @@ class AnyStep(Sampler):
                 first = flow.z0_from_velocity(z, v, t)
             z = flow.step(z, v, t, r)
             if on_step:
-                z = z if (other := on_step(i + 1, steps, z)) is None else other
+                z = z if (replacement := on_step(i + 1, steps, z)) is None else replacement
         return z if first is None else torch.lerp(z, first, fidelity)
 
 

@@ -42,7 +42,8 @@ class Ramp:
             raise ValueError(f"a ramp needs start >= 0 and length >= 0, got start={self.start} length={self.length}")
         if self.unit == "fraction" and self.start + self.length > 1:
             raise ValueError(
-                f"a ramp in fractions ends at {self.start + self.length:g} of the run: start + length must be <= 1"
+                f"a ramp with unit=fraction ends at {self.start + self.length:g} of the run: "
+                "start + length must be <= 1"
             )
 
     def factor(self, progress: Progress) -> float:
@@ -78,23 +79,27 @@ class TeasrConfig:
     def __post_init__(self):
         for name in WEIGHTED:
             if getattr(self, f"lambda_{name}") < 0:
-                raise ValueError(f"method.lambda_{name} = {getattr(self, f'lambda_{name}')}: a weight must be >= 0")
+                raise ValueError(
+                    f"method.lambda_{name} = {getattr(self, f'lambda_{name}')}: a loss weight must be >= 0"
+                )
         if not any(getattr(self, f"lambda_{name}") for name in WEIGHTED):
             raise ValueError("every method.lambda_* is 0: there is nothing to train; set at least one above 0")
         unknown = sorted(set(self.ramps) - set(WEIGHTED))
         if unknown:
-            raise ValueError(f"method.ramps.{unknown[0]}: no such loss term; the terms are {', '.join(WEIGHTED)}")
+            raise ValueError(f"method.ramps.{unknown[0]}: there is no such loss; the losses are {', '.join(WEIGHTED)}")
         low, high = self.s_range
         if not 0 < low < high <= 1:
-            raise ValueError(f"method.s_range = {self.s_range}: needs 0 < low < high <= 1, such as [0.02, 0.98]")
+            raise ValueError(
+                f"method.s_range = {self.s_range}: must be [low, high] with 0 < low < high <= 1, such as [0.02, 0.98]"
+            )
         if abs(sum(self.cons_mix) - 1) > 1e-6 or min(self.cons_mix) < 0:
             raise ValueError(
-                f"method.cons_mix = {self.cons_mix}: three shares >= 0 that sum to 1, such as [0.5, 0.25, 0.25]"
+                f"method.cons_mix = {self.cons_mix}: must be three numbers >= 0 with sum 1, such as [0.5, 0.25, 0.25]"
             )
         if not 0 < self.cons_midpoint < 1:
-            raise ValueError(f"method.cons_midpoint = {self.cons_midpoint}: must lie inside (0, 1); the paper has 0.5")
+            raise ValueError(f"method.cons_midpoint = {self.cons_midpoint}: must be in (0, 1); the paper uses 0.5")
         if not self.cons_grid or min(self.cons_grid) < 1:
-            raise ValueError(f"method.cons_grid = {self.cons_grid}: step counts >= 1, such as [2, 4, 8]")
+            raise ValueError(f"method.cons_grid = {self.cons_grid}: must be step counts >= 1, such as [2, 4, 8]")
 
 
 class Teasr(Method):

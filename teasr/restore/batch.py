@@ -34,19 +34,21 @@ def jobs(inputs: Iterable[str], out: Path, suffix: str = "", kind: str | None = 
     sources = [pair for text in inputs for pair in _expand(text)]
     if len(sources) == 1 and sources[0][0].is_file() and out.suffix.lower() in images.SUFFIXES and not out.is_dir():
         return [Job(sources[0][0], out)]
-    made: dict[Path, Job] = {}
+    by_target: dict[Path, Job] = {}
     for source, name in sources:
         ending = picture.FORMATS[kind] if kind else picture.stored_suffix(source)
         job = Job(source, out / name.with_name(f"{name.stem}{suffix}{ending}"))
-        if job.target in made:
+        if job.target in by_target:
             raise ValueError(
-                f"{source} and {made[job.target].source} would both be written to {job.target}: "
-                "restore them into two folders"
+                f"{source} and {by_target[job.target].source} would both be written to {job.target}: "
+                "use a separate output folder for each"
             )
         if job.target.resolve() == source.resolve():
-            raise ValueError(f"{source} would be overwritten by its own result: choose another folder, or --suffix")
-        made[job.target] = job
-    return list(made.values())
+            raise ValueError(
+                f"{source} would be overwritten by its own result: choose another output folder, or add --suffix"
+            )
+        by_target[job.target] = job
+    return list(by_target.values())
 
 
 def _expand(text: str) -> list[tuple[Path, Path]]:
@@ -62,29 +64,29 @@ def _expand(text: str) -> list[tuple[Path, Path]]:
             (Path(p), Path(Path(p).name)) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()
         ]
     if not found:
-        raise ValueError(f"{text} is no picture, no folder with pictures and no pattern that matches any")
+        raise ValueError(f"{text} is not an image, a folder of images or a pattern that matches images")
     return found
 
 
-Tell = Callable[[int, int], None]
-Say = Callable[[str], None]
+ProgressCallback = Callable[[int, int], None]
+NoteCallback = Callable[[str], None]
 
 
 def run(
     todo: list[Job],
-    restore: Callable[[picture.Picture, Tell, Say], picture.Picture],
+    restore: Callable[[picture.Picture, ProgressCallback, NoteCallback], picture.Picture],
     skip_existing: bool = False,
 ) -> int:
     """Restore all files and return how many failed. Prints one line per file; failures are reported and skipped.
 
-    `restore(picture, tell, say)` calls `tell(done, all)` to report progress (shown only on a terminal) and `say(text)`
-    to add a note to the file's line.
+    `restore(picture, on_progress, add_note)` calls `on_progress(done, all)` to report progress (shown only on a
+    terminal) and `add_note(text)` to add a note to the file's line.
     """
     failed, began, spent = 0, time.monotonic(), 0
     for i, job in enumerate(todo):
         head = f"{i + 1}/{len(todo)} {job.source}"
         if skip_existing and job.target.is_file():
-            print(f"{head}: there already", flush=True)
+            print(f"{head}: skipped, the result already exists", flush=True)
             continue
         started, notes = time.monotonic(), []
         line = Inside(head)
@@ -119,7 +121,7 @@ class Inside:
         if self.terminal and now - self.drawn > 0.2:
             self.drawn = now
             left = (now - self.began) / done * (of - done)
-            print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)}", end="", flush=True)
+            print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)} left", end="", flush=True)
 
     def clear(self) -> None:
         """Erase the progress line, before the file's own line is printed."""

@@ -45,7 +45,7 @@ class TeasrPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | str | None = None, **rest
+        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | str | None = None, **load_options
     ) -> TeasrPipeline:
         """Load a model like `Upscaler.from_pretrained`, which receives the other arguments (weights, device, offload).
 
@@ -53,8 +53,10 @@ class TeasrPipeline:
         dtype that the model does not support.
         """
         if isinstance(torch_dtype, torch.dtype) and torch_dtype not in DTYPES:
-            raise ValueError(f"torch_dtype = {torch_dtype}: {', '.join(map(str, DTYPES))}, or a name such as 'nf4'")
-        origin = {"path": pretrained_model_name_or_path, "dtype": DTYPES.get(torch_dtype, torch_dtype)} | rest
+            raise ValueError(
+                f"torch_dtype = {torch_dtype}: use one of {', '.join(map(str, DTYPES))}, or a name such as 'nf4'"
+            )
+        origin = {"path": pretrained_model_name_or_path, "dtype": DTYPES.get(torch_dtype, torch_dtype)} | load_options
         return cls(Upscaler.from_pretrained(**origin), origin)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -69,10 +71,10 @@ class TeasrPipeline:
     def to(self, device: str | torch.device) -> TeasrPipeline:
         """Move the model. Raises ValueError if it is offloaded, or for a CUDA device if no GPU is visible."""
         if self._origin and self._origin.get("offload"):
-            raise ValueError("an offloaded model moves by itself: load it without offload to place it")
+            raise ValueError("an offloaded model cannot be moved: load it without offload to choose its device")
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device}: no GPU is visible here")
+            raise ValueError(f"device {device}: no GPU is visible; use device cpu")
         self.upscaler.backbone.to(device)
         self.upscaler.device = device
         return self
@@ -80,7 +82,7 @@ class TeasrPipeline:
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep the blocks in host memory and move them to the GPU one by one. Raises ValueError without a GPU."""
         if self._origin is None:
-            raise ValueError("offloading loads the model again: make the pipeline by from_pretrained")
+            raise ValueError("CPU offload loads the model again: create the pipeline with from_pretrained")
         origin = self._origin | {"device": str(device), "offload": True}
         self.upscaler, self._origin = Upscaler.from_pretrained(**origin), origin
 
@@ -126,31 +128,35 @@ class TeasrPipeline:
         Raises ValueError for invalid arguments and for pictures that cannot be restored.
         """
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type = {output_type}: pil, np or pt")
+            raise ValueError(f"output_type = {output_type}: must be pil, np or pt")
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(f"callback_on_step_end_tensor_inputs = {callback_on_step_end_tensor_inputs}: only latents")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs = {callback_on_step_end_tensor_inputs}: only 'latents' is allowed"
+            )
         if (height is None) != (width is None):
-            raise ValueError("height and width go together: give both or none")
+            raise ValueError("height and width must be given together: pass both or neither")
         pictures = _list(image)
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
         if len(generators) != len(pictures):
-            raise ValueError(f"{len(generators)} generators for {len(pictures)} pictures: one, or one for each")
+            raise ValueError(
+                f"{len(generators)} generators for {len(pictures)} images: pass one generator, or one for each image"
+            )
         size = None if width is None else (width, height)
         line = ProgressLine("restore", len(pictures) * num_inference_steps, "steps", enabled=self._progress)
-        made = []
-        for picture, own in zip(pictures, generators, strict=True):
+        restored = []
+        for picture, own_generator in zip(pictures, generators, strict=True):
             step = self._on_step(line, callback_on_step_end)
-            noise = torch.Generator().manual_seed(torch.seed()) if own is None else own
-            how = {
+            noise = torch.Generator().manual_seed(torch.seed()) if own_generator is None else own_generator
+            options = {
                 "size": size,
                 "fidelity": fidelity,
                 "color_fix": color_fix,
                 "tile_px": self._tile_px,
                 "on_step": step,
             }
-            made.append(self.upscaler(picture, num_inference_steps, noise, **how))
+            restored.append(self.upscaler(picture, num_inference_steps, noise, **options))
         line.close()
-        result = _pack(made, output_type)
+        result = _pack(restored, output_type)
         return PipelineOutput(result) if return_dict else (result,)
 
     def _on_step(self, line: ProgressLine, callback: Callable | None) -> Callable:
@@ -177,19 +183,19 @@ def _list(image: Pictures | Sequence[Image.Image]) -> list[Pictures]:
         return list(image[None] if image.ndim == 3 else image)
     pictures = list(image)
     if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise ValueError("expected a picture or a list of PIL pictures; arrays and tensors are stacked")
+        raise ValueError("expected an image or a list of PIL images; stack several arrays or tensors into one batch")
     return pictures
 
 
-def _pack(made: list[Pictures], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+def _pack(restored: list[Pictures], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pil":
         return [
             x if isinstance(x, Image.Image) else Image.fromarray((_floats(x) * 255).round().astype(np.uint8))
-            for x in made
+            for x in restored
         ]
-    floats = [_floats(x) for x in made]
+    floats = [_floats(x) for x in restored]
     if len({x.shape for x in floats}) > 1:
-        raise ValueError("pictures of different sizes cannot be stacked: take output_type='pil'")
+        raise ValueError("images of different sizes cannot be stacked: use output_type='pil'")
     batch = np.stack(floats)
     return batch if output_type == "np" else torch.from_numpy(batch).permute(0, 3, 1, 2)
 

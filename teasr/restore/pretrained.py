@@ -51,7 +51,7 @@ def load(
         config = load_config(folder / "config.yaml")
     kind, method = BACKBONES[config.backbone_name]()[1], config.build_method()
     if dtype is not None and dtype not in kind.dtypes:
-        raise ValueError(f"dtype {dtype}: backbone {config.backbone_name} can do {', '.join(kind.dtypes)}")
+        raise ValueError(f"dtype {dtype}: backbone {config.backbone_name} supports {', '.join(kind.dtypes)}")
     state = {} if exported else _weights(folder, weights)
     student = method.roles()[0]
     backbone = kind(kind.inference_config(config.backbone, dtype, folder), seed=config.seed, roles=(student,))
@@ -91,16 +91,18 @@ def copy_files(kind: type[Backbone], config: object, folder: Path) -> None:
     """Copy the files that a backbone needs besides its weights to `folder`. Raises ValueError if one is missing."""
     for name, path in kind.files(config).items():
         if not path.is_file():
-            raise ValueError(f"{path}, which the model needs, is not here: put it back, or run where it lies")
+            raise ValueError(
+                f"{path}, which the model needs, does not exist: put it back, or run on a machine that has it"
+            )
         shutil.copyfile(path, folder / name)
 
 
 def _device(name: str | None, offload: bool) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: no GPU is visible here; leave it out to restore on the CPU")
+        raise ValueError(f"device {name}: no GPU is visible; omit the device to restore on the CPU")
     if offload and device.type != "cuda":
-        raise ValueError("offloading is for a GPU whose memory is too small, and none is visible here: leave it out")
+        raise ValueError("offload is for a GPU with too little memory, but no GPU is visible: omit it")
     return device
 
 
@@ -111,7 +113,7 @@ def _find(model: str | Path) -> Path:
     name = str(model)
     if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
         raise ValueError(
-            f"model {model}: there is no such folder, and what comes with teasr is {', '.join(assets.names())}"
+            f"model {model}: no such folder exists; the models shipped with teasr are {', '.join(assets.names())}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -119,15 +121,15 @@ def _find(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
     except RepositoryNotFoundError:
-        why = "the hub has no model of that name that you may read"
+        why = "the hub has no model of that name that you can access"
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         why = f"the hub cannot be reached ({' '.join(str(error).split())[:100]})"
-    raise ValueError(f"model {model}: there is no such folder here, and {why}")
+    raise ValueError(f"model {model}: no such folder exists, and {why}")
 
 
 def _config_of_lora(folder: Path) -> RunConfig:
-    _, story = lora_file.read(folder)
-    return parse(yaml.safe_load(story["recipe"]))
+    _, metadata = lora_file.read(folder)
+    return parse(yaml.safe_load(metadata["recipe"]))
 
 
 def _weights(folder: Path, which: str) -> dict[str, torch.Tensor]:
@@ -135,7 +137,7 @@ def _weights(folder: Path, which: str) -> dict[str, torch.Tensor]:
     file = folder / f"{which}.safetensors"
     if not file.is_file():
         tensors = (f.stem for f in sorted(folder.glob("*.safetensors")))
-        have = ", ".join(name for name in tensors if name in ("ema", "weights"))
-        raise ValueError(f"{folder} holds no {file.name}; there is: {have}")
-    first = folder / "weights.safetensors"
-    return (load_file(first) if first.is_file() else {}) | load_file(file)
+        available = ", ".join(name for name in tensors if name in ("ema", "weights"))
+        raise ValueError(f"{folder} holds no {file.name}; weights must be one of: {available}")
+    unaveraged = folder / "weights.safetensors"
+    return (load_file(unaveraged) if unaveraged.is_file() else {}) | load_file(file)

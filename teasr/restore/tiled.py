@@ -143,17 +143,17 @@ class Tiled:
                 torch.cuda.empty_cache()
             if self.size // 2 < SMALLEST:
                 raise MemoryError(
-                    f"not even a tile of {self.size * self.unit} px fits ({problem}): close other programs, "
-                    "or take a smaller dtype or model"
+                    f"not even a tile of {self.size * self.unit} px fits in memory ({problem}): close other programs, "
+                    "or use a smaller dtype or model"
                 )
             self._plan(min(self.size, max(self.height, self.width)) // 2)
-            self.say(f"out of memory: going on with tiles of {self.size * self.unit} px")
+            self.say(f"out of memory: continuing with tiles of {self.size * self.unit} px")
 
     @staticmethod
     def _to_integers(x: Tensor, dtype: np.dtype) -> np.ndarray:
-        most = np.iinfo(dtype).max
-        x = ((x.clamp(-1, 1) + 1) * (most / 2)).round()
-        return x.permute(1, 2, 0).to(torch.int32 if most > 255 else torch.uint8).numpy().astype(dtype, copy=False)
+        max_value = np.iinfo(dtype).max
+        x = ((x.clamp(-1, 1) + 1) * (max_value / 2)).round()
+        return x.permute(1, 2, 0).to(torch.int32 if max_value > 255 else torch.uint8).numpy().astype(dtype, copy=False)
 
 
 @torch.no_grad()

@@ -37,7 +37,10 @@ class Axis:
         if length <= size:
             return cls(length, length, (0,))
         if not 2 * margin < overlap < size:
-            raise ValueError(f"tiles of {size} units cannot overlap by {overlap}, of which {2 * margin} are margin")
+            raise ValueError(
+                f"tiles of {size} units cannot overlap by {overlap}: the overlap must be larger than two margins "
+                f"({2 * margin}) and smaller than a tile"
+            )
         n = math.ceil((length - overlap) / (size - overlap))
         size = math.ceil((length + (n - 1) * overlap) / n)
         return cls(length, size, tuple(round(i * (length - size) / (n - 1)) for i in range(n)), margin)

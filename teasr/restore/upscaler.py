@@ -65,7 +65,7 @@ class Upscaler:
         backbone = model.backbone
         if not backbone.restores:
             raise ValueError(
-                "this is an unconditional prior: training starts from it (backbone.base), it restores nothing"
+                "this model is an unconditional prior, which cannot restore: use it as backbone.base of a training"
             )
         self.model, self.backbone, self.sampler = model, backbone, sampler or AnyStep()
         self.scale, self.config = scale, config
@@ -106,7 +106,7 @@ class Upscaler:
         if the model has no config.
         """
         if self.config is None:
-            raise ValueError("a model without its run's configuration cannot be saved: make it by from_pretrained")
+            raise ValueError("a model without the config of its run cannot be saved: load it with from_pretrained")
         pretrained.save(self.backbone, self._exported, self.config, Path(folder), dtype)
         return Path(folder)
 
@@ -171,15 +171,15 @@ class Upscaler:
         array = given.rgb
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype not in (np.uint8, np.uint16):
             raise ValueError(
-                f"expected an RGB picture [H, W, 3] in uint8 or uint16, got {array.shape} in {array.dtype}"
+                f"expected an RGB image [H, W, 3] in uint8 or uint16, but got {array.shape} in {array.dtype}"
             )
         if color_fix not in color.KINDS:
-            raise ValueError(f"color_fix = {color_fix}: {', '.join(color.KINDS)}")
+            raise ValueError(f"color_fix = {color_fix}: use one of {', '.join(color.KINDS)}")
         frame = images.resize(array, *self._size(array, scale, size))
         source = frame.copy() if color_fix != "none" else None
         dials = dict(dials or {}) | ({} if fidelity is None else {"fidelity": fidelity})
         if steps == "auto" and self.sampler.step_counts is not None:
-            raise ValueError(f"steps = auto: this model's method restores in {self.sampler.step_counts} step(s) alone")
+            raise ValueError(f"steps = auto: this model supports only these step counts: {self.sampler.step_counts}")
         self.sampler.check(2 if steps == "auto" else steps, dials)
         restored = self._restore(frame, steps, seed, dials, tile_px, on_progress, on_step, say)
         if source is not None:
@@ -197,7 +197,7 @@ class Upscaler:
         height, width = array.shape[:2]
         if size is not None:
             if scale is not None:
-                raise ValueError("scale and size are two ways to say the same: give one")
+                raise ValueError("scale and size both determine the size of the result: give one of them")
             wanted = (size[1], size[0])
         else:
             factor = self.scale if scale is None else scale
@@ -206,7 +206,7 @@ class Upscaler:
         if not (min(factors) >= 1 and max(factors) <= MAX_SCALE):
             raise ValueError(
                 f"{width}x{height} px cannot be restored to {wanted[1]}x{wanted[0]}: "
-                f"sides may grow 1 to {MAX_SCALE:g} times"
+                f"sides must grow by a factor of 1 to {MAX_SCALE:g}"
             )
         return wanted
 
@@ -234,7 +234,7 @@ class Upscaler:
         if steps == "auto":
             part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m)
             steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
-            say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change {change:.1f} levels")
+            say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change the result by {change:.1f} levels")
             dials = dials if steps > 1 else {}
         return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say)[:height, :width]
 

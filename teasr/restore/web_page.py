@@ -32,7 +32,7 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
 
     def restore(path: str | None, steps: float, fidelity: float, color_fix: str, seed: float, progress=PROGRESS):
         if path is None:
-            raise gr.Error("Choose a picture first.")
+            raise gr.Error("Choose an image first.")
         began, steps = time.monotonic(), int(steps)
         try:
             before = picture.read(Path(path))
@@ -46,37 +46,39 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
             )
         except (ValueError, OSError, MemoryError) as error:
             raise gr.Error(str(error)) from None
-        place = (
+        target = (
             Path(tempfile.mkdtemp(dir=folder))
             / f"{Path(path).stem}_x{upscaler.scale}{picture.stored_suffix(Path(path))}"
         )
-        picture.write(place, after)
+        picture.write(target, after)
         height, width = after.rgb.shape[:2]
         seconds = time.monotonic() - began
-        told = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {seconds:.1f} s"
-        return (_shown(before.rgb, width, height), _shown(after.rgb, width, height)), str(place), told
+        summary = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {seconds:.1f} s"
+        return (_shown(before.rgb, width, height), _shown(after.rgb, width, height)), str(target), summary
 
     with gr.Blocks(title="TEASR") as page:
-        gr.Markdown("## TEASR\nOne step is fastest and most faithful, more steps draw more detail.")
+        gr.Markdown("## TEASR\nOne step is fastest and most faithful; more steps add more detail.")
         with gr.Row():
             with gr.Column(scale=1):
-                given = gr.Image(
-                    label="Picture", type="filepath", image_mode=None, height=260, sources=["upload", "clipboard"]
+                source = gr.Image(
+                    label="Image", type="filepath", image_mode=None, height=260, sources=["upload", "clipboard"]
                 )
                 steps = gr.Slider(1, MOST_STEPS, value=1, step=1, label="Steps")
                 fidelity = gr.Slider(
-                    0, 1, value=0, step=0.05, label="Fidelity", info="takes back detail of several steps"
+                    0, 1, value=0, step=0.05, label="Fidelity", info="0: result of all steps, 1: one-step result"
                 )
-                colors = gr.Radio(list(color.KINDS), value="none", label="Colours of the source")
+                colors = gr.Radio(list(color.KINDS), value="none", label="Colour correction")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 start = gr.Button("Restore", variant="primary", elem_id="restore")
             with gr.Column(scale=3):
                 compared = gr.ImageSlider(
                     label="Before and after", type="numpy", format="png", height=620, elem_id="compared"
                 )
-                told = gr.Textbox(label="Result", interactive=False, elem_id="told")
+                summary = gr.Textbox(label="Result", interactive=False, elem_id="summary")
                 download = gr.DownloadButton("Download", elem_id="download")
-        start.click(restore, [given, steps, fidelity, colors, seed], [compared, download, told], concurrency_limit=1)
+        start.click(
+            restore, [source, steps, fidelity, colors, seed], [compared, download, summary], concurrency_limit=1
+        )
     return page
 
 
@@ -86,7 +88,7 @@ def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and previews are deleted with this folder when the server ends
         page = build(upscaler, Path(folder))
         theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
-        print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
+        print(f"open http://{host}:{port} in a browser; press Ctrl-C to stop", flush=True)
         page.launch(server_name=host, server_port=port, allowed_paths=[folder], theme=theme, quiet=True, share=False)
 
 

@@ -40,7 +40,10 @@ class CsvLog:
             self._write()
         except OSError as error:
             if len(self._waiting) == 1:
-                print(f"warning: {self.path} cannot be written ({error.strerror}): rows wait until it can", flush=True)
+                print(
+                    f"warning: {self.path} cannot be written ({error.strerror}): rows are kept in memory until it can",
+                    flush=True,
+                )
             return
         self._waiting = []
 

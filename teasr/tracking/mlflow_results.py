@@ -28,7 +28,7 @@ def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> It
         client = MlflowClient(uri)
         yield client, uri, open_run(client, run_dir, uri, config, params)
     except Exception as error:
-        raise ValueError(f"MLflow at {uri} did not take the {what} ({' '.join(str(error).split())[:300]})") from error
+        raise ValueError(f"MLflow at {uri} did not accept the {what} ({' '.join(str(error).split())[:300]})") from error
 
 
 def log_results(
@@ -89,10 +89,10 @@ def register_model(
 
 def _digest(folder: Path) -> str:
     """Hash of the file names and contents in a folder."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        whole.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
-    return whole.hexdigest()[:12]
+        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def download_results(uri: str, experiment: str | None, place: Path) -> list[tuple[str, Path]]:
@@ -109,7 +109,7 @@ def download_results(uri: str, experiment: str | None, place: Path) -> list[tupl
         found = client.get_experiment_by_name(experiment) if experiment else None
         if found is None:
             names = ", ".join(e.name for e in client.search_experiments())
-            raise ValueError(f"MLflow at {uri} has no experiment {experiment}: {names}")
+            raise ValueError(f"MLflow at {uri} has no experiment {experiment}: choose one of {names}")
         results = []
         for run in client.search_runs([found.experiment_id]):
             for entry in client.list_artifacts(run.info.run_id, "eval"):
@@ -121,5 +121,5 @@ def download_results(uri: str, experiment: str | None, place: Path) -> list[tupl
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not results:
-        raise ValueError(f"experiment {experiment} of {uri} holds no results of eval/benchmark.py")
+        raise ValueError(f"experiment {experiment} in MLflow at {uri} has no results: run eval/benchmark.py first")
     return results

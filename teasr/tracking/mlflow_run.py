@@ -54,8 +54,8 @@ class Sender(threading.Thread):
                     self.away = True
                     reason = " ".join(str(error).split())[:300]
                     print(
-                        f"MLflow at {self.mirror.uri} failed ({reason}): going on without it, "
-                        "metrics.csv has everything; what it misses is sent when it is back",
+                        f"MLflow at {self.mirror.uri} failed ({reason}): training continues without it; "
+                        "metrics.csv is complete, and the missing values are sent when MLflow is back",
                         flush=True,
                     )
             if ending:
@@ -69,7 +69,7 @@ class Sender(threading.Thread):
         if not self.complete:
             print(
                 f"MLflow at {self.mirror.uri} lacks the end of this run: when it is back, "
-                f"`teasr sync-mlflow {self.mirror.run_dir}` sends it",
+                f"run `teasr sync-mlflow {self.mirror.run_dir}`",
                 flush=True,
             )
 
@@ -161,8 +161,8 @@ class Mirror:
     def _send_preview(self, path: Path, update: int) -> None:
         from PIL import Image
 
-        with Image.open(path) as picture:
-            self.client.log_image(self.run_id, picture, key="preview", step=update, synchronous=True)
+        with Image.open(path) as image:
+            self.client.log_image(self.run_id, image, key="preview", step=update, synchronous=True)
 
 
 def _step(artifact: str) -> int | None:
@@ -183,7 +183,7 @@ def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
         mirror.finish(status.read_text().strip() if status.is_file() else "KILLED")
     except Exception as error:
         raise ValueError(
-            f"MLflow at {mirror.uri} did not take the run ({' '.join(str(error).split())[:300]})"
+            f"MLflow at {mirror.uri} did not accept the run ({' '.join(str(error).split())[:300]})"
         ) from error
     return f"{mirror.uri}, run {mirror.run_id}", sent
 
@@ -207,20 +207,20 @@ def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: di
     """
     from mlflow.entities import Param
 
-    note = run_dir / RUN_FILE
-    known = json.loads(note.read_text()) if note.is_file() else {}
-    run_id, has = known.get(uri), {}
+    run_file = run_dir / RUN_FILE
+    known = json.loads(run_file.read_text()) if run_file.is_file() else {}
+    run_id, logged = known.get(uri), {}
     if run_id is not None:
-        has = _params_of(client, run_id)
-        run_id = None if has is None else run_id
+        logged = _params_of(client, run_id)
+        run_id = None if logged is None else run_id
     if run_id is None:
-        run_id, has = _create_run(client, run_dir, uri, config), {}
-        write_atomic(note, json.dumps(known | {uri: run_id}, indent=1).encode())
+        run_id, logged = _create_run(client, run_dir, uri, config), {}
+        write_atomic(run_file, json.dumps(known | {uri: run_id}, indent=1).encode())
     else:
         client.update_run(run_id, status="RUNNING")
         if resumed_from:
             client.set_tag(run_id, "resumed_from_update", resumed_from)
-    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items() if key not in has]
+    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items() if key not in logged]
     for i in range(0, len(flat), 100):
         client.log_batch(run_id, params=flat[i : i + 100])
     return run_id

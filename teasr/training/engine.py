@@ -41,8 +41,8 @@ def start_ranks(train: TrainConfig, world: World) -> None:
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"rank {world.rank} has no GPU: {torch.cuda.device_count()} are visible on {socket.gethostname()}, "
-                "start no more ranks"
+                f"rank {world.rank} has no GPU: only {torch.cuda.device_count()} visible on {socket.gethostname()}; "
+                "start one rank per visible GPU"
             )
         torch.cuda.set_device(world.device)
     else:
@@ -54,8 +54,8 @@ def start_ranks(train: TrainConfig, world: World) -> None:
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"the ranks cannot meet at {address} ({' '.join(str(error).split())[:120]}): another run may hold "
-            "the port, choose one with `deepspeed --master_port 29501 launch/train.py ..`"
+            f"the ranks cannot connect to {address} ({' '.join(str(error).split())[:120]}): another run may be using "
+            "the port; choose another port with `deepspeed --master_port 29501 launch/train.py ..`"
         ) from None
 
 
@@ -69,15 +69,15 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"train.deepspeed = {path} cannot be read ({error}): name a file such as ds_configs/zero3.json"
+            f"train.deepspeed = {path} cannot be read ({error}): set it to a file such as ds_configs/zero3.json"
         ) from None
-    twice = [key for key in RUN_OWNS if key in settings]
-    if twice:
-        raise ValueError(f"{path} sets {twice[0]}, which the run config decides: remove it there")
+    duplicates = [key for key in RUN_OWNS if key in settings]
+    if duplicates:
+        raise ValueError(f"{path} sets {duplicates[0]}, which is set by the run config: remove it from this file")
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise ValueError(
-            f"{path} has zero_optimization.stage = {stage}: it must be 1, 2 or 3 (1 costs nothing on one GPU)"
+            f"{path} has zero_optimization.stage = {stage}: it must be 1, 2 or 3 (1 has no overhead on one GPU)"
         )
     return settings | {
         "train_batch_size": train.batch // train.accumulation(world_size),
@@ -93,31 +93,32 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
 def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:
     """Raise ValueError when `settings` offload to NVMe and this machine, or a method with these roles, cannot."""
     zero = settings["zero_optimization"]
-    wanted = [
+    nvme_parts = [
         zero[part] for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device") == "nvme"
     ]
-    if not wanted:
+    if not nvme_parts:
         return
     trained = [role for role in roles if role.is_trained]
-    if any(len(together) > 1 for together in places(trained).values()):
+    if any(len(on_engine) > 1 for on_engine in places(trained).values()):
         raise ValueError(
-            f"the roles {', '.join(role.name for role in trained)} share an engine, which was never tested with "
-            "weights or optimiser on NVMe: take ds_configs/zero3_offload.json, or give each role a copy of the base"
+            f"the roles {', '.join(role.name for role in trained)} share an engine, which is untested with "
+            "weights or optimiser states on NVMe: use ds_configs/zero3_offload.json, or give each role its own copy "
+            "of the base"
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    for part in wanted:
+    for part in nvme_parts:
         if not Path(part.get("nvme_path", "")).is_dir():
             raise ValueError(
-                f"nvme_path = {part.get('nvme_path')} is no folder: copy the file that train.deepspeed names and "
-                "set it to one on an NVMe disk of this node"
+                f"nvme_path = {part.get('nvme_path')} is not a folder: copy the file of train.deepspeed and set "
+                "nvme_path in the copy to a folder on an NVMe disk of this node"
             )
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError("offload to NVMe needs libaio and its headers: apt install libaio-dev")
+        raise ValueError("offload to NVMe needs libaio and its headers: install them with `apt install libaio-dev`")
     if world.size == 1 and world.device.type == "cpu":  # measured: gradient norm 9 % too small; two ranks are correct
         raise ValueError(
-            "on one CPU rank DeepSpeed's weights share their memory with its NVMe buffers and gradients come out "
-            "wrong: take a GPU, two ranks, or ds_configs/zero3_offload.json"
+            "on a single CPU rank, DeepSpeed's NVMe buffers share memory with the weights, which makes the gradients "
+            "wrong: use a GPU, two ranks, or ds_configs/zero3_offload.json"
         )
 
 

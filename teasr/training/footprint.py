@@ -29,13 +29,13 @@ HOST = "host: "  # prefix of tensor groups that stay in host memory
 FLASH_HEAD_MAX = 256  # largest head dimension of the flash kernels; larger heads use the memory-efficient kernels
 
 
-def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **ignored):
     """Attention through the operators that a GPU would use.
 
     On the meta device PyTorch would otherwise materialise the full attention matrix.
     """
     if attn_mask is not None:
-        raise ValueError("attention with a mask has no fused kernel to count")
+        raise ValueError("attention with a mask cannot be counted: only fused kernels without a mask are supported")
     if query.shape[-1] <= FLASH_HEAD_MAX:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
     graph = query.requires_grad
@@ -72,7 +72,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     config, meta, zero = config.with_random_weights(), torch.device("meta"), settings["zero_optimization"]
     accumulation = config.train.accumulation(ranks)
     if config.train.dtype == "bf16":
-        raise ValueError("autocast (train.dtype = bf16) cannot be counted on the meta device: add train.dtype=fp32")
+        raise ValueError("autocast (train.dtype = bf16) cannot be counted on the meta device: set train.dtype=fp32")
     method = config.build_method()
     method.check(accumulation)
     method.load()
@@ -97,7 +97,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     _run(result, config, method, networks, accumulation)
     # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
     step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
-    result.gpu["activations or optimiser step, the larger"] = max(step, *result.peaks.values())
+    result.gpu["activations or optimiser step (the larger)"] = max(step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
 
@@ -112,8 +112,8 @@ def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) ->
     for group, tensors in network.memory_groups().items():
         for x in tensors:
             shared = x.untyped_storage()._cdata in spread
-            away = group.startswith(HOST) or (shared and _offloads(zero, "param"))
-            _put(result.host if away else result.gpu, group, x.nbytes // (ranks if shared else 1))
+            on_host = group.startswith(HOST) or (shared and _offloads(zero, "param"))
+            _put(result.host if on_host else result.gpu, group, x.nbytes // (ranks if shared else 1))
     if spread:
         live = int(zero.get("stage3_max_live_parameters", 1_000_000_000))
         parameters = list(network.net.parameters())
@@ -132,14 +132,14 @@ def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, averag
     states_at = result.host if _offloads(zero, "optimizer") else result.gpu
     _put(weights_at, "trained weights", weights)
     # gradients are not partitioned until all losses are done (coalesce_grad_reduction)
-    _put(result.gpu, "their gradients", trained * 4)
+    _put(result.gpu, "gradients of trained weights", trained * 4)
     # under ZeRO-3 and with offloaded optimiser states, a partition of the gradients stays allocated as well
     copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
-    _put(states_at, "their fp32 copy and Adam's moments", share * copies)
+    _put(states_at, "fp32 master weights and Adam's moments", share * copies)
     if averaged:
-        away = _offloads(zero, "param") or _offloads(zero, "optimizer")
+        on_host = _offloads(zero, "param") or _offloads(zero, "optimizer")
         n = averaged * 4 // ranks if zero["stage"] == 3 else averaged * 4
-        _put(result.host if away else result.gpu, "their moving average", n)
+        _put(result.host if on_host else result.gpu, "EMA of the student", n)
 
 
 def _offloads(zero: dict, what: str) -> bool:
@@ -155,7 +155,7 @@ def _put(place: dict[str, int], item: str, n: int) -> None:
 def _run(result: Footprint, config: RunConfig, method: Method, networks: Networks, accumulation: int) -> None:
     """Run the losses of an update forwards and backwards on the meta device; record FLOPs and peak bytes of each."""
     b, n = config.train.micro_batch, result.size_px
-    picture = torch.empty(b, 3, n, n, device="meta")
+    image = torch.empty(b, 3, n, n, device="meta")
     meter = Meter("meta")
     for base in networks.bases.values():
         for p in base.net.parameters():
@@ -172,7 +172,7 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
     student, z = networks.student, None
     if config.data.latents is not None:  # then nothing is encoded
         z = torch.empty(b, student.latent_channels, n // student.downsample, n // student.downsample, device="meta")
-    batches = [Batch(picture, picture, [""] * b, z, z)] * method.cycle
+    batches = [Batch(image, image, [""] * b, z, z)] * method.cycle
     progress = Progress(config.train.updates - 1, config.train.updates)
     with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), meter:
         backpropagate(
@@ -183,16 +183,16 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
 def table(result: Footprint) -> str:
     """Format a footprint as text."""
     lines = [
-        f"one update on pictures of {result.size_px} px, counted on the meta device: a prediction, nothing was run",
+        f"estimate for one update on images of {result.size_px} px, counted on the meta device without running it",
         "",
     ]
     lines += ["parameters"] + [f"  {name:44s}{n / 1e6:12,.1f} M" for name, n in result.parameters.items()]
     for title, items in (("memory of one GPU", result.gpu), ("host memory of one rank", result.host)):
         if items:
             lines += ["", title] + [f"  {name:44s}{n / GIB:12.2f} GiB" for name, n in items.items()]
-            lines.append(f"  {'together':44s}{sum(items.values()) / GIB:12.2f} GiB")
+            lines.append(f"  {'total':44s}{sum(items.values()) / GIB:12.2f} GiB")
     lines += ["", f"{'loss':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
     for name, n in result.flops.items():
         lines.append(f"  {name:44s}{n / 1e12:14,.1f} TFLOP{result.peaks[name] / GIB:12.2f} GiB")
-    lines.append(f"  {'together':44s}{sum(result.flops.values()) / 1e12:14,.1f} TFLOP")
+    lines.append(f"  {'total':44s}{sum(result.flops.values()) / 1e12:14,.1f} TFLOP")
     return "\n".join(lines)

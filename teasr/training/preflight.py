@@ -18,7 +18,8 @@ def writable(run_dir: Path) -> None:
             file.flush()
     except OSError as error:
         raise ValueError(
-            f"run_dir = {run_dir} cannot be written ({error.strerror or error}): make room or choose another run_dir"
+            f"run_dir = {run_dir} cannot be written ({error.strerror or error}): make it a writable folder with free "
+            "space, or choose another run_dir"
         ) from None
 
 
@@ -32,12 +33,15 @@ def room(folder: Path, checkpoint_bytes: int, keep: int) -> str | None:
     if free < checkpoint_bytes:
         raise ValueError(
             f"a checkpoint takes {checkpoint_bytes / gb:.2f} GB and the disk of {folder} has {free / gb:.2f} GB free: "
-            "make room or choose another run_dir"
+            "free disk space or choose another run_dir"
         )
-    lying = len(list((folder / "checkpoints").glob("step-*")))
-    wanted = checkpoint_bytes * max(1, keep + 2 - lying)  # plus the one being written and the best one
+    existing = len(list((folder / "checkpoints").glob("step-*")))
+    wanted = checkpoint_bytes * max(1, keep + 2 - existing)  # plus the one being written and the best one
     if free < wanted:
-        return f"checkpoints will take {wanted / gb:.2f} GB more, the disk of {folder} has {free / gb:.2f} GB free"
+        return (
+            f"checkpoints will take {wanted / gb:.2f} GB more, but the disk of {folder} has {free / gb:.2f} GB free: "
+            "free disk space, lower train.keep_checkpoints or choose another run_dir"
+        )
     return None
 
 
@@ -45,6 +49,6 @@ def precision(*dtypes: str | None) -> None:
     """Raise ValueError when one of `dtypes` is "bf16" and the GPU does not support it."""
     if "bf16" in dtypes and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
-            f"{torch.cuda.get_device_name()} does not compute in bf16 (Ampere, from 2020, is the first that does): "
-            "take another GPU, or fp32 where the model is small"
+            f"{torch.cuda.get_device_name()} does not support bf16 (Ampere GPUs and later do): use another GPU, "
+            "or set train.dtype or backbone.dtype to fp32 if the model is small enough"
         )

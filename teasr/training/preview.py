@@ -31,7 +31,8 @@ class Preview:
         self.config, self.seed, self.samples = config, seed, _spread(shards, config.pictures)
         if len({sample.hq.shape for sample in self.samples}) > 1:
             raise ValueError(
-                f"a preview needs pictures of one size, {shards.location} has several: cut them with crop_px"
+                f"previews need images of one size, but {shards.location} has several: make the shards with crop_px "
+                "(data_prep/make_shards.py), or choose other preview.shards"
             )
         # the metric that selects the best checkpoint (higher is better)
         self.score = f"preview/psnr_y_{config.steps[0]}" if config.shards else None
@@ -48,7 +49,7 @@ class Preview:
         if every and max(save_every, every) % min(save_every, every):
             raise ValueError(
                 f"preview.every_updates = {every} and train.save_every_updates = {save_every}: one must be a multiple "
-                "of the other, for checkpoints to have scores"
+                "of the other, so that checkpoints have preview scores"
             )
         return cls(config, training, seed)
 
@@ -67,12 +68,12 @@ class Preview:
             x_lq = images.to_tensor(sample.lq_up)[None].to(device)
             row = [sample.lq_up]
             for steps in self.config.steps:
-                made = images.to_uint8(
+                restored = images.to_uint8(
                     restore(model, sampler, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0]
                 )
-                row.append(made)
+                row.append(restored)
                 for name, metric in SCORES.items():
-                    sums.setdefault(f"preview/{name}_{steps}", []).append(metric(made, sample.hq))
+                    sums.setdefault(f"preview/{name}_{steps}", []).append(metric(restored, sample.hq))
             rows.append([*row, sample.hq])
         titles = ["LQ (bicubic)", *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps), "HQ"]
         sheet = images.png_bytes(images.comparison(rows, titles))
@@ -82,14 +83,14 @@ class Preview:
 def _spread(shards: ShardSet, pictures: int) -> list[Sample]:
     """Pick `pictures` samples, evenly spaced over the set. Unreadable samples are replaced by the next readable one."""
     pictures, problem = min(pictures, len(shards)), None
-    places = [round(i * (len(shards) - 1) / max(1, pictures - 1)) for i in range(pictures)]
+    positions = [round(i * (len(shards) - 1) / max(1, pictures - 1)) for i in range(pictures)]
     samples, first = [], 0
     for url, count in zip(shards.urls, shards.counts, strict=True):
-        inside = [place - first for place in places if first <= place < first + count]
+        inside = [position - first for position in positions if first <= position < first + count]
         first += count
         try:
             raw = read_shard(url) if inside else []
-            samples += [decode_near(raw, min(place, len(raw) - 1), url) for place in inside]
+            samples += [decode_near(raw, min(position, len(raw) - 1), url) for position in inside]
         except ValueError as error:
             problem = error
     if not samples:

@@ -63,14 +63,14 @@ class RunState:
             self.update, self.steps = state["update"], state["steps"]
         except KeyError as error:
             raise ValueError(
-                f"{self.found} was written by an older version of teasr (no {error}): choose another run_dir"
+                f"{self.found} was written by an older version of teasr ({error} is missing): choose another run_dir"
             ) from None
         changes = diff(load(self.found / "config.yaml").to_dict(), self.config.to_dict())
         fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
         if fatal and not accept_changes:
             raise ValueError(
-                f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): take these back, "
-                "choose another run_dir, or go on with them by --accept-changes"
+                f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): undo these changes, "
+                "choose another run_dir, or resume with them by --accept-changes"
             )
         self.saved = self.update
         self.say(f"resuming from {self.found} at update {self.update}")
@@ -126,8 +126,8 @@ class RunState:
             return
         message = (
             f"checkpoint {self.root / checkpoint_folder.name_of(self.update)} cannot be written ({problem}); "
-            f"{'the newest is of update ' + str(self.saved) if self.saved else 'there is none yet'}: make room there, "
-            "lower train.keep_checkpoints, or choose a run_dir on another disk"
+            f"{'the newest checkpoint is of update ' + str(self.saved) if self.saved else 'no checkpoint exists yet'}: "
+            "free space on that disk, lower train.keep_checkpoints, or choose a run_dir on another disk"
         )
         if self.config.train.on_full_disk == "stop":
             raise OSError(message)

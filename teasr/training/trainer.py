@@ -137,15 +137,15 @@ class Trainer:
             reason = stopping.reason or "another rank"
             record.finished = not stop or self.update == updates
         if not record.finished:
-            self._say(f"stopped by {reason} after update {self.update}: the same command goes on from there")
+            self._say(f"stopped by {reason} after update {self.update}; run the same command to resume")
 
     def _headline(self) -> str:
         """One line that describes the run."""
         device = self.world.device.type if self.world.device.type == "cpu" else torch.cuda.get_device_name()
         return (
             f"training {self.config.method_name} on {self.config.backbone_name}: {self.world.size} rank(s), "
-            f"{Path(self.train.deepspeed).stem}, {device}, a batch of "
-            f"{self.train.batch} = {self.world.size} x {self.train.micro_batch} x {self.accumulation}"
+            f"{Path(self.train.deepspeed).stem}, {device}, batch {self.train.batch} = "
+            f"{self.world.size} (ranks) x {self.train.micro_batch} (micro_batch) x {self.accumulation} (accumulation)"
         )
 
     def _count(self, stepped: bool) -> None:
@@ -185,7 +185,7 @@ class Trainer:
         for base in self.networks.bases.values():
             if base.own_dtype:
                 raise ValueError(
-                    "train.dtype = bf16 is autocast for networks kept in fp32; "
+                    "train.dtype = bf16 enables autocast for networks kept in fp32, but "
                     "this backbone computes in backbone.dtype: remove train.dtype"
                 )
             base.autocast = torch.bfloat16
@@ -228,8 +228,8 @@ class Recording:
             self.tracker.close("FAILED" if failed else "FINISHED" if self.finished else "KILLED")
         if isinstance(error, Exception) and self.trainer.world.size > 1 and any(name in str(error) for name in LOST):
             raise ConnectionError(
-                f"another rank is gone ({' '.join(str(error).split())[:150]}): its own message is in its log; the same "
-                f"command goes on from update {self.trainer.state.saved}"
+                f"another rank is gone ({' '.join(str(error).split())[:150]}): the reason is in its own log; run the "
+                f"same command to resume from update {self.trainer.state.saved}"
             ) from error
 
     def _start_tracker(self) -> Tracker:
@@ -277,9 +277,9 @@ class Recording:
         """Raise FloatingPointError after more than train.max_skipped consecutive non-finite updates."""
         if self.skipped > self.trainer.train.max_skipped:
             raise FloatingPointError(
-                f"{self.skipped} updates in a row were not finite (skipped_updates.txt names them); the last good "
-                f"state is {self.trainer.state.newest}; lower train.learning_rate, or give the losses that blow up "
-                "less weight at the start"
+                f"{self.skipped} updates in a row were not finite (listed in skipped_updates.txt); the last good "
+                f"checkpoint is {self.trainer.state.newest}; lower train.learning_rate, or reduce the weights of the "
+                "diverging losses at the start of training"
             )
 
     def _note(self, file: str, lines: list[str]) -> None:
@@ -308,4 +308,4 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
             found = True
             yield to_tensor(sample.hq), to_tensor(sample.lq_up)
     if not found:
-        raise ValueError(f"no shard of {shards.location} can be used: look at it with data_prep/verify_shards.py")
+        raise ValueError(f"no shard of {shards.location} can be read: check them with data_prep/verify_shards.py")

@@ -67,9 +67,9 @@ class Update:
         self.train, self.seed, self.world = train, seed, world
         self.parameters = {role.name: networks.base(role.name).trained(role.name) for role in networks.trained_roles}
         # roles that share an engine are clipped here; DeepSpeed clips the only role of an engine
-        together = places(networks.trained_roles).values()
-        self.clipped = [role for roles in together if len(roles) > 1 for role in roles]
-        self.alone = {roles[0].place: roles[0].name for roles in together if len(roles) == 1}
+        by_engine = places(networks.trained_roles).values()
+        self.clipped = [role for roles in by_engine if len(roles) > 1 for role in roles]
+        self.alone = {roles[0].place: roles[0].name for roles in by_engine if len(roles) == 1}
 
     def __call__(
         self,
@@ -93,8 +93,8 @@ class Update:
             models = self.networks.models
             means = backpropagate(self.method, models, batches, self.seed, progress, self._backward, ranks, freed)
             wrong = self._not_finite(means)
-            told = dict(flags) | {"skipped": bool(wrong)}
-            logs = self.world.mean(means | {name: torch.tensor(float(value)) for name, value in told.items()})
+            averaged = dict(flags) | {"skipped": bool(wrong)}
+            logs = self.world.mean(means | {name: torch.tensor(float(value)) for name, value in averaged.items()})
             skipped = logs["skipped"] > 0
             if skipped:
                 self._clear_gradients()
@@ -113,8 +113,8 @@ class Update:
         weights = self.method.loss_weights(progress)
         loss = sum(weight * logs.get(name, 0.0) for name, weight in weights.items())
         by_role = {f"grad_norm/{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
-        whole = {"grad_norm": math.hypot(*norms.values())} | by_role | {"learning_rate": rate}
-        return {"loss": loss} | logs | {"skipped": 0.0} | whole
+        step_logs = {"grad_norm": math.hypot(*norms.values())} | by_role | {"learning_rate": rate}
+        return {"loss": loss} | logs | {"skipped": 0.0} | step_logs
 
     def _backward(self, role: str, value: Tensor) -> None:
         self.engines[self.networks.roles[role].place].backward(value)
@@ -125,9 +125,9 @@ class Update:
         if len(found) < sum(map(len, self.parameters.values())):
             role, name = next((r, n) for r, own in self.parameters.items() for n, p in own.items() if p.grad is None)
             raise ValueError(
-                f"role {role}: no loss of this update reached its parameter {name}. DeepSpeed would take the gradient "
-                "of an earlier update in its place; every trained parameter needs a gradient in every update "
-                "(are all loss weights of the role zero?)"
+                f"role {role}: no loss of this update reached its parameter {name}. DeepSpeed would use the gradient "
+                "of an earlier update instead; every trained parameter needs a gradient in every update: check that "
+                "not all loss weights of the role are zero"
             )
         return found
 
@@ -157,6 +157,6 @@ class Update:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        most = self.train.clip_norm if role.clip_norm is None else role.clip_norm
-        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+        max_norm = self.train.clip_norm if role.clip_norm is None else role.clip_norm
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)

@@ -71,9 +71,11 @@ def resolve(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         wrong = problem(path)
         if wrong:
-            raise ValueError(f"checkpoint {path} is damaged: {wrong}")
+            raise ValueError(f"checkpoint {path} is damaged ({wrong}): choose another checkpoint")
         return path
     found = latest(path / "checkpoints")
     if found is None:
-        raise ValueError(f"{path} is neither a checkpoint nor a run folder with one (checkpoints/step-*/{MANIFEST})")
+        raise ValueError(
+            f"{path} is neither a checkpoint nor a run folder with a complete one (checkpoints/step-*/{MANIFEST})"
+        )
     return found

@@ -185,7 +185,7 @@ def test_saving_and_loading(stock, adapted, inputs, tmp_path):
 
 
 def test_fusing_is_refused(adapted):
-    with pytest.raises(RuntimeError, match="condition tokens alone"):
+    with pytest.raises(RuntimeError, match="condition tokens only"):
         adapted.fuse_lora()
 
 

@@ -45,7 +45,7 @@ def test_a_trained_lora_loads_back_bit_for_bit(run, model, export, tmp_path, cap
     assert export([str(run), "--out", str(tmp_path / "half"), "--dtype", "bf16", "--weights", "weights"]) == 0
     assert (tmp_path / "half" / lora_file.NAME).stat().st_size < 0.7 * (tmp_path / lora_file.NAME).stat().st_size
     card = (tmp_path / "README.md").read_text()
-    assert "condition tokens alone" in card and "after 2 updates" in card and f"base_model: {model}" in card
+    assert "condition tokens only" in card and "after 2 updates" in card and f"base_model: {model}" in card
 
 
 def test_diffusers_reads_it_and_would_apply_it_to_all_tokens(run, model, export, tmp_path):  # noqa: F811
@@ -66,8 +66,8 @@ def test_diffusers_reads_it_and_would_apply_it_to_all_tokens(run, model, export,
 def test_what_does_not_fit_is_refused(run, model, export, tmp_path, capsys):  # noqa: F811
     export([str(run), "--out", str(tmp_path / "lora")])
     for change, message in [
-        ({"rope": "frame_offset"}, "has rope = shared, this config frame_offset"),
-        ({"lora_rank": 8, "lora_alpha": 8}, "has lora_rank = 4, this config 8"),
+        ({"rope": "frame_offset"}, "has rope = shared, but this config has rope = frame_offset"),
+        ({"lora_rank": 8, "lora_alpha": 8}, "has lora_rank = 4, but this config has lora_rank = 8"),
     ]:
         with pytest.raises(ValueError, match=message):
             backbone(model, lora=str(tmp_path / "lora"), **change)
@@ -107,4 +107,4 @@ def test_a_small_model_is_exported_whole_and_registered(untrained, export, tmp_p
         assert np.array_equal(Upscaler.from_pretrained(place)(photo), Upscaler.from_pretrained(untrained)(photo))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert export([str(untrained), "--out", str(tmp_path / "out"), "--register", "small"]) == 2
-    assert "MLflow at http://127.0.0.1:9 did not take the model" in capsys.readouterr().err
+    assert "MLflow at http://127.0.0.1:9 did not accept the model" in capsys.readouterr().err

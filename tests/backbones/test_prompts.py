@@ -68,14 +68,14 @@ def test_the_same_command_keeps_the_file_and_another_replaces_it(model, tmp_path
     assert "prompt '' of" in capsys.readouterr().out
     made, data = path.stat().st_mtime_ns, path.read_bytes()
     assert run(f"model={model}", f"out={path}", "prompt=") == 0
-    assert "is there already, nothing to do" in capsys.readouterr().out
+    assert "already contains prompt '' of" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == made
     path.unlink()
     assert run(f"model={model}", f"out={path}") == 0
     assert path.read_bytes() == data  # the bytes depend only on the prompt, the model and the library versions
     capsys.readouterr()
     assert run(f"model={model}", f"out={path}", "prompt=sharp") == 0
-    assert "is made again: prompt '' -> 'sharp'" in capsys.readouterr().out
+    assert "is computed again: prompt '' -> 'sharp'" in capsys.readouterr().out
     assert load_prompt(path)[2]["prompt"] == "sharp"
     path.write_bytes(data[:-3])
     assert run(f"model={model}", f"out={path}") == 0
@@ -101,7 +101,7 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
         with pytest.raises(ValueError, match=r"prompt .*cache_prompt"):
             load_prompt(path)
     path.write_bytes(pack({"x": torch.zeros(1)}, {}))
-    with pytest.raises(ValueError, match="holds no prompt_embeds"):
+    with pytest.raises(ValueError, match="contains no prompt_embeds"):
         load_prompt(path)
     with pytest.raises(ValueError, match="cannot be read"):
         load_prompt(tmp_path / "nowhere")
@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_with_the_cure(model, tmp_path, monkeypatch, capsy
     save_file(weights, tmp_path / "lacking/text_encoder/model.safetensors", {"format": "pt"})
     out = tmp_path / "out/prompt.safetensors"
     for change, message in (
-        ({"model": "/nowhere/qwen"}, "model = /nowhere/qwen is no folder"),
+        ({"model": "/nowhere/qwen"}, "model = /nowhere/qwen is neither a folder nor"),
         ({"model": "nobody/nothing"}, "model = nobody/nothing cannot be loaded"),
         ({"model": tmp_path / "no_tokenizer"}, "its folder tokenizer is missing or broken"),
         (
@@ -163,4 +163,4 @@ def test_a_tokenizer_of_other_words_is_refused(model, tmp_path, capsys):
     tokenizer["model"]["vocab"].pop("D")
     path.write_text(json.dumps(tokenizer))
     assert run(f"model={other}", f"out={tmp_path / 'p.safetensors'}") == 2
-    assert "cannot spell the template" in capsys.readouterr().err
+    assert "the encoded prompt template" in capsys.readouterr().err

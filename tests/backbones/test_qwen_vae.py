@@ -114,5 +114,5 @@ def test_loading_from_folders(stock, codec, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="cannot be loaded"):
         QwenCodec.from_pretrained(str(tmp_path / "alone"), torch.float32)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="neither a folder"):
         QwenCodec.from_pretrained("nowhere", torch.float32)

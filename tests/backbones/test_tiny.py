@@ -201,7 +201,7 @@ def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tm
         TinyConfig(conditional=False, base="elsewhere")
     settings = {"name": "tiny", **SMALL}
     save(make(), [name for name, _ in make().net.named_parameters()], a_recipe(settings), tmp_path / "whole")
-    with pytest.raises(ValueError, match="is no prior"):
+    with pytest.raises(ValueError, match="is not a prior"):
         Tiny(TinyConfig(**SMALL, base=str(tmp_path / "whole")))
 
 
@@ -269,7 +269,7 @@ def test_same_seed_same_weights_other_seed_other():
 
 def test_codec_keeps_photographs():
     codec = PCACodec(48, whiten=0.5)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         codec.fit([])
     codec.fit(list(pairs(12)))
     assert torch.allclose(codec.basis @ codec.basis.T, torch.eye(48), atol=1e-5)

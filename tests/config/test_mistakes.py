@@ -42,12 +42,12 @@ def config(tmp_path, shards, **changes) -> str:
     [
         ("method.lambda_lpip=0", "did you mean lambda_lpips"),
         ("data.shards=/nowhere", "/nowhere holds no index.json: make shards with data_prep/make_shards.py"),
-        ("train.batch=3", "train.batch = 3 does not divide"),
+        ("train.batch=3", "train.batch = 3 is not a multiple of"),
         ("train.deepspeed=nowhere.json", "nowhere.json cannot be read"),
         ("data.streams=64", "set data.streams=4"),
         ("method.lambda_lpips=1", "vgg16-397923af.pth"),
         ("method.mode=cycle", "not a multiple of 4"),
-        ("backbone.train=lora", "backbone.base names none"),
+        ("backbone.train=lora", "backbone.base is not set"),
         ("backbone.base=/nowhere", "/nowhere cannot be loaded"),
         ("run_dir=/dev/null/run", "run_dir = /dev/null/run cannot be written (Not a directory)"),
         (
@@ -56,7 +56,7 @@ def config(tmp_path, shards, **changes) -> str:
         ),
         ("preview={steps: [0]}", "must be >= 1"),
         ("preview={shards: /nowhere}", "/nowhere holds no index.json"),
-        (f"train.deepspeed={ROOT}/ds_configs/zero3_nvme.json", "nvme_path = /local_nvme is no folder: copy the file"),
+        (f"train.deepspeed={ROOT}/ds_configs/zero3_nvme.json", "nvme_path = /local_nvme is not a folder: copy"),
     ],
 )
 def test_train_names_the_mistake_before_any_work(tmp_path, shards, capsys, monkeypatch, override, message):
@@ -125,7 +125,7 @@ def test_train_prints_its_whole_config(tmp_path, shards, capsys):
         (["out=OUT"], "config key photos is missing"),
         (["photos=/nowhere", "out=OUT"], "/nowhere is not a folder"),
         (["photos=PHOTOS", "out=OUT", "degradation=heavy"], "use one of osediff"),
-        (["photos=PHOTOS", "out=OUT", "crop_px=100000"], "none of the 3 pictures"),
+        (["photos=PHOTOS", "out=OUT", "crop_px=100000"], "none of the 3 images"),
         (["photos=PHOTOS", "out=OUT", "crop=64"], "did you mean crop_px"),
         (["photos=PHOTOS", "out=/proc/x", "crop_px=64"], "/proc/x"),
     ],

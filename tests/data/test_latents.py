@@ -163,7 +163,7 @@ def test_two_parts_make_what_one_makes(shards, vae, whole, tmp_path, monkeypatch
         monkeypatch.setenv("RANK", str(rank))
         assert run(f"shards={shards}", f"vae={vae}", f"out={tmp_path}", "dtype=fp32") == 0
         if rank == 1:
-            assert "part 1 of 2 is finished; 2 shards of other parts are missing" in capsys.readouterr().out
+            assert "part 1 of 2 is finished; 2 shards of other parts are still missing" in capsys.readouterr().out
             assert sorted(tars(tmp_path)) == ["shard-000001.tar", "shard-000003.tar"]
     assert tars(tmp_path) == tars(whole) and set_hash(tmp_path) == set_hash(whole)
 
@@ -215,7 +215,7 @@ def test_a_shard_that_ends_early_or_is_another_one_is_an_error(shards, vae, tmp_
         rewrite(path, lambda name, data: data if name < "000000011" else None)
     else:
         path.write_bytes((shards / "shard-000001.tar").read_bytes())
-    with pytest.raises(ValueError, match=r"shard-000000\.tar is not the one in index\.json"):
+    with pytest.raises(ValueError, match=r"shard-000000\.tar is not the shard that index\.json lists"):
         cache(str(broken), vae, str(tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 
@@ -339,16 +339,16 @@ def test_mistakes_are_one_line_with_the_cure(shards, vae, tmp_path, monkeypatch,
     odd = make_shards(photos, tmp_path / "odd", crop_px=60, crops_per_photo=1)
     good = {"shards": str(shards), "vae": vae, "out": str(tmp_path / "out")}
     for change, message in (
-        ({"vae": "/nowhere/qwen"}, "vae = /nowhere/qwen is no folder"),
+        ({"vae": "/nowhere/qwen"}, "vae = /nowhere/qwen is neither a folder nor"),
         ({"vae": "nobody/nothing"}, "vae = nobody/nothing cannot be loaded"),
         ({"vae": tmp_path / "empty"}, "give the local folder of a complete diffusers model (vae=/path/to/model)"),
         ({"vae": torn}, "torn cannot be loaded (Unable to load weights"),
         ({"vae": without}, "without cannot be loaded (Error no file named diffusion_pytorch_model.safetensors"),
-        ({"vae": lacking}, "its VAE lacks quant_conv.weight"),
+        ({"vae": lacking}, "its VAE lacks the tensor quant_conv.weight"),
         ({"vae": infinite}, "not finite"),
         ({"shards": "/nowhere"}, "/nowhere holds no index.json: make shards"),
         ({"shards": odd}, "HQ of 60x60 px: the VAE takes multiples of 8 px"),
-        ({"out": shards}, "holds an index.json of something else than latents"),
+        ({"out": shards}, "holds the index.json of a set without latents"),
         ({"batch": 0}, "batch = 0: must be >= 1"),
         ({"dtype": "fp16"}, "allowed are bf16, fp32"),
         ({"devices": "cpu"}, "did you mean device?"),
@@ -362,4 +362,4 @@ def test_mistakes_are_one_line_with_the_cure(shards, vae, tmp_path, monkeypatch,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(shards, vae, tmp_path, capsys):
     assert run(f"shards={shards}", f"vae={vae}", f"out={tmp_path}", "device=cuda") == 2
-    assert "device = cuda, LOCAL_RANK = 0, but 0 GPU(s) can be used: set device=cpu" in capsys.readouterr().err
+    assert "device = cuda, LOCAL_RANK = 0, but PyTorch finds 0 GPU(s): set device=cpu" in capsys.readouterr().err

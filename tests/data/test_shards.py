@@ -102,7 +102,7 @@ def test_several_sets_are_read_as_one(photos, shards, tmp_path):
     with pytest.raises(ValueError, match=r"different settings \(degradation\).*data.degrade=stored"):
         PairStream(joined, online, 0, 0, 1, 0)
     varied = make_shards(photos, tmp_path / "varied", variants=2)
-    with pytest.raises(ValueError, match="varied 2: sets that are read together need the same"):
+    with pytest.raises(ValueError, match="varied has 2: sets that are read together need the same number"):
         ShardSet.open(str(shards), str(varied))
     with pytest.raises(ValueError, match="empty list"):
         DataConfig(())
@@ -231,7 +231,7 @@ def test_too_many_broken_samples_stop_the_run(photos, tmp_path):
                 list(islice(batches(stream, 4), 24))
         else:
             assert sum(len(names) for _, names in islice(batches(stream, 4), 24)) == 24
-    with pytest.raises(ValueError, match="1 of 4 shards looked at"):
+    with pytest.raises(ValueError, match="1 of 4 checked shards are bad"):
         check_shards(ShardSet.open(str(out)), lambda h, w: None, 0.01)
     assert len(check_shards(ShardSet.open(str(out)), lambda h, w: None, 0.3)) == 1
 

@@ -413,7 +413,7 @@ def test_whole_pipeline_keeps_the_geometry():
     [
         (CROP.astype(np.float64), "uint8"),
         (CROP[..., 0], "uint8"),
-        (np.ascontiguousarray(CROP[:126]), "126 px cannot be reduced x4"),
+        (np.ascontiguousarray(CROP[:126]), "126 px cannot be divided by 4"),
     ],
 )
 def test_bad_pictures_are_refused(picture, message):

@@ -82,6 +82,6 @@ def test_comparisons_say_what_the_seeds_say(ablate):
     assert psnr["gain"] == pytest.approx(0.5) and psnr["deviation"] == pytest.approx(0.1) and psnr["seeds_for"] == 3
     assert niqe["gain"] == pytest.approx(-1 / 6) and niqe["seeds_for"] == 1  # lower is better
     assert (
-        "In 1 of 2 figures every seed finds b better, in 0 every seed finds it worse, in 1 the seeds disagree."
-        in ablate.verdict(found)
+        "In 1 of 2 comparisons b is better with every seed, in 0 it is worse with every seed, "
+        "and in 1 the seeds disagree." in ablate.verdict(found)
     )

@@ -75,15 +75,15 @@ def test_what_is_not_whole_is_named(folders, tmp_path):
     (tmp_path / "lq").mkdir()
     Image.open(lq / "0.png").save(tmp_path / "lq/0.png")
     for wrong, message in (
-        (lambda: pairs_of.from_folders(hq, tmp_path / "lq"), "lq has no picture 1"),
-        (lambda: pairs_of.from_folders(hq, lq, count=7), "hq holds 5 pictures, the set has 7"),
-        (lambda: pairs_of.from_folders(tmp_path / "none", lq), "none is no folder"),
-        (lambda: [load() for _, load in pairs_of.from_folders(hq, lq, scale=2)], "is not 2 times as large"),
+        (lambda: pairs_of.from_folders(hq, tmp_path / "lq"), "lq has no image 1"),
+        (lambda: pairs_of.from_folders(hq, lq, count=7), "hq contains 5 images, but the set has 7"),
+        (lambda: pairs_of.from_folders(tmp_path / "none", lq), "none is not a folder"),
+        (lambda: [load() for _, load in pairs_of.from_folders(hq, lq, scale=2)], "must be 2 times those of"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
     Image.open(lq / "0.png").save(tmp_path / "lq/0.jpg")
-    with pytest.raises(ValueError, match="one of each name"):
+    with pytest.raises(ValueError, match="one file of each name"):
         pairs_of.from_folders(tmp_path / "lq", None)
 
 
@@ -133,7 +133,7 @@ def test_a_model_on_one_rank_and_on_two(untrained, folders, tmp_path):
     common = [untrained, "--data", f"{folders / 'lq'}:{folders / 'hq'}", "--metrics", "psnr", "ssim"]
     code, out, err = benchmark(*common, "--steps", 1, 2, "--out", tmp_path / "one")
     assert code == 0, err
-    assert "hq, 5 pictures, protocol osediff" in out and "2 steps" in out
+    assert "hq, 5 images, protocol osediff" in out and "2 steps" in out
     command = [
         sys.executable,
         "-m",
@@ -181,16 +181,16 @@ def test_predictions_of_anything_else(folders, tmp_path):
     assert float(rows[0]["psnr"]) == pytest.approx(first)
     (tmp_path / "theirs/0.png").unlink()
     code, _, err = benchmark(*common)
-    assert code == 2 and "theirs has no picture 0" in err
+    assert code == 2 and "theirs has no image 0" in err
 
 
 def test_mistakes(untrained, folders, tmp_path):
     for arguments, message in (
-        ([], "give a model, or --predictions"),
+        ([], "give either a model with --data, or --predictions"),
         ([untrained], "--data is missing"),
         (
             [untrained, "--data", "RealSR"],
-            "data/eval/RealSRVal_crop128/test_HR is not here. Get it from StableSR-TestSets",
+            "data/eval/RealSRVal_crop128/test_HR does not exist. Get it from StableSR-TestSets",
         ),
         ([untrained, "--data", tmp_path], "holds no index.json"),
         ([untrained, "--data", tmp_path, "--metrics", "vmaf"], "metric vmaf does not exist"),

@@ -52,7 +52,7 @@ def test_rows_deltas_notes_and_skipped_metrics(results, tmp_path):
     assert f"| mine, 1 step | {ours['psnr']['mean']:.2f} | {ours['ssim']['mean']:.4f} |" in text
     assert f"| Them * | 30.00 ({ours['psnr']['mean'] - 30:+.2f}) | 0.9000 (" in text and "Not these" not in text
     assert "\\* some paper." in text and "LPIPS skipped: put" in text and "commit" in text
-    assert f"mine, 1 step - bicubic: {ours['psnr']['gain_mean']:+.3f} PSNR" in text
+    assert f"mine, 1 step, gain over bicubic: {ours['psnr']['gain_mean']:+.3f} PSNR" in text
 
 
 def test_from_mlflow(results, tmp_path):
@@ -65,11 +65,11 @@ def test_from_mlflow(results, tmp_path):
     assert first.replace("run, ", "mine, ") == second.replace("run, ", "mine, ")
     assert (tmp_path / "a/report.html").stat().st_size > 20_000  # the images are embedded
     code, _, err = report("--mlflow", uri, "--experiment", "none", "--out", tmp_path / "c")
-    assert code == 2 and "has no experiment none: some" in err
+    assert code == 2 and "has no experiment none: choose one of some" in err
 
 
 def test_mistakes(tmp_path):
-    for arguments, message in (([], "nothing to report"), ([tmp_path], "holds no scores.json of eval/benchmark.py")):
+    for arguments, message in (([], "nothing to report"), ([tmp_path], "contains no scores.json of eval/benchmark.py")):
         code, _, err = report(*arguments, "--out", tmp_path / "out")
         assert code == 2 and message in err
 

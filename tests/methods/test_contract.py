@@ -65,7 +65,7 @@ def test_what_it_cannot_do_is_said(trained, shards, tmp_path):
     upscaler = Upscaler.from_pretrained(trained / "whole")
     with pytest.raises(ValueError, match=r"restores in 1 step\(s\)"):
         upscaler(LQ, steps=4)
-    with pytest.raises(ValueError, match="no fidelity: its dials are strength"):
+    with pytest.raises(ValueError, match="no setting fidelity: its settings are strength"):
         upscaler(LQ, fidelity=0.5)
     with pytest.raises(ValueError, match="steps = auto"):
         upscaler(LQ, steps="auto")

@@ -92,7 +92,7 @@ def test_step_counts_and_dials_that_a_method_does_not_have_are_errors():
     assert AnyStep().check(4) == {"fidelity": 0.0} and AnyStep().check(4, {"fidelity": 0.5}) == {"fidelity": 0.5}
     with pytest.raises(ValueError, match="steps = 0"):
         AnyStep().check(0)
-    with pytest.raises(ValueError, match="no strength: its dials are fidelity"):
+    with pytest.raises(ValueError, match="no setting strength: its settings are fidelity"):
         AnyStep().check(4, {"strength": 0.5})
     check = super(AnyStep, OneStep()).check
     assert check(1) == {"strength": 0.6} and check(1, {"strength": 0.1}) == {"strength": 0.1}

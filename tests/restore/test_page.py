@@ -62,7 +62,7 @@ def test_upload_restore_slide_download(address, browser, untrained, tmp_path):
     page.get_by_label("Seed").fill("5")
     page.wait_for_selector("img[src*=photo]")
     page.click("#restore")
-    page.wait_for_function("document.querySelector('#told textarea').value.includes('56x40 → 224x160 px')")
+    page.wait_for_function("document.querySelector('#summary textarea').value.includes('56x40 → 224x160 px')")
 
     pictures = page.locator("#compared img")
     pictures.first.wait_for()
@@ -92,7 +92,7 @@ def test_mistakes_are_shown_on_the_page(address, browser):
     page = browser.new_page()
     page.goto(address)
     page.click("#restore")
-    page.get_by_text("Choose a picture first.").wait_for()
+    page.get_by_text("Choose an image first.").wait_for()
     page.close()
 
 

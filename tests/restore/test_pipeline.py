@@ -93,9 +93,9 @@ def test_switches(pipe, untrained, tmp_path, capsys):
 def test_mistakes(pipe, untrained):
     for given, message in (
         ({"output_type": "latent"}, "pil, np or pt"),
-        ({"height": 100}, "go together"),
-        ({"generator": [seeded(), seeded()]}, "2 generators for 1 pictures"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "only latents"),
+        ({"height": 100}, "must be given together"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 1 images"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "only 'latents'"),
         ({"num_inference_steps": 0}, "at least 1 step"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -72,7 +72,7 @@ def test_memory_is_that_of_a_tile_and_shrinks_when_there_is_none(upscaler, lq, m
 
     monkeypatch.setattr(upscaler.backbone.net, "forward", forward)
     made = upscaler(lq, steps=2, tile_px=192)
-    assert capsys.readouterr().out == "out of memory: going on with tiles of 96 px\n"
+    assert capsys.readouterr().out == "out of memory: continuing with tiles of 96 px\n"
     # 31 x 42 units: spans are no longer than a division by two and two, and by four and five, requires
     assert {tuple(shape) for shape in seen} == {(17, 23), (10, 11)}
     assert np.abs(made.astype(float) - wanted).mean() < 1.5  # not equal, since it was encoded in larger tiles

@@ -118,12 +118,12 @@ def test_sync_sends_what_was_missed_once(tmp_path, capsys, monkeypatch):
     for update in range(1, 2100):
         t.log(update, {"loss": 1 / update}, {"update_s": 0.1})
     t.close("KILLED")
-    assert f"`teasr sync-mlflow {tmp_path / 'one'}` sends it" in capsys.readouterr().out
+    assert f"run `teasr sync-mlflow {tmp_path / 'one'}`" in capsys.readouterr().out
     uri = f"sqlite:///{tmp_path}/other.db"
     assert cli.main(["sync-mlflow", str(tmp_path / "one"), "--uri", uri]) == 0
-    assert f"2099 updates sent to {uri}" in capsys.readouterr().out
+    assert f"2099 updates uploaded to {uri}" in capsys.readouterr().out
     assert cli.main(["sync-mlflow", str(tmp_path / "one"), "--uri", uri]) == 0
-    assert "nothing was missing" in capsys.readouterr().out
+    assert "nothing to upload" in capsys.readouterr().out
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert run.info.status == "KILLED"
@@ -134,7 +134,7 @@ def test_sync_sends_what_was_missed_once(tmp_path, capsys, monkeypatch):
     )  # in milliseconds, taken when the value was logged rather than uploaded, and not rounded
     assert len({p.timestamp for p in points}) > 20
     assert cli.main(["sync-mlflow", str(tmp_path / "nothing")]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 class Server:

@@ -41,5 +41,5 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     checks.precision("fp32", None)
-    with pytest.raises(ValueError, match="Tesla V100 does not compute in bf16"):
+    with pytest.raises(ValueError, match="Tesla V100 does not support bf16"):
         checks.precision("fp32", "bf16")

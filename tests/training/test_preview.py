@@ -130,5 +130,5 @@ def test_mistakes_are_named(shards, heldout, tmp_path):
             rows.append(row | {"shard": f"{source.name}-{row['shard']}"})
             (mixed / rows[-1]["shard"]).write_bytes((source / row["shard"]).read_bytes())
     (mixed / "index.json").write_text(json.dumps(index | {"shards": rows}))
-    with pytest.raises(ValueError, match="pictures of one size"):
+    with pytest.raises(ValueError, match="images of one size"):
         Preview(PreviewConfig(shards=str(mixed), pictures=100), ShardSet.open(str(shards)), 0)

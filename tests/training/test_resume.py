@@ -124,7 +124,7 @@ def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path,
     if ranks == 1:
         assert process.returncode == 0
     done = updates(run)
-    assert f"stopped by SIGTERM after update {done}: the same command goes on" in out or ranks == 2
+    assert f"stopped by SIGTERM after update {done}; run the same command to resume" in out or ranks == 2
     assert 3 <= done < 60 and last(run).name == f"step-{done:08d}"
     assert f"resuming from {last(run)} at update {done}" in finish(
         begin(small_recipe(shards, run, **common), tmp_path, ranks)
@@ -226,7 +226,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_stops_or_goes_on(shards, tmp_p
     assert last(tmp_path / "waits").name == "step-00000006" and not (tmp_path / "waits/error.txt").exists()
     assert sorted(p.name[-5:] for p in (tmp_path / "waits/previews").iterdir()) == ["0.png", "2.png", "6.png"]
     error = (tmp_path / "stops/error.txt").read_text()
-    assert "step-00000004 cannot be written" in error and "the newest is of update 2: make room" in error
+    assert "step-00000004 cannot be written" in error and "the newest checkpoint is of update 2: free space" in error
     assert last(tmp_path / "stops").name == "step-00000002" and updates(tmp_path / "stops") == 4
     assert updates(tmp_path / "goes_on") == 6 and last(tmp_path / "goes_on").name == "step-00000002"
     assert not (tmp_path / "goes_on/error.txt").exists()

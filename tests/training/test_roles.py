@@ -297,16 +297,16 @@ def test_a_discriminator_begins_undecided_and_knows_the_time():
 @pytest.mark.parametrize(
     ("role", "ask", "message"),
     [
-        (STUDENT, lambda m, z, t: m.velocity(z, t), "dual branch layout: its condition needs z_lq and t_tar"),
-        (STUDENT, lambda m, z, t: m.features(z, t), "two branches"),
-        (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, text=z)), "Tiny takes no text"),
-        (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, guidance=7.5)), "guidance needs two prompts"),
+        (STUDENT, lambda m, z, t: m.velocity(z, t), "dual-branch: its condition must contain z_lq and t_tar"),
+        (STUDENT, lambda m, z, t: m.features(z, t), "dual-branch: features"),
+        (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, text=z)), "Tiny takes no text embedding"),
+        (STUDENT, lambda m, z, t: m.velocity(z, t, Condition(z, t, guidance=7.5)), "guidance != 1 needs two prompts"),
         (
             Role("fake", branches="single"), lambda m, z, t: m.velocity(z, t, Condition(z, t)),
-            "needs neither z_lq nor t_tar",
+            "must contain neither z_lq nor t_tar",
         ),
         (Role("fake", branches="single"), lambda m, z, t: m.logits(z, t), "no head"),
-        (Role("d", branches="single", blocks=1), lambda m, z, t: m.velocity(z, t), "features and no velocity"),
+        (Role("d", branches="single", blocks=1), lambda m, z, t: m.velocity(z, t), "features, not a velocity"),
     ],
 )  # fmt: skip
 def test_what_a_layout_does_not_take_is_an_error(role, ask, message):
@@ -321,9 +321,9 @@ def test_what_a_layout_does_not_take_is_an_error(role, ask, message):
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        ((Role("teacher", trains="nothing"),), "the first role of a method is `student`"),
-        ((STUDENT, STUDENT), "a name of its own"),
-        ((Role("student", branches="single", blocks=2),), "sees all blocks"),
+        ((Role("teacher", trains="nothing"),), "the first role of a method must be named `student`"),
+        ((STUDENT, STUDENT), "a unique name"),
+        ((Role("student", branches="single", blocks=2),), "needs all blocks"),
     ],
 )
 def test_roles_that_cannot_live_together_are_refused(roles, message):
@@ -334,11 +334,11 @@ def test_roles_that_cannot_live_together_are_refused(roles, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "Fake"}, "small letters"),
-        ({"name": "default"}, "not `default`"),
+        ({"name": "Fake"}, "lower-case letters"),
+        ({"name": "default"}, "do not use `default`"),
         ({"name": "d", "blocks": 2}, "single branch"),
-        ({"name": "d", "branches": "single", "trains": "head"}, "head = False does not go with trains = head"),
-        ({"name": "d", "branches": "single", "head": True, "trains": "nothing"}, "head = True does not go"),
+        ({"name": "d", "branches": "single", "trains": "head"}, "head = False cannot be combined with trains = head"),
+        ({"name": "d", "branches": "single", "head": True, "trains": "nothing"}, "head = True cannot be combined"),
         ({"name": "d", "rate": 0.0}, "must be > 0"),
     ],
 )
@@ -357,7 +357,7 @@ def test_a_base_that_is_trained_itself_carries_one_role(shards, tmp_path):
 
 def test_a_role_sees_no_more_blocks_than_there_are(shards, tmp_path):
     config = parse(job(shards, tmp_path / "run", method={"critic_blocks": 3}))
-    with pytest.raises(ValueError, match="role critic sees 3 blocks: this backbone has 1 to 2"):
+    with pytest.raises(ValueError, match="role critic uses 3 blocks: this backbone allows 1 to 2"):
         Networks(config, config.build_method())
 
 
@@ -371,7 +371,7 @@ def test_several_roles_on_nvme_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="the roles student, critic share an engine"):
         Trainer(parse(data))
     data["method"]["copies"] = True
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Trainer(parse(data))
 
 
@@ -437,5 +437,5 @@ class TestPrior:
             config = parse({k: v for k, v in data.items() if k != "prior"})
             Networks(config, config.build_method())
         data["method"] = {"name": "two_roles"}
-        with pytest.raises(ValueError, match="of no use: no role of method two_roles"):
+        with pytest.raises(ValueError, match="unused: no role of method two_roles"):
             parse(data).build_method()

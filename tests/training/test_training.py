@@ -220,7 +220,7 @@ def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tm
     assert [m.value for m in client.get_metric_history(run.info.run_id, "bad_samples")] == wanted
     assert "bad_samples.txt" in {f.path for f in client.list_artifacts(run.info.run_id)}
     if ranks == 1:
-        assert "1 of 4 shards looked at" in (tmp_path / "refuses/error.txt").read_text()
+        assert "1 of 4 checked shards are bad" in (tmp_path / "refuses/error.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tm
         ("{", "cannot be read"),
         (
             '{"zero_optimization": {"stage": 3}, "gradient_clipping": 1}',
-            "gradient_clipping, which the run config decides",
+            "gradient_clipping, which is set by the run config",
         ),
         ('{"zero_optimization": {"stage": 0}}', "must be 1, 2 or 3"),
     ],

@@ -66,14 +66,20 @@ class QwenImageConfig:
             raise ValueError(f"backbone.lora_rank = {self.lora_rank}: must be >= 1")
         if self.modulation_table is not None and self.modulation_table < 1:
             raise ValueError(
-                f"backbone.modulation_table = {self.modulation_table}: steps of the table, such as 1000, or null"
+                f"backbone.modulation_table = {self.modulation_table}: must be a number of time steps >= 1, such as "
+                "1000, or null for no table"
             )
         if (self.transformer or self.vae) and self.model != "random":
-            raise ValueError("backbone.transformer and backbone.vae change sizes of model: random alone; remove them")
+            raise ValueError(
+                "backbone.transformer and backbone.vae set sizes only for backbone.model=random: remove them"
+            )
         if self.lora is not None and self.model == "random":
-            raise ValueError(f"backbone.lora = {self.lora} was trained on a model: it needs backbone.model, not random")
+            raise ValueError(
+                f"backbone.lora = {self.lora} needs the model that it was trained on: set backbone.model to that model "
+                "instead of random"
+            )
         if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
-            raise ValueError("backbone.quantise = nf4 needs bitsandbytes: pip install 'teasr[nf4]'")
+            raise ValueError("backbone.quantise = nf4 needs bitsandbytes: install it with pip install 'teasr[nf4]'")
 
 
 class QwenNet(RoleNet):
@@ -139,7 +145,7 @@ class QwenImage(Backbone):
     def __init__(self, config: QwenImageConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
         """Build the backbone. Raises ValueError if weights or prompt are missing, incomplete or incompatible."""
         self.config, self.seed, self.roles, self.prepared = config, seed, tuple(roles), False
-        self.given: dict[str, Tensor] = {}
+        self.pending_weights: dict[str, Tensor] = {}  # loaded before the network has memory
         dtype = DTYPES[config.dtype]
         transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
         embeds = _prompt(config, transformer.config.joint_attention_dim)
@@ -169,7 +175,7 @@ class QwenImage(Backbone):
         config, transformer = self.config, self.net.transformer
         blocks = len(transformer.transformer_blocks)
         if role.blocks is not None and not 1 <= role.blocks <= blocks:
-            raise ValueError(f"role {role.name} sees {role.blocks} blocks: this backbone has 1 to {blocks}")
+            raise ValueError(f"role {role.name} uses {role.blocks} blocks: this backbone allows 1 to {blocks}")
         first = role.adapter_set == DEFAULT_SET
         torch.manual_seed(seed_of(self.seed, "qwen lora") if first else seed_of(self.seed, "role", role.name))
         if role.adapter_set:
@@ -235,21 +241,22 @@ class QwenImage(Backbone):
         config = self.config
         branches = next(role.branches for role in self.roles if role.name == FIRST)
         peft = lora_settings(lora_targets(self.net.transformer, branches), config.lora_rank, config.lora_alpha)
-        told = ("lora_rank", "lora_alpha", "rope", "cond_attention")
+        settings = ("lora_rank", "lora_alpha", "rope", "cond_attention")
         layers, width = len(self.net.transformer.transformer_blocks), self.net.transformer.inner_dim
-        story = {"base_model": config.model, "prompt": config.prompt, "base_layers": layers, "base_width": width}
-        return peft, story | {"branches": branches} | {key: getattr(config, key) for key in told}
+        metadata = {"base_model": config.model, "prompt": config.prompt, "base_layers": layers, "base_width": width}
+        return peft, metadata | {"branches": branches} | {key: getattr(config, key) for key in settings}
 
     def _load_lora(self, path: Path) -> None:
         """Load a LoRA file. Raises ValueError if it was trained with a different config."""
-        weights, theirs = lora_file.read(path)
-        theirs.setdefault("branches", "dual")  # files of the first version lack this key
-        ours = self.lora_metadata()[1]
-        told = [k for k in ours if k not in ("base_model", "prompt") and theirs.get(k) != ours[k]]
-        if told:
+        weights, stored = lora_file.read(path)
+        stored.setdefault("branches", "dual")  # files of the first version lack this key
+        expected = self.lora_metadata()[1]
+        differing = [k for k in expected if k not in ("base_model", "prompt") and stored.get(k) != expected[k]]
+        if differing:
+            key = differing[0]
             raise ValueError(
-                f"backbone.lora = {path} has {told[0]} = {theirs.get(told[0])}, this config {ours[told[0]]}: "
-                "they must agree"
+                f"backbone.lora = {path} has {key} = {stored.get(key)}, but this config has {key} = {expected[key]}: "
+                "use the same value or another LoRA"
             )
         try:
             self.load_weights(weights)
@@ -259,7 +266,7 @@ class QwenImage(Backbone):
     def load_weights(self, state: dict[str, Tensor], role: str = FIRST) -> None:
         super().load_weights(state, role)
         if self.config.model == "random" and not self.prepared:
-            self.given |= state  # no memory is allocated yet: `_place` copies these later
+            self.pending_weights |= state  # no memory is allocated yet: `_place` copies these later
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
@@ -302,7 +309,7 @@ class QwenImage(Backbone):
             if config.quantise:
                 replace_linears(block, KINDS[config.quantise])
             each(block)
-        transformer.modulation, self.prepared, self.given = table, True, {}
+        transformer.modulation, self.prepared, self.pending_weights = table, True, {}
         if config.compile:
             transformer.compile_repeated_blocks()
 
@@ -335,8 +342,8 @@ class QwenImage(Backbone):
                         value.fill_(0.0 if name == "bias" else 1.0)
                     module._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
         for name, p in part.named_parameters():
-            if (given := self.given.get(prefix + name)) is not None:
-                p.data.copy_(given)
+            if (weight := self.pending_weights.get(prefix + name)) is not None:
+                p.data.copy_(weight)
         part.to(device)
 
 
@@ -355,7 +362,9 @@ def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
             transformer = DualBranchTransformer(**config.transformer).requires_grad_(False)
             return transformer, QwenCodec(AutoencoderKLQwenImage(**config.vae))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"backbone.transformer or backbone.vae names sizes that cannot be built ({error})") from error
+        raise ValueError(
+            f"backbone.transformer or backbone.vae contains sizes that cannot be built ({error})"
+        ) from error
     finally:
         torch.set_default_dtype(default)
 
@@ -366,11 +375,14 @@ def _prompt(config: QwenImageConfig, width: int) -> Tensor:
         return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # the empty prompt has 5 tokens
     embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
     if mask is not None:
-        raise ValueError(f"backbone.prompt = {config.prompt} holds a padded prompt: make it again with one prompt")
+        raise ValueError(
+            f"backbone.prompt = {config.prompt} contains a padded prompt: create it again for a single prompt with "
+            "data_prep/cache_prompt.py"
+        )
     if embeds.shape[1] != width:
         raise ValueError(
-            f"backbone.prompt = {config.prompt} has {embeds.shape[1]} numbers a token, {config.model} takes "
-            f"{width}: make it with this model by data_prep/cache_prompt.py"
+            f"backbone.prompt = {config.prompt} has embeddings of width {embeds.shape[1]}, but {config.model} needs "
+            f"width {width}: create it for this model with data_prep/cache_prompt.py"
         )
     return embeds
 

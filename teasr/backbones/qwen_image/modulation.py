@@ -28,7 +28,7 @@ class Tabulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raise RuntimeError: the layer must not be called, because the table holds its values."""
-        raise RuntimeError("this modulation layer was replaced by a table of its values")
+        raise RuntimeError("this modulation layer was replaced by the modulation table and cannot be called")
 
 
 class ModulationTable:
@@ -83,7 +83,7 @@ class ModulationTable:
         if (exact - k).abs().max() > 1e-3 or (k + zero).min() < 0 or k.max() > self.size:
             raise ValueError(
                 f"time {t.flatten()[(exact - k).abs().argmax()].item():g} is not in the modulation table of "
-                f"{self.size} steps: round times with the backbone's snap, or set backbone.modulation_table=null"
+                f"{self.size} steps: round times with the backbone's `snap`, or set backbone.modulation_table=null"
             )
         rows = (k.long() + zero).tolist()
         gathered = torch.stack([table[row] for row in rows]) if len(rows) > 1 else table[rows[0]][None]

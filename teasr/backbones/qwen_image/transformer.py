@@ -180,7 +180,10 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
 
     def fuse_lora(self, *args, **kwargs) -> None:
         """Raise RuntimeError: fusing is not supported, because it would change the noise tokens too."""
-        raise RuntimeError("this LoRA acts on condition tokens alone: fused, it would change the noise tokens too")
+        raise RuntimeError(
+            "this LoRA applies to condition tokens only and cannot be fused into the base weights, because that would "
+            "change the noise tokens too"
+        )
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """Embed times [B] fp32 of either sign: [B, D].

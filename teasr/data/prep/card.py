@@ -10,31 +10,32 @@ def card(settings: dict, licences: dict[str, str], index: dict) -> str:
 
     `licences` maps a sub-folder of the sources, or "." for all others, to a licence.
     """
-    of_licence = Counter(_licence(source["name"], licences) for source in index["sources"])
+    licence_counts = Counter(_licence(source["name"], licences) for source in index["sources"])
     reasons = Counter(row["reason"].split(":")[0] for row in index["skipped"])
     samples, size = sum(s["nsamples"] for s in index["shards"]), sum(s["bytes"] for s in index["shards"])
     pairs = (
-        "real LQ pictures"
+        "real images"
         if settings["lq"]
-        else f"`{settings['degradation']}`, {settings['variants']} variant(s) of each"
+        else f"degradation preset `{settings['degradation']}`, {settings['variants']} variant(s) of each HQ"
     )
     lines = [
         "# Data card",
         "",
         f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; "
         f"HQ crops of {settings['crop_px']} px as "
-        f"{settings['hq_format']}, LQ as PNG: {pairs}.",
+        f"{settings['hq_format']}, LQ as PNG ({pairs}).",
         f"Set hash {index['set_sha256']}.",
         "",
         "| photographs | licence |",
         "|---|---|",
-        *(f"| {n} | {licence} |" for licence, n in of_licence.most_common()),
+        *(f"| {n} | {licence} |" for licence, n in licence_counts.most_common()),
         "",
-        "The rights of the photographs stay with their owners; a model trained on them may be bound by these licences.",
+        "The rights to the photographs remain with their owners. Their licences may apply to models trained on them.",
         "",
-        *(f"- skipped, {reason}: {n}" for reason, n in reasons.most_common()),
+        *(f"- skipped images, {reason}: {n}" for reason, n in reasons.most_common()),
         "",
-        f"Made by teasr, format {index['format']}, settings and every source with its hash in index.json; libraries: "
+        f"Made by teasr in format {index['format']}. index.json lists the settings and the hash of every source image. "
+        "Library versions: "
         + "; ".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in index["libraries"])
         + ".",
     ]

@@ -121,9 +121,9 @@ class _Pool:
             self.on_done(-done)
             if self.attempts[spec] >= ATTEMPTS:
                 raise OSError(
-                    f"a worker died {ATTEMPTS} times over the same part "
-                    f"(exit code {process.exitcode}; -9 is most often "
-                    "a lack of memory): use fewer workers"
+                    f"a worker process died {ATTEMPTS} times on the same task "
+                    f"(exit code {process.exitcode}; -9 usually means that "
+                    "memory ran out): use fewer workers"
                 )
             self.todo.appendleft(spec)
         if self.todo:
@@ -155,7 +155,7 @@ def _run_ray(task: Task, specs: Sequence[S], on_done: Callable[[int], None]) -> 
     try:
         import ray
     except ImportError:
-        raise ValueError("engine ray needs Ray: pip install 'teasr[ray]', or use --engine local") from None
+        raise ValueError("--engine ray needs Ray: run pip install 'teasr[ray]', or use --engine local") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level="error")
     remote = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_ray_task)
@@ -173,9 +173,7 @@ def _run_ray(task: Task, specs: Sequence[S], on_done: Callable[[int], None]) -> 
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
     except ray.exceptions.RayError as error:
-        raise OSError(
-            f"Ray gave up on a part: {' '.join(str(error).split())[:300]}; what is finished is kept"
-        ) from error
+        raise OSError(f"Ray could not run a task: {' '.join(str(error).split())[:300]}") from error
     finally:
         ray.shutdown()
     return results

@@ -22,10 +22,12 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
     Raises OSError when the disk or a worker fails, and ValueError when the photographs cannot be used; finished shards
     are kept.
     """
-    home = {name: str(Path(path).expanduser()) for name in ("photos", "out", "lq") if (path := getattr(config, name))}
-    config = replace(config, **home)
+    folders = {
+        name: str(Path(path).expanduser()) for name in ("photos", "out", "lq") if (path := getattr(config, name))
+    }
+    config = replace(config, **folders)
     out = Path(config.out)
-    plan = _look(config, engine, workers, rank, world)
+    plan = _inspect(config, engine, workers, rank, world)
     remove_strays(out)
     done = {spec.shard: m for spec in plan.shards if (m := read_manifest(spec.path, spec.identity))}
     missing = [spec for spec in engines.my_part(plan.shards, rank, world) if spec.shard not in done]
@@ -36,18 +38,18 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
     if missing:
         total = kept + sum(len(spec.crops) for spec in missing)
         line = ProgressLine("prepare", total, "samples", kept)
-        made = engines.run(process_shard, missing, engine, workers, line.add)
+        manifests = engines.run(process_shard, missing, engine, workers, line.add)
         line.close()
-        done |= {spec.shard: manifest for spec, manifest in zip(missing, made, strict=True)}
+        done |= {spec.shard: manifest for spec, manifest in zip(missing, manifests, strict=True)}
     done |= {s.shard: m for s in plan.shards if s.shard not in done and (m := read_manifest(s.path, s.identity))}
     if len(done) < len(plan.shards):
-        print(f"part {rank} of {world} is done; {len(plan.shards) - len(done)} shards of other parts are missing still")
+        print(f"part {rank} of {world} is done; {len(plan.shards) - len(done)} shards of other parts are still missing")
         return
     index = finish(plan, [done[spec.shard] for spec in plan.shards])
     _summarise(plan, index)
 
 
-def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) -> Plan:
+def _inspect(config: PrepConfig, engine: str, workers: int, rank: int, world: int) -> Plan:
     """Inspect every photograph and make the plan.
 
     The parts of a job start at different chunks and share the results.
@@ -56,10 +58,10 @@ def _look(config: PrepConfig, engine: str, workers: int, rank: int, world: int) 
     chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.preset.scale)
     start = rank * len(chunks) // world
     order = chunks[start:] + chunks[:start]
-    line = ProgressLine("look", sum(chunk.photos for chunk in chunks), "photos")
-    looked = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
+    line = ProgressLine("inspect", sum(chunk.photos for chunk in chunks), "photos")
+    inspected = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
     line.close()
-    return make_plan(config, [row for rows in looked for row in rows] + problems)
+    return make_plan(config, [row for rows in inspected for row in rows] + problems)
 
 
 def _warn_of_other_libraries(done: dict[int, dict]) -> None:
@@ -73,8 +75,8 @@ def _warn_of_other_libraries(done: dict[int, dict]) -> None:
             f"{k} {other['libraries'].get(k)} -> {v}" for k, v in libraries().items() if other["libraries"].get(k) != v
         ]
         print(
-            f"warning: {other['shard']} was made with other versions ({', '.join(changed)}); "
-            "delete it to make all alike"
+            f"warning: {other['shard']} was made with other library versions ({', '.join(changed)}); "
+            "to make all shards with the same versions, delete it and run the same command again"
         )
 
 
@@ -88,4 +90,4 @@ def _summarise(plan: Plan, index: dict) -> None:
         f"{len(plan.shards)} shards, {size / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}"
     )
     for reason, n in reasons(plan).items():
-        print(f"skipped {n}: {reason} (named in {plan.config.out}/index.json)")
+        print(f"skipped {n}: {reason} (listed in {plan.config.out}/index.json)")

@@ -72,7 +72,7 @@ class _Set:
         self.rows = json.loads((self.source / INDEX).read_text())["shards"]
         self.out = Path(config.out).expanduser() if config.out else self.source / "latents"
         if (self.out / INDEX).exists() and "codec_sha256" not in (self.out / INDEX).read_text():
-            raise ValueError(f"out = {self.out} holds an {INDEX} of something else than latents: name another folder")
+            raise ValueError(f"out = {self.out} holds the {INDEX} of a set without latents: choose another folder")
         self.settings = {
             "codec_sha256": codec.sha256(), "variants": self.variants, "augment": config.augment,
             "dtype": config.dtype, "compute_dtype": config.compute_dtype,
@@ -106,7 +106,7 @@ class _Set:
                     add_member(tar, f"{key}.{MEMBER}", pack(tensors, {}))
                     line.show(done)
             if sha256_of(source) != row["sha256"]:
-                raise _broken(source, f"{source} is not the one in {INDEX}")
+                raise _broken(source, f"{source} is not the shard that {INDEX} lists (its sha256 differs)")
         more = {
             "source_sha256": row["sha256"],
             "libraries": {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")},
@@ -197,7 +197,9 @@ def cache_latents(config: LatentsConfig, codec: Codec, device: torch.device, ran
     line.close()
     done |= {row["shard"]: m for row in work.rows if row["shard"] not in done and (m := work.finished(row))}
     if len(done) < len(work.rows):
-        print(f"part {rank} of {world} is finished; {len(work.rows) - len(done)} shards of other parts are missing")
+        print(
+            f"part {rank} of {world} is finished; {len(work.rows) - len(done)} shards of other parts are still missing"
+        )
         return
     index = work.finish([done[row["shard"]] for row in work.rows])
     rows = index["shards"]

@@ -16,7 +16,7 @@ def check() -> None:
         import jpeglib  # noqa: F401
     except ImportError:
         raise ValueError(
-            "keep_jpeg cuts JPEGs with jpeglib: pip install 'teasr[jpeg]', or set keep_jpeg=false"
+            "keep_jpeg=true needs jpeglib: run pip install 'teasr[jpeg]', or set keep_jpeg=false"
         ) from None
 
 

@@ -123,10 +123,10 @@ def _read_photo(path: Path, sha256: str, scale: float) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{path} could be read at first and cannot now ({error.strerror}); run the command again"
+            f"{path} can no longer be read ({error.strerror}) since it was inspected; run the same command again"
         ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} has changed since it was looked at; run the command again")
+        raise ValueError(f"{path} has changed since it was inspected; run the same command again")
     picture = images.read_rgb(data, str(path))
     if scale == 1:
         return picture

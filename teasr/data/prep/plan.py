@@ -55,12 +55,14 @@ class PrepConfig:
         if self.crop_px < scale or self.crop_px % scale:
             raise ValueError(f"crop_px = {self.crop_px}: must be a positive multiple of the scale {scale}")
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales = {self.scales}: sizes inside (0, 1], such as [1.0, 0.5]")
+            raise ValueError(f"scales = {self.scales}: must be resize factors in (0, 1], such as [1.0, 0.5]")
         for name in ("crops_per_photo", "shard_samples", "variants"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be >= 1")
         if self.lq is not None and (self.scales != (1.0,) or self.variants != 1):
-            raise ValueError("a paired set (lq = ..) has one LQ a photo as it is: leave scales and variants out")
+            raise ValueError(
+                "a paired set (lq=FOLDER) has one LQ image per photo, at its own size: do not set scales and variants"
+            )
         if self.keeps_jpeg:
             lossless.check()
 
@@ -127,10 +129,10 @@ class Plan:
         return sum(len(spec.crops) for spec in self.shards)
 
 
-def make_plan(config: PrepConfig, looked_at: Iterable[Photo | tuple[str, str]]) -> Plan:
+def make_plan(config: PrepConfig, inspected: Iterable[Photo | tuple[str, str]]) -> Plan:
     """Select photographs and place their crops. Raises ValueError when no photograph can be used."""
     photos, skipped, seen = [], [], {}
-    for row in sorted(looked_at, key=lambda row: row.name if isinstance(row, Photo) else row[0]):
+    for row in sorted(inspected, key=lambda row: row.name if isinstance(row, Photo) else row[0]):
         reason = row[1] if isinstance(row, tuple) else _unfit(row, config, seen)
         if reason:
             skipped.append((row[0] if isinstance(row, tuple) else row.name, reason))
@@ -139,7 +141,7 @@ def make_plan(config: PrepConfig, looked_at: Iterable[Photo | tuple[str, str]]) 
             photos.append(row)
     if not photos:
         name, reason = skipped[0]
-        raise ValueError(f"none of the {len(skipped)} pictures in {config.photos} can be used ({name}: {reason})")
+        raise ValueError(f"none of the {len(skipped)} images in {config.photos} can be used ({name}: {reason})")
     crops, n = _arrange([_crops(photo, config) for photo in photos], config), config.shard_samples
     shards = [ShardSpec(config, i // n, tuple(crops[i : i + n])) for i in range(0, len(crops), n)]
     return Plan(config, tuple(photos), tuple(shards), tuple(skipped))
@@ -154,7 +156,7 @@ def _unfit(photo: Photo, config: PrepConfig, seen: dict[str, str]) -> str:
     if photo.sharpness < config.min_sharpness:
         return f"blurred: sharpness {photo.sharpness}, min_sharpness is {config.min_sharpness}"
     if photo.pixels in seen:
-        return f"duplicate: the same picture as {seen[photo.pixels]}"
+        return f"duplicate: the same image as {seen[photo.pixels]}"
     return ""
 
 

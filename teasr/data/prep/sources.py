@@ -86,10 +86,10 @@ def find(
         of_stem = {str(Path(name).with_suffix("")): name for name in found}
         pairs = {name: of_stem.pop(str(Path(name).with_suffix("")), "") for name in names}
         problems += [
-            (f"{lq_folder.name}/{name}", "unpaired: there is no HQ picture of this name") for name in of_stem.values()
+            (f"{lq_folder.name}/{name}", "unpaired: there is no HQ image of this name") for name in of_stem.values()
         ]
         problems += more + [
-            (name, f"unpaired: {lq_folder} holds no picture of this name") for name in names if not pairs[name]
+            (name, f"unpaired: {lq_folder} contains no image of this name") for name in names if not pairs[name]
         ]
         pairs = {name: lq for name, lq in pairs.items() if lq}
     rows: list[tuple[tuple[str, int, int], ...]] = []
@@ -108,12 +108,12 @@ def find(
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one that holds pictures")
+        raise ValueError(f"{folder} is not a folder; give a folder of images")
     names, problems = images.walk_pictures(folder)
     if not names:
         more = f" ({problems[0][0]}: {problems[0][1]})" if problems else ""
         raise ValueError(
-            f"{folder} holds no pictures ({', '.join(images.SUFFIXES)}); put some there or name another folder{more}"
+            f"{folder} contains no images ({', '.join(images.SUFFIXES)}); add some or choose another folder{more}"
         )
     return names, problems
 
@@ -172,7 +172,7 @@ def inspect_photo(path: Path, name: str) -> Photo:
     try:
         x = images.read_rgb(data, name)
         if images.has_transparency(data):
-            raise ValueError("transparent: some pixels show nothing")
+            raise ValueError("transparent: some pixels are not opaque")
     except ValueError as error:
         if str(error).startswith("transparent"):
             raise

@@ -50,20 +50,20 @@ class ShardCheck:
 def read_index(folder: Path) -> dict:
     """Read the index of a local set. Raises ValueError when it is missing or has another format."""
     if ":" in folder.parts[0]:  # a URL: `Path` turned s3:// into s3:/
-        raise ValueError(f"{folder}: only a local folder can be verified, copy the set first")
+        raise ValueError(f"{folder}: only a local folder can be verified; copy the set to this machine first")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one that holds {INDEX}")
+        raise ValueError(f"{folder} is not a folder; give the folder that contains {INDEX}")
     try:
         index = json.loads((folder / INDEX).read_text())
     except OSError:
         raise ValueError(
-            f"{folder} holds no {INDEX}: the set is not finished, run its make_shards command again"
+            f"{folder} holds no {INDEX}: the set is not finished; run its make_shards command again"
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder / INDEX} is broken ({error}): run its make_shards command again") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else None
-        raise ValueError(f"{folder / INDEX} has format {found}, this version knows {FORMAT}: make the set again")
+        raise ValueError(f"{folder / INDEX} has format {found}, this version reads {FORMAT}: make the set again")
     return index
 
 
@@ -95,7 +95,9 @@ def _check_index(folder: Path, index: dict) -> tuple[list[str], list[str]]:
     rows = index["shards"]
     problems = []
     if set_hash(rows) != index["set_sha256"]:
-        problems.append(f"{INDEX}: set_sha256 is not the hash of its shards: run the same make_shards command again")
+        problems.append(
+            f"{INDEX}: set_sha256 is not the hash of the listed shards: run the same make_shards command again"
+        )
     known = {row["shard"] for row in rows} | {Path(row["shard"]).with_suffix(".json").name for row in rows}
     strays = [
         p.name
@@ -117,13 +119,13 @@ def verify_shard(check: ShardCheck, on_done: Callable[[int], None] = lambda samp
     if len(data) != row["bytes"]:
         problems.append(f"{name} has {len(data)} bytes, {INDEX} says {row['bytes']}: {REMAKE}")
     elif hashlib.sha256(data).hexdigest() != row["sha256"]:
-        problems.append(f"{name} is not as it was written (sha256): {REMAKE}")
+        problems.append(f"{name} is corrupted (its sha256 differs from {INDEX}): {REMAKE}")
     try:
         manifest = json.loads(check.path.with_suffix(".json").read_text())
     except (OSError, ValueError):
         manifest = None
     if manifest != row:
-        problems.append(f"{name}: its manifest {check.path.stem}.json is missing or other than {INDEX} says: {REMAKE}")
+        problems.append(f"{name}: its manifest {check.path.stem}.json is missing or differs from {INDEX}: {REMAKE}")
     try:
         samples = list(read_samples(data))
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
@@ -155,10 +157,10 @@ def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
                 members = {}
             key = this
             if field in members:
-                raise tarfile.TarError(f"{info.name} comes twice")
+                raise tarfile.TarError(f"{info.name} appears twice")
             members[field] = tar.extractfile(info).read()
         if data[tar.offset : tar.offset + 512].strip(b"\0") or len(data) < tar.offset:
-            raise tarfile.TarError("it is torn")
+            raise tarfile.TarError("it is truncated")
     if key:
         yield key, members
 
@@ -169,9 +171,9 @@ def _check_keys(check: ShardCheck, keys: list[str]) -> list[str]:
         return []
     name, twice = check.row["shard"], sorted({key for key in keys if keys.count(key) > 1})
     lost, foreign = sorted(set(wanted) - set(keys)), sorted(set(keys) - set(wanted))
-    problems = [f"{name}/{key} comes twice: {REMAKE}" for key in twice]
+    problems = [f"{name}/{key} appears twice: {REMAKE}" for key in twice]
     problems += [f"{name}/{key} is missing: {REMAKE}" for key in lost]
-    problems += [f"{name}/{key} does not belong there: {REMAKE}" for key in foreign]
+    problems += [f"{name}/{key} does not belong to this shard: {REMAKE}" for key in foreign]
     return problems or [f"{name}: its samples are out of order: {REMAKE}"]
 
 
@@ -191,7 +193,7 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
         if field not in members:
             problems.append(f"{key}.{field} is missing")
         elif zlib.crc32(members[field]) != sums.get(field):
-            problems.append(f"{key}.{field} is not as it was written (crc32)")
+            problems.append(f"{key}.{field} is corrupted (its crc32 differs from the recorded one)")
         else:
             try:
                 pictures[field] = x = images.decode_rgb(members[field], field)
@@ -199,7 +201,9 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
                     problems.append(f"{key}.{field} is {x.shape[1]}x{x.shape[0]} px, it must be {px}x{px}")
             except ValueError as error:
                 problems.append(f"{key}.{error}")
-    problems += [f"{key}.{field} does not belong there" for field in sorted(set(members) - set(wanted) - {"json"})]
+    problems += [
+        f"{key}.{field} does not belong to this sample" for field in sorted(set(members) - set(wanted) - {"json"})
+    ]
     if redo and not problems and hq_field != "hq.jpg":
         problems += _redo(check, key, pictures[hq_field], [pictures[f] for f in lq_fields], record)
     return problems
@@ -213,8 +217,8 @@ def _redo(check: ShardCheck, key: str, hq: np.ndarray, lq: list[np.ndarray], rec
         again, parameters = degradation.degrade(hq, settings, np.random.default_rng(drawn["seed"]))
         if not np.array_equal(again, lq[variant]) or {"seed": drawn["seed"]} | parameters != drawn:
             other = libraries() not in check.libraries
-            why = f" (made with other libraries: {check.libraries})" if other else ""
-            problems.append(f"{key}.{lq_field(variant)} comes out differently when HQ is degraded again{why}")
+            why = f" (the shards were made with other library versions: {check.libraries})" if other else ""
+            problems.append(f"{key}.{lq_field(variant)} is different when HQ is degraded again{why}")
     return problems
 
 
