@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from teasr import run_config
+from teasr.evaluation.benchmark import BASELINES
 from teasr.evaluation.metrics import METRICS
 from teasr.util.files import write_atomic
 
@@ -204,7 +205,7 @@ def compare(rows: dict, base: str, better: str) -> dict:
     """
     gains = {}
     for method, metrics in rows[better].items():
-        if method == "bicubic":
+        if method in BASELINES:
             continue
         for metric, values in metrics.items():
             sign = 1 if METRICS[metric].higher else -1
@@ -229,12 +230,12 @@ def markdown(result: dict) -> str:
     ]  # fmt: skip
     for i, (name, methods) in enumerate(result["rows"].items()):
         for method, row in methods.items():
-            if method == "bicubic" and i:
+            if method in BASELINES and i:
                 continue
             cells = []
             for m in metrics:
                 cells.append(f"{row[m]['mean']:.{digits[m]}f}{_spread(row[m]['deviation'], digits[m])}")
-            lines.append(f"| {'' if method == 'bicubic' else name} | {method} | {' | '.join(cells)} |")
+            lines.append(f"| {'' if method in BASELINES else name} | {method} | {' | '.join(cells)} |")
     for comparison in result["comparisons"]:
         lines += ["", f"**{comparison['row']}** compared with *{comparison['base']}* (positive: better):", ""]
         for method, row in comparison["gains"].items():

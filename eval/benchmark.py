@@ -24,6 +24,7 @@ from teasr import assets
 from teasr.config import strict_yaml
 from teasr.config.settings import TrackingConfig
 from teasr.data import pairs as pairs_of
+from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
 from teasr.evaluation.benchmark import SHOWN, Evaluation, step_name, steps_of, table
@@ -152,7 +153,13 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
     if options.data is None:
         raise ValueError("--data is missing: give a shard set, two folders as LQ:HQ, or a name in eval/datasets.yaml")
     folder = options.model
-    pairs = find_pairs(options.data, options.data_root)
+    scale = strict_yaml.read_yaml(folder / "config.yaml").get("scale", DEFAULT_SCALE)
+    pairs = find_pairs(options.data, options.data_root, scale)
+    if pairs.scale != scale:
+        raise ValueError(
+            f"{pairs.name} has pairs of scale {pairs.scale}, but {folder} restores at scale {scale}: evaluate it on "
+            f"pairs of scale {scale}"
+        )
     manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
     made_by = {"checkpoint": folder.name, "manifest": manifest, "weights": options.weights, "seed": options.seed}
     made_by |= {"fidelity": options.fidelity, "color": options.color}
@@ -160,15 +167,11 @@ def _of_model(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
 
     def method(steps: int):
         def restore(sample: Sample):
-            upscaler = load()
-            if sample.scale != upscaler.scale:
-                raise ValueError(
-                    f"{sample.key} is a pair of scale x{sample.scale}, but the model restores x{upscaler.scale}: "
-                    f"evaluate it on pairs of scale x{upscaler.scale}"
-                )
+            if sample.scale != scale:
+                raise ValueError(f"{sample.key} is a pair of scale {sample.scale}, but the model restores at {scale}")
             fidelity = options.fidelity if options.fidelity and steps > 1 else None
             settings = {"fidelity": fidelity, "color_fix": options.color}
-            return upscaler(sample.lq, steps, seed_of(options.seed, sample.key), **settings)
+            return load()(sample.lq, steps, seed_of(options.seed, sample.key), **settings)
 
         return restore
 
@@ -182,14 +185,15 @@ def _of_predictions(options: argparse.Namespace, scorer: Scorer) -> Evaluation:
         raise ValueError("--predictions needs --hq (folder of the originals) and --out (output folder)")
     theirs = pairs_of.from_folders(options.hq, options.predictions, scale=1, name=options.hq.name)
     methods = {options.name: lambda sample: sample.lq}
-    made_by, flags = {"name": options.name}, {"keep_images": False, "beside_bicubic": False}
+    made_by, flags = {"name": options.name}, {"keep_images": False, "beside_baseline": False}
     return Evaluation(theirs, scorer, options.out, methods, made_by, **flags, **_here())
 
 
-def find_pairs(data: str, root: Path) -> Pairs:
+def find_pairs(data: str, root: Path, scale: int) -> Pairs:
     """Return the pairs of a data set name, LQ:HQ folders or a shard set.
 
-    Raises ValueError when `data` is none of these or the set is incomplete.
+    `scale`: that of LQ:HQ folders, and of sets whose LQ is made from HQ. Raises ValueError when `data` is none of
+    these or the set is incomplete.
     """
     known = strict_yaml.read_yaml(DATASETS)
     if data in known:
@@ -201,10 +205,17 @@ def find_pairs(data: str, root: Path) -> Pairs:
                 f"dataset {data}: folder {hq} does not exist. Get it from {entry['get']}; "
                 f"set --data-root to the folder that contains {entry['hq']}"
             )
-        return pairs_of.from_folders(hq, lq, entry["scale"], data, entry["count"])
+        if lq is not None:
+            return pairs_of.from_folders(hq, lq, entry["scale"], data, entry["count"])
+        if scale == 1:
+            raise ValueError(
+                f"dataset {data} has no degraded images for a model of scale 1: give a shard set, or LQ:HQ"
+            )
+        name = data if scale == entry["scale"] else f"{data}-x{scale}"
+        return pairs_of.from_folders(hq, None, scale, name, entry["count"])
     lq, colon, hq = data.partition(":")
     if colon and Path(lq).is_dir():
-        return pairs_of.from_folders(Path(hq), Path(lq))
+        return pairs_of.from_folders(Path(hq), Path(lq), scale)
     return pairs_of.from_shards(data)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from teasr.evaluation.benchmark import BICUBIC, SHOWN, shown_name, steps_of
+from teasr.evaluation.benchmark import BASELINES, BICUBIC, SHOWN, shown_name, steps_of
 from teasr.evaluation.metrics import METRICS
 from teasr.util.files import read_json, write_atomic
 
@@ -114,7 +114,7 @@ def rows_of(dataset: str, results: list[Result], blocks: list[dict]) -> list[tup
     rows = []
     for result in results:
         for method, row in result.scores["methods"].items():
-            name = method if method == BICUBIC else f"{result.name}, {method}"
+            name = method if method in BASELINES else f"{result.name}, {method}"
             values = {metric: value["mean"] for metric, value in row.items()}
             if (name, values, "") not in rows:
                 rows.append((name, values, ""))
@@ -149,15 +149,20 @@ def header(metric: str) -> str:
     return f"{METRICS[metric].label} {'↑' if METRICS[metric].higher else '↓'}"
 
 
+def baseline_of(scores: dict) -> str:
+    """Return the name of the unrestored images in results; those of older versions do not state it."""
+    return scores.get("baseline") or BICUBIC
+
+
 def first_of(results: list[Result]) -> dict[str, float]:
     """Metrics of the row that published rows are compared with: the first method of the first result."""
     methods = results[0].scores["methods"]
-    name = next((m for m in methods if m != BICUBIC), BICUBIC)
+    name = next((m for m in methods if m not in BASELINES), next(iter(methods)))
     return {metric: value["mean"] for metric, value in methods[name].items()}
 
 
 def gains(results: list[Result]) -> list[str]:
-    """Describe the gain over bicubic in the first metric, computed image by image."""
+    """Describe the gain over the unrestored images in the first metric, computed image by image."""
     lines = []
     for result in results:
         for method, row in result.scores["methods"].items():
@@ -166,7 +171,7 @@ def gains(results: list[Result]) -> list[str]:
                 mean, low, high = (values[f"gain_{k}"] for k in ("mean", "low", "high"))
                 label = METRICS[metric].label
                 lines.append(
-                    f"{result.name}, {method}, gain over bicubic: {mean:+.3f} {label}, "
+                    f"{result.name}, {method}, gain over {baseline_of(result.scores)}: {mean:+.3f} {label}, "
                     f"95 % interval {low:+.3f} to {high:+.3f}"
                 )
     return lines
@@ -216,7 +221,7 @@ def hardware(result: Result) -> str:
 
 
 def chart(metric: str, found: list[Result]) -> str:
-    """Return an SVG chart of a metric against the number of steps, with its interval, and bicubic as a dashed line.
+    """Return an SVG chart of a metric against the number of steps, with its interval; the baseline is a dashed line.
 
     The result is empty when no method has a number of steps.
     """
@@ -232,7 +237,8 @@ def chart(metric: str, found: list[Result]) -> str:
     if not lines:
         return ""
     values = [v for _, points in lines for _, p in points for v in (p.get("low", p["mean"]), p.get("high", p["mean"]))]
-    base = found[0].scores["methods"].get(BICUBIC, {}).get(metric, {}).get("mean")
+    baseline = baseline_of(found[0].scores)
+    base = found[0].scores["methods"].get(baseline, {}).get(metric, {}).get("mean")
     low, high = min([*values, *([base] if base else [])]), max([*values, *([base] if base else [])])
     low, high = low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1)
     steps = sorted({s for _, points in lines for s, _ in points})
@@ -253,7 +259,7 @@ def chart(metric: str, found: list[Result]) -> str:
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 2}" text-anchor="middle">steps</text>')
     if base is not None:
         parts.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y(base):.1f}" y2="{y(base):.1f}"/>')
-        parts.append(f'<text x="{WIDTH - 12}" y="{y(base) - 4:.1f}" text-anchor="end">bicubic</text>')
+        parts.append(f'<text x="{WIDTH - 12}" y="{y(base) - 4:.1f}" text-anchor="end">{baseline}</text>')
     for (_, points), color in zip(lines, COLORS * len(lines), strict=False):
         upper = [f"{x(s):.1f},{y(p.get('high', p['mean'])):.1f}" for s, p in points]
         lower = [f"{x(s):.1f},{y(p.get('low', p['mean'])):.1f}" for s, p in reversed(points)]

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_upscale(commands) -> None:
     upscale = commands.add_parser(
-        "upscale", help="restore images, by default at four times their width and height", epilog=EXAMPLES,
+        "upscale", help="restore images, by default at the scale of the model (`small`: 4)", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     upscale.add_argument("inputs", nargs="+", metavar="IN", help="image file, folder of images or quoted glob pattern")
@@ -79,7 +79,12 @@ def _add_upscale(commands) -> None:
         metavar="F",
         help="0 to 1: how far to blend the result of several steps with the one-step result (default: 0, no blending)",
     )
-    quality.add_argument("--scale", type=float, metavar="X", help="scale factor of width and height (default: 4)")
+    quality.add_argument(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="scale factor of width and height (default: that of the model, 4 for `small`)",
+    )
     quality.add_argument("--size", metavar="WxH", help="size of the result in pixels, instead of --scale")
     quality.add_argument(
         "--color",

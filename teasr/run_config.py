@@ -17,6 +17,7 @@ from teasr.backbones.roles import STUDENT, Role, check_roles
 from teasr.config import strict_yaml as cfg
 from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
 from teasr.data.config import DataConfig
+from teasr.data.layout import DEFAULT_SCALE, SCALES
 from teasr.methods.base import Method
 
 
@@ -52,6 +53,7 @@ class RunConfig:
 
     run_dir: str
     seed: int
+    scale: int  # HQ is this many times as large as LQ; 1 is restoration without upscaling
     backbone_name: str
     backbone: Any
     method_name: str
@@ -69,6 +71,7 @@ class RunConfig:
         return {
             "run_dir": self.run_dir,
             "seed": self.seed,
+            "scale": self.scale,
             "backbone": {"name": self.backbone_name} | cfg.to_dict(self.backbone),
             **prior,
             "method": {"name": self.method_name} | cfg.to_dict(self.method),
@@ -132,7 +135,7 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 def parse(data: dict) -> RunConfig:
     """Build a config from nested mappings."""
-    sections = ("run_dir", "seed", "backbone", "prior", "method", "data", "train", "preview", "tracking")
+    sections = ("run_dir", "seed", "scale", "backbone", "prior", "method", "data", "train", "preview", "tracking")
     for key in data:
         if key not in sections:
             raise ValueError(cfg.unknown_key(str(key), str(key), list(sections)))
@@ -145,6 +148,7 @@ def parse(data: dict) -> RunConfig:
     return RunConfig(
         run_dir=cfg.convert(str, data["run_dir"], "run_dir"),
         seed=cfg.convert(int, data.get("seed", 0), "seed"),
+        scale=_scale(data.get("scale", DEFAULT_SCALE)),
         backbone_name=backbone_name,
         backbone=backbone,
         method_name=method_name,
@@ -156,6 +160,13 @@ def parse(data: dict) -> RunConfig:
         prior_name=prior_name,
         prior=prior,
     )
+
+
+def _scale(value: Any) -> int:
+    scale = cfg.convert(int, value, "scale")
+    if scale not in SCALES:
+        raise ValueError(f"config key scale = {scale}: must be one of {', '.join(map(str, SCALES))}")
+    return scale
 
 
 def _component(registry: dict, data: Any, where: str) -> tuple[str, Any]:

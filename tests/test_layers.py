@@ -48,7 +48,7 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
     "methods/teasr.py": {
         "backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.sampler", "util/",
     },
-    "run_config.py": {"backbones/", "config/", "data.config", "methods/"},
+    "run_config.py": {"backbones/", "config/", "data.config", "data.layout", "methods/"},
     "restore/": {"assets/", "backbones/", "diffusion/", "imaging/", "methods/", "restore/", "run_config", "util/"},
     "evaluation/": {"data/", "diffusion/", "evaluation/", "imaging/", "util/"},
     "tracking/": {"config/", "tracking/", "util/"},

@@ -16,6 +16,8 @@ from pathlib import Path
 from teasr.util.files import Hashed, write_atomic
 
 FORMAT = 2
+SCALES = (1, 2, 3, 4)  # ratio of the side of HQ to that of LQ
+DEFAULT_SCALE = 4  # of sets whose index does not name a scale, because they were made before it was a setting
 INDEX = "index.json"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.shards import Sample, ShardSet, decode, read_shard
 from teasr.imaging import images
 
@@ -22,11 +23,12 @@ from teasr.imaging import images
 class Pairs:
     """A named set of pairs. Iterating yields (key, load), where `load()` returns the decoded pair.
 
-    `identity` changes when the set changes.
+    `identity` changes when the set changes. scale: ratio of the side of HQ to that of LQ.
     """
 
     name: str
     count: int
+    scale: int
     identity: dict
     entries: Callable[[], Iterator[tuple[str, Callable[[], Sample]]]]
 
@@ -51,10 +53,14 @@ def from_shards(location: str, name: str | None = None) -> Pairs:
                 yield raw["__key__"], partial(decode, raw)
 
     sizes = list(zip(shards.counts, shards.sizes, strict=True))
-    return Pairs(name or Path(location).name, len(shards), {"settings": shards.settings, "shards": sizes}, entries)
+    return Pairs(
+        name or Path(location).name, len(shards), shards.scale, {"settings": shards.settings, "shards": sizes}, entries
+    )
 
 
-def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = None, count: int | None = None) -> Pairs:
+def from_folders(
+    hq: Path, lq: Path | None, scale: int = DEFAULT_SCALE, name: str | None = None, count: int | None = None
+) -> Pairs:
     """Pairs of the images in `hq` and those of the same name (without suffix) in `lq`.
 
     If `lq` is None, LQ is the bicubic reduction of HQ by Pillow, which widens the kernel as MATLAB does; originals are
@@ -85,7 +91,7 @@ def from_folders(hq: Path, lq: Path | None, scale: int = 4, name: str | None = N
     listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
     identity = {"files": len(files), "listing": hashlib.sha256(listing.encode()).hexdigest()[:16]}
     identity |= {"scale": scale, "lq": "given" if lq else "bicubic"}
-    return Pairs(name or hq.name, len(originals), identity, entries)
+    return Pairs(name or hq.name, len(originals), scale, identity, entries)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -17,7 +17,7 @@ import numpy as np
 import webdataset as wds
 from webdataset import tariterators
 
-from teasr.data.layout import FORMAT, INDEX, lq_field
+from teasr.data.layout import DEFAULT_SCALE, FORMAT, INDEX, lq_field
 from teasr.imaging import images
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class ShardSet:
         A location is a folder, any URL that webdataset opens (`pipe:cat /data/{name}`, `http://..`, `gs://..`,
         `hf://..`), or `s3://..`. Several locations form one set, in which each counts in proportion to its number of
         samples; its `settings` are those shared by all. Raises ValueError when an index is missing, unreadable or
-        empty, or when the numbers of degraded variants differ.
+        empty, or when the scales or the numbers of degraded variants differ.
         """
         if more:
             return cls._joined([cls.open(each) for each in (location, *more)])
@@ -59,6 +59,11 @@ class ShardSet:
     @classmethod
     def _joined(cls, sets: list[ShardSet]) -> ShardSet:
         for other in sets[1:]:
+            if other.scale != sets[0].scale:
+                raise ValueError(
+                    f"{sets[0].location} has scale {sets[0].scale} and {other.location} has scale {other.scale}: "
+                    "sets that are read together need the same scale; make one again with the scale of the other"
+                )
             if other.variants != sets[0].variants:
                 raise ValueError(
                     f"{sets[0].location} has {sets[0].variants} degraded version(s) of each HQ and "
@@ -73,6 +78,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def scale(self) -> int:
+        """Ratio of the side of HQ to that of LQ."""
+        return self.settings.get("scale", DEFAULT_SCALE)
 
     @property
     def locations(self) -> tuple[str, ...]:

@@ -102,8 +102,8 @@ class PairStream(IterableDataset):
         turn = seed_of(self.seed, "augment", n) % turns_of(self.config.augment)
         sample = self._read(slot, stream, turn, held)
         if self.online is not None:
-            made_with = degradation.preset(self.shards.settings["degradation"])
-            hq = sample.hq if made_with.usm else degradation.sharpen(sample.hq, self.online)
+            stored = degradation.PRESETS[self.shards.settings["degradation"]]
+            hq = sample.hq if stored.usm else degradation.sharpen(sample.hq, self.online)
             rng = np.random.default_rng(seed_of(self.seed, "degrade", n))
             sample = replace(sample, hq=hq, lq=degradation.degrade(hq, self.online, rng)[0])
         return Pair(*sample.tensors(turn), sample.key, sample.bad, *(sample.latents or (None, None)))
@@ -178,7 +178,17 @@ def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degr
             f"({', '.join(sorted(needed - set(shards.settings)))}), so that "
             "their HQ cannot be degraded in the same way: set data.degrade=stored, or make the sets with equal settings"
         )
-    return degradation.preset(config.degradation or shards.settings["degradation"], shards.settings["peer_exact"])
+    name = config.degradation or shards.settings["degradation"]
+    return degradation.preset(name, shards.settings["peer_exact"], shards.scale)
+
+
+def check_scale(shards: ShardSet, scale: int, key: str) -> None:
+    """Raise ValueError unless the set, named by the config key `key`, has the scale of the run."""
+    if shards.scale != scale:
+        raise ValueError(
+            f"{key} = {shards.location} has scale {shards.scale}, but the config has scale = {scale}: set "
+            f"scale={shards.scale}, or make shards with scale={scale}"
+        )
 
 
 def check_streams(shards: ShardSet, config: DataConfig, world: int) -> None:

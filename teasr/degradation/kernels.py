@@ -1,4 +1,4 @@
-"""Blur kernels of Real-ESRGAN: six Gaussian families and the circular low-pass filter ("sinc").
+"""Blur kernels: six Gaussian families and the circular low-pass filter ("sinc") of Real-ESRGAN, and linear motion.
 
 `draw` samples the parameters as a plain mapping, which is stored in a sample's JSON; `build` computes the kernel from
 them.
@@ -17,7 +17,12 @@ PROBABILITIES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
 
 
 def draw(stage, rng: np.random.Generator) -> dict:
-    """Draw the parameters of a blur kernel from the ranges of a `Stage`: family, odd size 7..21, family parameters."""
+    """Draw the parameters of a blur kernel from the ranges of a `Stage`.
+
+    They are the family, and either the length and angle of a motion, or the odd size 7..21 and the family's parameters.
+    """
+    if stage.motion_probability and rng.random() < stage.motion_probability:
+        return {"family": "motion", "length": rng.uniform(*stage.motion_px), "angle": rng.uniform(0, math.pi)}
     k = _size(rng)
     if rng.random() < stage.sinc_probability:
         return {"family": "sinc", "size": k, "cutoff": rng.uniform(math.pi / 3 if k < 13 else math.pi / 5, math.pi)}
@@ -43,6 +48,8 @@ def build(drawn: dict) -> np.ndarray:
     """Build the kernel, [k, k] float64 with sum 1, from drawn parameters."""
     if drawn["family"] == "sinc":
         return sinc(drawn["cutoff"], drawn["size"])
+    if drawn["family"] == "motion":
+        return motion(drawn["length"], drawn["angle"])
     plateau = drawn["family"].startswith("plateau")
     return gaussian(drawn["size"], *drawn["sigma"], drawn["rotation"], drawn["beta"], plateau)
 
@@ -60,6 +67,22 @@ def gaussian(
     y, x = np.mgrid[:k, :k] - float(k // 2)
     q = (inverse[0, 0] * x * x + 2 * inverse[0, 1] * x * y + inverse[1, 1] * y * y) ** beta
     kernel = 1 / (1 + q) if plateau else np.exp(-0.5 * q)
+    return kernel / kernel.sum()
+
+
+def motion(length: float, angle: float) -> np.ndarray:
+    """Uniform motion along a straight line of `length` pixels at `angle` radians; [k, k], odd k, sum 1.
+
+    Points along the line are spread over the four nearest pixels with bilinear weights.
+    """
+    r = math.ceil(length / 2)
+    kernel = np.zeros((2 * r + 1, 2 * r + 1))
+    t = (np.arange(n := max(1, math.ceil(16 * length))) + 0.5) / n - 0.5
+    x, y = r + t * length * math.cos(angle), r - t * length * math.sin(angle)
+    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        weight = (1 - np.abs(x - x0 - dx)) * (1 - np.abs(y - y0 - dy))
+        np.add.at(kernel, (np.minimum(y0 + dy, 2 * r), np.minimum(x0 + dx, 2 * r)), weight)
     return kernel / kernel.sum()
 
 

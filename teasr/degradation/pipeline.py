@@ -23,17 +23,19 @@ class Stage:
     """
 
     blur_probability: float
-    blur_sigma: tuple[float, float]
-    beta_generalized: tuple[float, float]
-    beta_plateau: tuple[float, float]
-    resize_probability: tuple[float, float, float]  # up, down, keep
-    resize_range: tuple[float, float]
-    noise_sigma: tuple[float, float]
-    poisson_scale: tuple[float, float]
-    jpeg_quality: tuple[float, float]
+    blur_sigma: tuple[float, float] = (0.0, 0.0)
+    beta_generalized: tuple[float, float] = (1.0, 1.0)
+    beta_plateau: tuple[float, float] = (1.0, 1.0)
+    resize_probability: tuple[float, float, float] = (0.0, 0.0, 1.0)  # up, down, keep
+    resize_range: tuple[float, float] = (1.0, 1.0)
+    noise_sigma: tuple[float, float] | None = None  # None: no noise
+    poisson_scale: tuple[float, float] | None = None
+    jpeg_quality: tuple[float, float] | None = None  # None: no JPEG
     gaussian_probability: float = 0.5
     gray_probability: float = 0.4
     sinc_probability: float = 0.1
+    motion_probability: float = 0.0  # of a linear motion blur in place of the other kernels
+    motion_px: tuple[float, float] = (3.0, 15.0)  # length of the motion
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,44 @@ PRESETS = {
         jpeg_quality=((60.0, 95.0), (60.0, 100.0)),
     ),
     "none": Degradation("none"),
+    # For restoration at scale 1. Our own ranges: Gaussian noise as in the usual benchmarks of blind denoising, JPEG
+    # over the qualities that cameras and web sites use, and defocus or motion blur with a little sensor noise.
+    "noise": Degradation(
+        "noise",
+        stages=(Stage(0.0, noise_sigma=(5.0, 50.0), gaussian_probability=1.0, gray_probability=0.0),),
+        final_sinc_probability=0.0,
+    ),
+    "jpeg": Degradation("jpeg", stages=(Stage(0.0, jpeg_quality=(10.0, 80.0)),), final_sinc_probability=0.0),
+    "blur": Degradation(
+        "blur",
+        stages=(
+            Stage(
+                1.0,
+                blur_sigma=(0.6, 2.5),
+                beta_generalized=(0.5, 4.0),
+                beta_plateau=(1.0, 2.0),
+                sinc_probability=0.0,
+                noise_sigma=(0.0, 4.0),
+                gaussian_probability=1.0,
+                gray_probability=0.0,
+                motion_probability=0.5,
+            ),
+        ),
+        final_sinc_probability=0.0,
+    ),
 }
 
 
-def preset(name: str, peer_exact: bool = False) -> Degradation:
-    """Return a preset by name. Raises ValueError listing the available presets when the name is unknown."""
+def preset(name: str, peer_exact: bool = False, scale: int = 4) -> Degradation:
+    """Return a preset by name, which reduces the image `scale` times.
+
+    Raises ValueError when the name is unknown, listing the available presets, or when it would not change the image.
+    """
     if name not in PRESETS:
         raise ValueError(f"degradation preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], peer_exact=peer_exact)
+    if scale == 1 and not PRESETS[name].stages:
+        raise ValueError(f"degradation preset {name!r} with scale 1 leaves the image as it is: choose another preset")
+    return replace(PRESETS[name], peer_exact=peer_exact, scale=scale)
 
 
 def sharpen(hq: np.ndarray, settings: Degradation) -> np.ndarray:
@@ -129,11 +161,13 @@ def _draw_stage(stage: Stage, rng: np.random.Generator) -> dict:
     low, high = stage.resize_range
     drawn["resize"] = (rng.uniform(1, high), rng.uniform(low, 1), 1.0)[direction]
     drawn["mode"] = _mode(rng)
-    gaussian = bool(rng.random() < stage.gaussian_probability)
-    drawn["noise"] = "gaussian" if gaussian else "poisson"
-    drawn["level"] = rng.uniform(*(stage.noise_sigma if gaussian else stage.poisson_scale))
-    drawn["gray"] = bool(rng.random() < stage.gray_probability)
-    drawn["jpeg"] = rng.uniform(*stage.jpeg_quality)
+    if stage.noise_sigma is not None:
+        gaussian = bool(rng.random() < stage.gaussian_probability)
+        drawn["noise"] = "gaussian" if gaussian else "poisson"
+        drawn["level"] = rng.uniform(*(stage.noise_sigma if gaussian else stage.poisson_scale))
+        drawn["gray"] = bool(rng.random() < stage.gray_probability)
+    if stage.jpeg_quality is not None:
+        drawn["jpeg"] = rng.uniform(*stage.jpeg_quality)
     return drawn
 
 
@@ -159,7 +193,7 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
             x = ops.resize_by(x, stage["resize"], stage["mode"])
         else:
             x = ops.resize_relative(x, size, stage["resize"], stage["mode"])
-        if rng is not None:
+        if rng is not None and "noise" in stage:
             noise = ops.gaussian_noise if stage["noise"] == "gaussian" else ops.poisson_noise
             x = noise(x, stage["level"], stage["gray"], rng)
         if i < len(drawn["stages"]) - 1:
@@ -169,13 +203,13 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
 
 def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarray:
     """Resize to LQ size, apply the optional sinc filter, and compress with JPEG before or after these, as drawn."""
-    final, quality = drawn["final"], drawn["stages"][-1]["jpeg"]
-    if final["jpeg_first"]:
+    final, quality = drawn["final"], drawn["stages"][-1].get("jpeg")
+    if quality is not None and final["jpeg_first"]:
         x = ops.jpeg(x, quality).astype(np.float32, copy=False)
     x = ops.resize(x, size, final["mode"])
     if "kernel" in final:
         x = ops.blur(x, kernels.build(final["kernel"]))
-    return x if final["jpeg_first"] else ops.jpeg(x, quality)
+    return x if quality is None or final["jpeg_first"] else ops.jpeg(x, quality)
 
 
 def _lq_size(hq: np.ndarray, scale: int) -> tuple[int, int]:

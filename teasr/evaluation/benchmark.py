@@ -32,7 +32,8 @@ COMPARED = 6  # the most pictures in comparison.png
 EXTREMES = 5  # number of best and of worst pictures in extremes.png
 SHOWN_PX = 384  # largest side of a picture in a sheet; larger ones are cropped to their centre
 RESAMPLES = 1000  # number of bootstrap resamples
-BICUBIC, SHOWN = "bicubic", "shown"
+BICUBIC, INPUT, SHOWN = "bicubic", "input", "shown"
+BASELINES = (BICUBIC, INPUT)  # names of the unrestored pictures in the results
 Restore = Callable[[Sample], np.ndarray]
 
 
@@ -50,7 +51,7 @@ class Evaluation:
     methods: dict[str, Restore]
     made_by: dict
     keep_images: bool = True
-    beside_bicubic: bool = True
+    beside_baseline: bool = True
     commit: str = "unknown"
     rank: int = 0
     world: int = 1
@@ -60,7 +61,7 @@ class Evaluation:
         made = {"made_by": self.made_by, "pairs": self.pairs.identity}
         self.images = self.out / f"images-{_hash(made)}"
         scored = made | {"methods": list(self.methods), "metrics": self.scorer.identity}
-        scored |= {} if self.beside_bicubic else {"beside_bicubic": False}
+        scored |= {} if self.beside_baseline else {"beside_bicubic": False}
         self.parts = self.out / f"parts-{_hash(scored)}"
         self.settings = scored
 
@@ -88,7 +89,12 @@ class Evaluation:
 
     @property
     def _names(self) -> list[str]:
-        return [BICUBIC, *self.methods] if self.beside_bicubic else list(self.methods)
+        return [self.baseline, *self.methods] if self.beside_baseline else list(self.methods)
+
+    @property
+    def baseline(self) -> str:
+        """Name of LQ itself in the results: upscaled bicubically, or the input where nothing is upscaled."""
+        return INPUT if self.pairs.scale == 1 else BICUBIC
 
     def _part(self, key: str) -> dict | None:
         try:
@@ -108,9 +114,9 @@ class Evaluation:
         write_atomic(path, json.dumps(part).encode())
 
     def _pictures(self, key: str, sample: Sample, seconds: dict[str, float]) -> Iterable[tuple[str, np.ndarray]]:
-        """Yield the bicubic picture (unless the pairs have no LQ) and that of every method; existing ones are read."""
-        if self.beside_bicubic:
-            yield BICUBIC, sample.lq_up
+        """Yield the baseline (unless the pairs have no LQ) and the picture of every method; existing ones are read."""
+        if self.beside_baseline:
+            yield self.baseline, sample.lq_up
         for name, restore in self.methods.items():
             path = self.image_path(name, key)
             if self.keep_images and path.is_file():
@@ -135,8 +141,9 @@ class Evaluation:
         self._collect_sets()
         names = self._names
         self.scores = {
-            "dataset": self.pairs.name, "pictures": len(self.pairs), "protocol": self.scorer.protocol.name,
-            "metrics": self.scorer.identity,
+            "dataset": self.pairs.name, "scale": self.pairs.scale, "pictures": len(self.pairs),
+            "protocol": self.scorer.protocol.name, "metrics": self.scorer.identity,
+            "baseline": self.baseline if self.beside_baseline else None,
             "methods": {name: self._means(list(parts.values()), name) | self._set_scores(name) for name in names},
         }  # fmt: skip
         text = io.StringIO()
@@ -155,7 +162,7 @@ class Evaluation:
     def _means(self, parts: list[dict], method: str) -> dict[str, dict[str, float]]:
         """Return the mean of every metric with its 95 % bootstrap interval over pictures.
 
-        The same is returned for the gain over bicubic, taken picture by picture.
+        The same is returned for the gain over the baseline, taken picture by picture.
         """
         draws = np.random.default_rng(0).integers(0, len(parts), (RESAMPLES, len(parts)))
 
@@ -167,8 +174,8 @@ class Evaluation:
         for metric in self.scorer.picture_names:
             values = np.array([part["scores"][method][metric] for part in parts])
             found[metric] = interval(values)
-            if self.beside_bicubic and method != BICUBIC:
-                base = np.array([part["scores"][BICUBIC][metric] for part in parts])
+            if self.beside_baseline and method != self.baseline:
+                base = np.array([part["scores"][self.baseline][metric] for part in parts])
                 found[metric] |= interval(values - base, "gain_")
         return found
 
@@ -220,13 +227,13 @@ class Evaluation:
     def _draw_sheets(self, parts: dict[str, dict]) -> None:
         """Draw comparison.png, with pictures spread over the set, and extremes.png, with the best and worst pictures.
 
-        Best and worst refer to the first metric (PSNR by default): its gain over bicubic, or its value without bicubic.
+        Best and worst refer to the first metric (PSNR by default): gain over the baseline, or value without one.
         """
         keys = list(parts)
         spread = {keys[round(i * (len(keys) - 1) / max(1, COMPARED - 1))] for i in range(COMPARED)}
         first, metric = next(iter(self.methods)), self.scorer.picture_names[0]
         sign = 1 if METRICS[metric].higher else -1
-        base = {k: p["scores"][BICUBIC][metric] if self.beside_bicubic else 0.0 for k, p in parts.items()}
+        base = {k: p["scores"][self.baseline][metric] if self.beside_baseline else 0.0 for k, p in parts.items()}
         gain = {k: sign * (p["scores"][first][metric] - base[k]) for k, p in parts.items()}
         ranked = sorted(keys, key=gain.get, reverse=True)
         chosen = list(dict.fromkeys([*ranked[:EXTREMES], *ranked[-EXTREMES:]]))
@@ -271,7 +278,7 @@ def table(scores: dict) -> str:
             told = row[names[0]]
             unit = METRICS[names[0]].label
             lines.append(
-                f"{name} - bicubic: {told['gain_mean']:+.3f} {unit}, "
+                f"{name} - {scores.get('baseline', BICUBIC)}: {told['gain_mean']:+.3f} {unit}, "
                 f"95 % interval {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
             )
             break

@@ -120,7 +120,7 @@ class TeasrPipeline:
         image: a PIL image, a list of PIL images, a numpy array [H, W, 3] or [B, H, W, 3] (uint8, uint16, or float in
         [0, 1]), or a tensor [B, 3, H, W].
         generator: for the noise, on any device; a list holds one generator per picture.
-        height, width: size of the result in px (default: 4 times that of the input).
+        height, width: size of the result in px (default: that of the input times the model's scale).
         output_type: `pil`, `np` (float in [0, 1], [B, H, W, 3]) or `pt` ([B, 3, H, W]).
         callback_on_step_end(pipe, i, t, {"latents": [1, C, h, w]}) is called after each step of each picture and may
         return other latents, in a dictionary with the same key.

@@ -25,7 +25,7 @@ from teasr.imaging.picture import Picture, from_pil, to_pil
 from teasr.methods.sampler import AnyStep, Dial, Sampler
 from teasr.restore import auto_steps, pretrained
 from teasr.restore.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
-from teasr.run_config import RunConfig
+from teasr.run_config import DEFAULT_SCALE, RunConfig
 
 MAX_SCALE = 16.0
 LATENT_COPIES = 6  # the most copies of a frame's latents in host memory during sampling
@@ -53,11 +53,12 @@ class Upscaler:
         self,
         model: Model,
         sampler: Sampler | None = None,
-        scale: int = 4,
         config: RunConfig | None = None,
         device: torch.device | None = None,
     ):
         """sampler: the sampler of the model's method (default: `AnyStep`, for any number of steps).
+
+        config: the config of the model's run, which names its scale (default without a config: 4).
 
         device: where the model computes (default: where its weights are). Raises ValueError for an unconditional prior,
         which cannot restore.
@@ -68,7 +69,7 @@ class Upscaler:
                 "this model is an unconditional prior, which cannot restore: use it as backbone.base of a training"
             )
         self.model, self.backbone, self.sampler = model, backbone, sampler or AnyStep()
-        self.scale, self.config = scale, config
+        self.scale, self.config = DEFAULT_SCALE if config is None else config.scale, config
         self.device = device or next(backbone.net.parameters()).device
         self._unit_bytes = float("inf")  # memory for one unit of a tile's area; measured when first needed
         self._exported = list(backbone.exported(model.role.name))
@@ -97,7 +98,7 @@ class Upscaler:
             path = assets.DEFAULT
             logging.getLogger(__name__).warning(assets.NOTE)
         model, sampler, config, place = pretrained.load(path, weights, device, dtype, offload)
-        return cls(model, sampler, config=config, device=place)
+        return cls(model, sampler, config, place)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> Path:
         """Write the weights, codec and config for `from_pretrained`, atomically, and return the folder.
@@ -141,7 +142,7 @@ class Upscaler:
         (`teasr.restore.auto_steps`).
         fidelity: 0 to 1, blends the result of several steps with the one-step result; short for dials={"fidelity": ..}.
         dials: trade-offs that the model's method offers, listed in `descriptor`.
-        scale: upscaling factor of the sides, at least 1 (default: the model's, 4). size: alternatively, the (width,
+        scale: upscaling factor of the sides, at least 1 (default: the model's). size: alternatively, the (width,
         height) of the result in pixels.
         color_fix: none, wavelet, adain or lab (`teasr.imaging.color`).
         tile_px: side of the tiles of large pictures (default: the backbone's, or what fits in free memory). Device

@@ -8,6 +8,7 @@ import torch
 from teasr.backbones.model import Model
 from teasr.config.settings import PreviewConfig
 from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
+from teasr.data.stream import check_scale
 from teasr.imaging import images
 from teasr.imaging.exact_metrics import psnr, ssim
 from teasr.methods.sampler import Sampler, restore
@@ -25,10 +26,12 @@ class Preview:
     def __init__(self, config: PreviewConfig, training: ShardSet, seed: int):
         """Read the images, spread evenly over the shards.
 
-        Raises ValueError when none can be read or when they differ in size.
+        Raises ValueError when none can be read, or when their sizes differ or their scale is not that of the training.
         """
         shards = ShardSet.open(config.shards) if config.shards else training
-        self.config, self.seed, self.samples = config, seed, _spread(shards, config.pictures)
+        check_scale(shards, training.scale, "preview.shards")
+        self.config, self.seed, self.scale = config, seed, shards.scale
+        self.samples = _spread(shards, config.pictures)
         if len({sample.hq.shape for sample in self.samples}) > 1:
             raise ValueError(
                 f"previews need images of one size, but {shards.location} has several: make the shards with crop_px "
@@ -75,7 +78,11 @@ class Preview:
                 for name, metric in SCORES.items():
                     sums.setdefault(f"preview/{name}_{steps}", []).append(metric(restored, sample.hq))
             rows.append([*row, sample.hq])
-        titles = ["LQ (bicubic)", *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps), "HQ"]
+        titles = [
+            "LQ" if self.scale == 1 else "LQ (bicubic)",
+            *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps),
+            "HQ",
+        ]
         sheet = images.png_bytes(images.comparison(rows, titles))
         return sheet, {name: float(np.mean(values)) for name, values in sums.items()}
 

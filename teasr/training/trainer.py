@@ -17,7 +17,7 @@ import torch
 
 from teasr.config.strict_yaml import to_dict
 from teasr.data.shards import ShardSet, decode_near, read_shard
-from teasr.data.stream import PairStream, batches, check_shards, check_streams, latent_cache
+from teasr.data.stream import PairStream, batches, check_scale, check_shards, check_streams, latent_cache
 from teasr.imaging.images import to_tensor
 from teasr.methods.base import Method
 from teasr.run_config import RunConfig
@@ -55,6 +55,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.accumulation = self.train.accumulation(self.world.size)
         self.shards = ShardSet.open(*config.data.locations)
+        check_scale(self.shards, config.scale, "data.shards")
         check_streams(self.shards, config.data, self.world.size)
         latents = latent_cache(self.shards, config.data)
         settings = engine_settings(self.train, self.world.size)

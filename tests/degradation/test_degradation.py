@@ -97,6 +97,38 @@ def test_float_pictures_give_the_same_as_uint8(name):
         assert (a != b).mean() < 0.02
 
 
+def test_restoration_presets_keep_the_size_at_scale_1_and_do_what_their_names_say():
+    hq = np.ascontiguousarray(skimage.data.astronaut()[:128, 100:228])
+    for name, (low, high) in {"noise": (14, 36), "jpeg": (18, 40), "blur": (18, 40)}.items():
+        settings = preset(name, scale=1)
+        rows = [degrade(hq, settings, np.random.default_rng(seed)) for seed in range(20)]
+        assert all(lq.shape == hq.shape for lq, _ in rows)
+        psnr = [10 * np.log10(255**2 / np.mean((lq.astype(float) - hq) ** 2)) for lq, _ in rows]
+        assert low < min(psnr) and max(psnr) < high and max(psnr) - min(psnr) > 3, (name, psnr)
+        stages = [drawn["stages"][0] for _, drawn in rows]
+        assert all(("noise" in s) == (name != "jpeg") and ("jpeg" in s) == (name == "jpeg") for s in stages)
+        assert all(("kernel" in s) == (name == "blur") and s["resize"] == 1 for s in stages)
+    families = {
+        draw(preset("blur", scale=1), np.random.default_rng(i))["stages"][0]["kernel"]["family"] for i in range(99)
+    }
+    assert "motion" in families and len(families) == 7
+    noisy, drawn = degrade(np.full((256, 256, 3), 128, np.uint8), preset("noise", scale=1), np.random.default_rng(3))
+    assert noisy.std() == pytest.approx(drawn["stages"][0]["level"], rel=0.02)
+
+
+@pytest.mark.parametrize(("length", "angle"), [(3.0, 0.0), (9.5, 0.7), (15.0, math.pi / 2), (8.0, 2.5)])
+def test_a_motion_kernel_is_a_line_of_its_length_and_angle(length, angle):
+    """Its second moments are those of a uniform line, plus at most 1/4 px^2 from the bilinear weights."""
+    kernel = kernels.motion(length, angle)
+    r = len(kernel) // 2
+    y, x = np.mgrid[: 2 * r + 1, : 2 * r + 1] - float(r)
+    along, across = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+    assert kernel.sum() == pytest.approx(1) and kernel.min() >= 0 and len(kernel) % 2 == 1
+    assert [(kernel * v).sum() for v in (x, y)] == pytest.approx([0, 0], abs=1e-9)
+    assert length**2 / 12 - 0.01 <= (kernel * along**2).sum() <= length**2 / 12 + 0.26
+    assert 0 <= (kernel * across**2).sum() <= 0.26
+
+
 def test_what_was_drawn_makes_the_same_lq_again():
     """The mapping survives JSON, so a sample's LQ can be made again from its record."""
     settings = preset("osediff")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from teasr.data.layout import DEFAULT_SCALE
+
 
 def card(settings: dict, licences: dict[str, str], index: dict) -> str:
     """Return the data card as Markdown.
@@ -23,7 +25,7 @@ def card(settings: dict, licences: dict[str, str], index: dict) -> str:
         "",
         f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; "
         f"HQ crops of {settings['crop_px']} px as "
-        f"{settings['hq_format']}, LQ as PNG ({pairs}).",
+        f"{settings['hq_format']}, LQ as PNG at scale {settings.get('scale', DEFAULT_SCALE)} ({pairs}).",
         f"Set hash {index['set_sha256']}.",
         "",
         "| photographs | licence |",

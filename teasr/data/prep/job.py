@@ -55,7 +55,7 @@ def _inspect(config: PrepConfig, engine: str, workers: int, rank: int, world: in
     The parts of a job start at different chunks and share the results.
     """
     lq = Path(config.lq) if config.lq else None
-    chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.preset.scale)
+    chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.scale)
     start = rank * len(chunks) // world
     order = chunks[start:] + chunks[:start]
     line = ProgressLine("inspect", sum(chunk.photos for chunk in chunks), "photos")

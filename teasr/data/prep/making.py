@@ -94,7 +94,7 @@ def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
         "jpeg_kept": kept,
     }
     if config.lq is not None:
-        s = config.preset.scale
+        s = config.scale
         lq = _read_photo(Path(config.lq) / photo.lq, photo.lq_sha256, 1.0)
         members["lq.png"] = images.png_bytes(
             lq[crop.top // s : (crop.top + n) // s, crop.left // s : (crop.left + n) // s]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from teasr import degradation
-from teasr.data.layout import FORMAT, shard_name
+from teasr.data.layout import DEFAULT_SCALE, FORMAT, SCALES, shard_name
 from teasr.data.prep import lossless
 from teasr.data.prep.sources import Photo
 from teasr.util.seed import seed_of
@@ -34,6 +35,7 @@ class PrepConfig:
     photos: str  # folder, searched recursively; in a paired set the HQ images
     out: str  # folder of the shard set
     lq: str | None = None  # paired set: folder of real LQ images named like those in `photos`; no degradation
+    scale: int = 4  # HQ is this many times as large as LQ: 1, 2, 3 or 4; 1 trains restoration without upscaling
     degradation: str = "osediff"
     peer_exact: bool = False  # use the operators that reproduce public code
     crop_px: int = 512
@@ -51,9 +53,16 @@ class PrepConfig:
     licences: dict[str, str] = field(default_factory=dict)  # for the data card: sub-folder (or ".") -> licence
 
     def __post_init__(self):
-        scale = self.preset.scale
-        if self.crop_px < scale or self.crop_px % scale:
-            raise ValueError(f"crop_px = {self.crop_px}: must be a positive multiple of the scale {scale}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale = {self.scale}: must be one of {', '.join(map(str, SCALES))}")
+        if self.lq is None:
+            degradation.preset(self.degradation, scale=self.scale)
+        if self.crop_px < self.scale or self.crop_px % self.scale:
+            n = math.lcm(16, self.scale)
+            raise ValueError(
+                f"crop_px = {self.crop_px}: must be a positive multiple of scale = {self.scale}, such as "
+                f"{max(1, self.crop_px // n) * n}"
+            )
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise ValueError(f"scales = {self.scales}: must be resize factors in (0, 1], such as [1.0, 0.5]")
         for name in ("crops_per_photo", "shard_samples", "variants"):
@@ -69,7 +78,7 @@ class PrepConfig:
     @property
     def preset(self) -> degradation.Degradation:
         """Config of the degradation."""
-        return degradation.preset(self.degradation, peer_exact=self.peer_exact)
+        return degradation.preset(self.degradation, self.peer_exact, self.scale)
 
     @property
     def keeps_jpeg(self) -> bool:
@@ -79,7 +88,8 @@ class PrepConfig:
     def identity(self) -> dict:
         """The config values that, together with its crops, determine the bytes of a shard."""
         names = ("degradation", "peer_exact", "crop_px", "variants", "hq_format", "keep_jpeg", "seed")
-        return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None}
+        scale = {} if self.scale == DEFAULT_SCALE else {"scale": self.scale}  # sets of older versions stay valid
+        return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None} | scale
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ def _crops(photo: Photo, config: PrepConfig) -> list[Crop]:
     else:
         chosen = [sizes[j % len(sizes)] for j in range(config.crops_per_photo)]
         places = [(f, int(rng.integers(w - n + 1)), int(rng.integers(h - n + 1))) for f, w, h in chosen]
-    step = config.preset.scale if config.lq is not None else photo.mcu_px if config.keeps_jpeg else 0
+    step = config.scale if config.lq is not None else photo.mcu_px if config.keeps_jpeg else 0
     if step:
         places = [(f, x // step * step, y // step * step) if f == 1 else (f, x, y) for f, x, y in places]
     return [Crop(photo, j, *place) for j, place in enumerate(places)]

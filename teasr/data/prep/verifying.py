@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from teasr import degradation
-from teasr.data.layout import FORMAT, INDEX, lq_field, sample_key, set_hash
+from teasr.data.layout import DEFAULT_SCALE, FORMAT, INDEX, lq_field, sample_key, set_hash
 from teasr.data.prep import engines
 from teasr.data.prep.making import HQ_SUFFIX, libraries
 from teasr.imaging import images
@@ -183,7 +183,7 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
     hq_field = f"hq.{HQ_SUFFIX[settings['hq_format']]}"
     lq_fields = [lq_field(v) for v in range(settings["variants"])]
     side, problems, pictures = settings["crop_px"], [], {}
-    wanted = {hq_field: side} | dict.fromkeys(lq_fields, side // degradation.preset(settings["degradation"]).scale)
+    wanted = {hq_field: side} | dict.fromkeys(lq_fields, side // settings.get("scale", DEFAULT_SCALE))
     try:
         record = json.loads(members["json"])
         sums = record["crc32"]
@@ -211,7 +211,8 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
 
 def _redo(check: ShardCheck, key: str, hq: np.ndarray, lq: list[np.ndarray], record: dict) -> list[str]:
     """Degrade the stored HQ again with the recorded seeds; parameters and pixels must be identical."""
-    settings = degradation.preset(check.settings["degradation"], check.settings["peer_exact"])
+    names = check.settings
+    settings = degradation.preset(names["degradation"], names["peer_exact"], names.get("scale", DEFAULT_SCALE))
     problems = []
     for variant, drawn in enumerate(record.get("degradation", [])):
         again, parameters = degradation.degrade(hq, settings, np.random.default_rng(drawn["seed"]))
