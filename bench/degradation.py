@@ -23,7 +23,7 @@ import torch
 
 from teasr import degradation
 from teasr.data.prep.sources import find
-from teasr.degradation import lean
+from teasr.degradation import fast
 from teasr.imaging import images
 
 CROP_PX = 512
@@ -101,7 +101,7 @@ def against_codecs(photos: list[np.ndarray], rounds: int) -> None:
     round_trips = []
     for i, photo in enumerate(photos):
         stages = degradation.draw(settings, np.random.default_rng(i))["stages"]
-        small = lean.resize_by(crop(photo), stages[0]["resize"], "area")
+        small = fast.resize_by(crop(photo), stages[0]["resize"], "area")
         round_trips.append((small, stages[0]["jpeg"], cv2.resize(photo, (128, 128)), stages[1]["jpeg"]))
     lq = [degradation.degrade(crop(p), settings, np.random.default_rng(i))[0] for i, p in enumerate(photos)]
     jpeg, png = [images.jpeg_bytes(p, 90) for p in photos], [images.png_bytes(p) for p in photos]
@@ -120,8 +120,8 @@ def against_codecs(photos: list[np.ndarray], rounds: int) -> None:
         def codecs(i: int, sources=sources, encode=encode) -> None:
             encode(crop(images.read_rgb(sources[i])))
             first, quality, second, other = round_trips[i]
-            lean.jpeg(first, quality)
-            lean.jpeg(second, other)
+            fast.jpeg(first, quality)
+            fast.jpeg(second, other)
             images.png_bytes(lq[i])
 
         ms = compare({"codecs": codecs, "teasr": whole}, len(photos), rounds)

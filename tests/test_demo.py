@@ -108,5 +108,5 @@ def test_the_checkpoint_restores_a_picture_of_any_size(demo):
     assert not np.array_equal(upscaler(np.asarray(picture), steps=2, seed=1), again)
     with pytest.raises(ValueError, match="RGB image"):
         upscaler(np.zeros((8, 8), np.uint8))
-    with pytest.raises(ValueError, match=r"other\.safetensors; there is: ema, weights"):
+    with pytest.raises(ValueError, match=r"other\.safetensors; weights must be one of: ema, weights"):
         Upscaler.from_pretrained(run, weights="other")

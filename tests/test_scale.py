@@ -40,7 +40,7 @@ def test_the_whole_chain(trained, scale, tmp_path):
     shards, run = trained[scale]
     opened = ShardSet.open(str(shards))
     assert opened.scale == scale
-    problems, _, _ = verify_set(shards, redo=3)
+    problems, _, _ = verify_set(shards, 1.0, 3, 1)
     assert not problems
     upscaler = Upscaler.from_pretrained(run)
     assert upscaler.scale == upscaler.descriptor.scale == scale

@@ -1,7 +1,7 @@
 """Real-world degradation of photographs: Real-ESRGAN's second-order pipeline (Wang et al. 2021, sec. 3).
 
 Most callers only need `degrade(hq, settings, rng)`. pipeline.py holds the presets, the random parameters and the order
-of the operators; kernels.py the blur kernels; lean.py the fast operators; peer.py the operators as implemented in
+of the operators; kernels.py the blur kernels; fast.py the fast operators; reference.py the operators as implemented in
 public code. This folder imports nothing else from teasr.
 """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from teasr.degradation import kernels, lean, peer
+from teasr.degradation import fast, kernels, reference
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Degradation:
     stages: tuple[Stage, ...] = ()
     final_sinc_probability: float = 0.8
     usm: bool = False  # the ground truth is first sharpened with `sharpen`
-    peer_exact: bool = False  # operators that reproduce public code (see peer.py), 25 times slower
+    peer_exact: bool = False  # operators that reproduce public code (see reference.py), 25 times slower
 
 
 def _preset(name: str, usm: bool = False, **of_stage: tuple) -> Degradation:
@@ -127,7 +127,7 @@ def preset(name: str, peer_exact: bool = False, scale: int = 4) -> Degradation:
 
 def sharpen(hq: np.ndarray, settings: Degradation) -> np.ndarray:
     """Return the ground truth to train on, [H, W, 3] uint8: sharpened if `settings.usm`, else the same array."""
-    return lean.sharpen(hq) if settings.usm else hq
+    return fast.sharpen(hq) if settings.usm else hq
 
 
 def degrade(hq: np.ndarray, settings: Degradation, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
@@ -172,7 +172,7 @@ def _draw_stage(stage: Stage, rng: np.random.Generator) -> dict:
 
 
 def _mode(rng: np.random.Generator) -> str:
-    return tuple(lean.MODES)[rng.integers(len(lean.MODES))]
+    return tuple(fast.MODES)[rng.integers(len(fast.MODES))]
 
 
 def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.ndarray:
@@ -183,7 +183,7 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
     size = _lq_size(hq, drawn["scale"])
     if "stages" not in drawn:
         return np.asarray(Image.fromarray(_as_uint8(hq)).resize(size, Image.Resampling.BICUBIC))
-    ops = peer if drawn["peer_exact"] else lean
+    ops = reference if drawn["peer_exact"] else fast
     x = hq if hq.dtype == np.uint8 else hq * np.float32(255)
     for i, stage in enumerate(drawn["stages"]):
         if "kernel" in stage:
@@ -198,7 +198,7 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
             x = noise(x, stage["level"], stage["gray"], rng)
         if i < len(drawn["stages"]) - 1:
             x = ops.jpeg(x, stage["jpeg"])
-    return lean.to_uint8(_finish(x, drawn, size, ops))
+    return fast.to_uint8(_finish(x, drawn, size, ops))
 
 
 def _finish(x: np.ndarray, drawn: dict, size: tuple[int, int], ops) -> np.ndarray:
@@ -225,4 +225,4 @@ def _lq_size(hq: np.ndarray, scale: int) -> tuple[int, int]:
 
 
 def _as_uint8(hq: np.ndarray) -> np.ndarray:
-    return lean.to_uint8(hq if hq.dtype == np.uint8 else hq * np.float32(255))
+    return fast.to_uint8(hq if hq.dtype == np.uint8 else hq * np.float32(255))

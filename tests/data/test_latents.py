@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_nothing_half_written(shards, vae, tmp_path, monkeypa
     arguments = [f"shards={shards}", f"vae={vae}", f"out={tmp_path / 'out'}"]
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert run(*arguments) == 2
-    assert "No space left on device; what is finished is kept" in capsys.readouterr().err
+    assert "No space left on device; finished shards are kept" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 

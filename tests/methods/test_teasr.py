@@ -69,11 +69,11 @@ def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
     backbone = tiny(**net)
     for loss in Teasr(config, lpips).losses({"student": Model(backbone)}, batch(), draws(), NOW):
         loss.value.backward()
-    lean = gradients(backbone)
+    separate = gradients(backbone)
     joint_loss(config, Model(backbone), batch(), draws(), lpips).backward()
     joint = gradients(backbone)
-    assert lean.keys() == joint.keys() and len(lean) > 20
-    worst = max((lean[n] - joint[n]).abs().max().item() for n in joint)
+    assert separate.keys() == joint.keys() and len(separate) > 20
+    worst = max((separate[n] - joint[n]).abs().max().item() for n in joint)
     assert worst < 1e-10
     assert max(g.abs().max().item() for g in joint.values()) > 1e-3
 

@@ -98,7 +98,7 @@ def test_no_model_named_is_the_small_one_and_says_so(tmp_path, caplog, capsys):
     _, lq = degraded("coffee", 60, 200, 0)
     Image.fromarray(lq).save(tmp_path / "a.png")
     assert cli.main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
-    assert "small one that comes with teasr" in caplog.text and "qwen_teasr" in caplog.text
+    assert "using the small model shipped with teasr" in caplog.text and "qwen_teasr" in caplog.text
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), Upscaler.from_pretrained("small")(lq))
     with pytest.raises(ValueError, match="the models shipped with teasr are small, small-prior"):
         pretrained.load("large")

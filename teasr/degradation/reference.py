@@ -1,6 +1,6 @@
 """Degradation operators that reproduce public code (BasicSR), for parity with models trained with it.
 
-The interface is the same as in lean.py (float32 [H, W, 3] in 0..255). BasicSR's operators differ as follows:
+The interface is the same as in fast.py (float32 [H, W, 3] in 0..255). BasicSR's operators differ as follows:
 - The first resize samples at steps of the exact factor but floors the output size, so that LQ is shifted against HQ by
   up to several pixels.
 - "area" is adaptive average pooling.
