@@ -33,6 +33,18 @@ def _qwen_image() -> tuple[type, type[Backbone]]:
     return QwenImageConfig, QwenImage
 
 
+def _unet() -> tuple[type, type[Backbone]]:
+    from teasr.backbones.unet.backbone import UNet, UNetConfig
+
+    return UNetConfig, UNet
+
+
+def _coarse() -> tuple[type, type[Method]]:
+    from teasr.methods.coarse import Coarse, CoarseConfig
+
+    return CoarseConfig, Coarse
+
+
 def _teasr() -> tuple[type, type[Method]]:
     from teasr.methods.teasr import Teasr, TeasrConfig
 
@@ -40,8 +52,12 @@ def _teasr() -> tuple[type, type[Method]]:
 
 
 # loaders of (config class, class): imports are deferred, because importing diffusers alone takes seconds
-BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {"tiny": _tiny, "qwen_image": _qwen_image}
-METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"teasr": _teasr}
+BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
+    "tiny": _tiny,
+    "unet": _unet,
+    "qwen_image": _qwen_image,
+}
+METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"coarse": _coarse, "teasr": _teasr}
 
 
 @dataclass(frozen=True)

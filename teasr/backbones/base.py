@@ -21,7 +21,7 @@ from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import FIRST, STUDENT, Role
 from teasr.diffusion.losses import only_input_gradient
 
-Part = Literal["velocity", "features", "logits", "encoder"]
+Part = Literal["velocity", "coarse", "features", "logits", "encoder"]
 
 
 class Backbone(ABC):

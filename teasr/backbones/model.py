@@ -97,6 +97,13 @@ class Model:
         g = torch.as_tensor(c.guidance, dtype=v.dtype, device=v.device)
         return null + g.reshape(-1, 1, 1, 1) * (v - null)
 
+    def coarse(self, z_lq: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a coarse restoration of z_lq and the log standard deviation of its error, [B, C, h, w] each.
+
+        Raises ValueError for a backbone that has none.
+        """
+        return self.backbone.call(self.role, "coarse", z_lq, z_lq.new_zeros(len(z_lq))).chunk(2, dim=1)
+
     def features(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the tokens after block k = `role.blocks` (default: the last) as a feature map [B, D, h', w'].
 

@@ -98,11 +98,14 @@ class RoleNet(nn.Module):
     ) -> Tensor:
         """Compute one output for a role, selected by `part`.
 
-        velocity: [B, C, h, w]. features: [B, D, h', w'] after block `role.blocks`. logits: [B, h', w']. encoder: z_t
-        adapted by the encoder adapter at time t_cur, [B, C, h, w].
+        velocity: [B, C, h, w]. coarse: coarse restoration of z_t and its log standard deviation, [B, 2 C, h, w].
+        features: [B, D, h', w'] after block `role.blocks`. logits: [B, h', w']. encoder: z_t adapted by the encoder
+        adapter at time t_cur, [B, C, h, w].
         """
         if part == "encoder":
             return z_t + self.parts[role.name]["encoder"](z_t, t_cur).to(z_t.dtype)
+        if part == "coarse":
+            return self.coarse(z_t)
         if part == "velocity":
             return self.predict(z_t, t_cur, z_lq, t_tar, text, role)
         features = self.features(z_t, t_cur, text, role)
@@ -113,6 +116,15 @@ class RoleNet(nn.Module):
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
     ) -> Tensor:
         """Predict the velocity at z_t."""
+
+    def coarse(self, z_lq: Tensor) -> Tensor:
+        """Return a coarse restoration of z_lq and the log standard deviation of its error, [B, 2 C, h, w].
+
+        Raises ValueError for a network that has none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no coarse restoration: choose another method, or backbone.name=unet"
+        )
 
     @abstractmethod
     def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:

@@ -22,6 +22,11 @@ class Batch:
     z_hq: Tensor | None = None
     z_lq: Tensor | None = None
 
+    def rows(self, part: slice) -> Batch:
+        """Return some of the samples."""
+        z_hq, z_lq = (None if z is None else z[part] for z in (self.z_hq, self.z_lq))
+        return Batch(self.x_hq[part], self.x_lq[part], self.keys[part], z_hq, z_lq)
+
     @classmethod
     def from_uint8(
         cls,

@@ -13,6 +13,7 @@ class DataConfig:
     shards: str | tuple[str, ...]  # one or several: folder or URL with index.json, or URL with {name} for the file name
     streams: int = 4  # shards read in parallel; a multiple of ranks x workers, at most the number of shards
     workers: int = 0  # loader processes per rank; 0 reads in the training process
+    crop_px: int | None = None  # train on random crops of this size from the stored HQ; null: on the whole
     augment: Literal["none", "flip", "dihedral"] = "flip"
     degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
     degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
@@ -35,6 +36,10 @@ class DataConfig:
             )
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share = {self.max_bad_share}: must be a fraction in [0, 1]")
+        if self.latents is not None and self.crop_px is not None:
+            raise ValueError(
+                "data.crop_px cuts images, whose latents are those of the whole: remove one of the two keys"
+            )
         if self.latents is not None and self.degrade == "online":
             raise ValueError(
                 "data.degrade = online makes new LQ images, whose latents are not cached: set data.degrade=stored, or "

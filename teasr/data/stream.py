@@ -106,6 +106,8 @@ class PairStream(IterableDataset):
             hq = sample.hq if stored.usm else degradation.sharpen(sample.hq, self.online)
             rng = np.random.default_rng(seed_of(self.seed, "degrade", n))
             sample = replace(sample, hq=hq, lq=degradation.degrade(hq, self.online, rng)[0])
+        if self.config.crop_px is not None:
+            sample = _cropped(sample, self.config.crop_px, np.random.default_rng(seed_of(self.seed, "crop", n)))
         return Pair(*sample.tensors(turn), sample.key, sample.bad, *(sample.latents or (None, None)))
 
     def _read(self, slot: Slot, stream: int, turn: int, held: Held) -> Sample:
@@ -150,6 +152,23 @@ class PairStream(IterableDataset):
         if isinstance(content, ValueError):
             raise content
         return content
+
+
+def _cropped(sample: Sample, px: int, rng: np.random.Generator) -> Sample:
+    """Cut a random square of `px` pixels from HQ, at a multiple of the scale, and the same part of LQ.
+
+    Raises ValueError when the image is smaller, or `px` is not a multiple of the scale.
+    """
+    height, width, scale = *sample.hq.shape[:2], sample.scale
+    if px > min(height, width) or px % scale:
+        raise ValueError(
+            f"data.crop_px = {px} does not fit: the stored images have {width}x{height} px, and it must be a "
+            f"multiple of the scale {scale}"
+        )
+    top, left = (int(rng.integers((n - px) // scale + 1)) for n in (height, width))
+    lq = sample.lq[top : top + px // scale, left : left + px // scale]
+    top, left = top * scale, left * scale
+    return replace(sample, hq=sample.hq[top : top + px, left : left + px], lq=lq)
 
 
 def latent_cache(shards: ShardSet, config: DataConfig) -> LatentCache | None:

@@ -68,23 +68,44 @@ _HEAVY = {
     "poisson_scale": ((0.05, 3.0), (0.05, 2.5)),
     "jpeg_quality": ((30.0, 95.0), (30.0, 95.0)),
 }
+# From StableSR's options file for 512 px with text.
+_LIGHT = {
+    "blur_probability": (1.0, 0.5),
+    "blur_sigma": ((0.2, 1.5), (0.2, 1.0)),
+    "beta_generalized": ((0.5, 2.0), (0.5, 2.0)),
+    "beta_plateau": ((1.0, 1.5), (1.0, 1.5)),
+    "resize_probability": ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)),
+    "resize_range": ((0.3, 1.5), (0.6, 1.2)),
+    "noise_sigma": ((1.0, 15.0), (1.0, 12.0)),
+    "poisson_scale": ((0.05, 2.0), (0.05, 1.0)),
+    "jpeg_quality": ((60.0, 95.0), (60.0, 100.0)),
+}
 PRESETS = {
     "osediff": _preset("osediff", **_HEAVY),  # OSEDiff does not sharpen the ground truth
     "realesrgan_usm": _preset("realesrgan_usm", usm=True, **_HEAVY),  # Real-ESRGAN, SeeSR, DiffBIR, HYPIR sharpen it
-    "stablesr": _preset(  # from StableSR's options file for 512 px with text; it also sharpens
-        "stablesr",
-        usm=True,
-        blur_probability=(1.0, 0.5),
-        blur_sigma=((0.2, 1.5), (0.2, 1.0)),
-        beta_generalized=((0.5, 2.0), (0.5, 2.0)),
-        beta_plateau=((1.0, 1.5), (1.0, 1.5)),
-        resize_probability=((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)),
-        resize_range=((0.3, 1.5), (0.6, 1.2)),
-        noise_sigma=((1.0, 15.0), (1.0, 12.0)),
-        poisson_scale=((0.05, 2.0), (0.05, 1.0)),
-        jpeg_quality=((60.0, 95.0), (60.0, 100.0)),
-    ),
+    "stablesr": _preset("stablesr", usm=True, **_LIGHT),  # StableSR sharpens too
     "none": Degradation("none"),
+    "light": _preset("light", **_LIGHT),  # stablesr without sharpening
+    # Our own: what a camera does, blur and a little noise, compressed with high quality.
+    "camera": Degradation(
+        "camera",
+        stages=(
+            Stage(
+                0.9,
+                blur_sigma=(0.6, 4.0),
+                beta_generalized=(0.5, 4.0),
+                beta_plateau=(1.0, 2.0),
+                sinc_probability=0.0,
+                noise_sigma=(0.0, 4.0),
+                poisson_scale=(0.02, 0.3),
+                gray_probability=0.4,
+            ),
+            Stage(
+                0.0, noise_sigma=(0.0, 4.0), gaussian_probability=1.0, gray_probability=0.4, jpeg_quality=(75.0, 100.0)
+            ),
+        ),
+        final_sinc_probability=0.0,
+    ),
     # For restoration at scale 1. Our own ranges: Gaussian noise as in the usual benchmarks of blind denoising, JPEG
     # over the qualities that cameras and web sites use, and defocus or motion blur with a little sensor noise.
     "noise": Degradation(
@@ -196,7 +217,7 @@ def apply(hq: np.ndarray, drawn: dict, rng: np.random.Generator | None) -> np.nd
         if rng is not None and "noise" in stage:
             noise = ops.gaussian_noise if stage["noise"] == "gaussian" else ops.poisson_noise
             x = noise(x, stage["level"], stage["gray"], rng)
-        if i < len(drawn["stages"]) - 1:
+        if i < len(drawn["stages"]) - 1 and "jpeg" in stage:
             x = ops.jpeg(x, stage["jpeg"])
     return fast.to_uint8(_finish(x, drawn, size, ops))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from teasr.diffusion.flow import per_sample
@@ -73,6 +75,14 @@ def lpips_weight_file(net: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
 
 
+def feature_file(net: str) -> Path:
+    """Path of the backbone's convolutions alone, in the folder of metric weights (TEASR_METRIC_WEIGHTS)."""
+    folder = os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights")
+    return (
+        Path(folder).expanduser() / {"vgg": "vgg16-features.safetensors", "alex": "alexnet-features.safetensors"}[net]
+    )
+
+
 def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
     """Load LPIPS v0.1 (Zhang et al. 2018), frozen.
 
@@ -80,17 +90,25 @@ def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
     `lpips` package. The backbone is torchvision's and is never downloaded from here: raises ValueError naming the file
     and its expected path when it is missing. `weights=False` gives a random backbone (for tests).
     """
-    path = lpips_weight_file(net)
-    if weights and not path.is_file():
+    path, features = lpips_weight_file(net), feature_file(net)
+    if weights and not path.is_file() and not features.is_file():
         raise ValueError(
             f"LPIPS ({net}) needs torchvision's file {path.name}, but {path} does not exist: put the file there, set "
             "TORCH_HOME to the folder that contains hub/checkpoints, or train without LPIPS (method.lambda_lpips=0)"
         )
     import lpips
 
+    separate = weights and features.is_file()
     with warnings.catch_warnings():  # lpips calls a deprecated torchvision API
         warnings.simplefilter("ignore")
-        model = lpips.LPIPS(net=net, version="0.1", pnet_rand=not weights, verbose=False)
+        model = lpips.LPIPS(net=net, version="0.1", pnet_rand=separate or not weights, verbose=False)
+    if separate:
+        state = load_file(features)
+        for part in (getattr(model.net, name) for name in dir(model.net) if name.startswith("slice")):
+            for index, layer in part.named_children():
+                if isinstance(layer, torch.nn.Conv2d):
+                    layer.weight.data.copy_(state[f"features.{index}.weight"])
+                    layer.bias.data.copy_(state[f"features.{index}.bias"])
     return model.requires_grad_(False).eval()
 
 

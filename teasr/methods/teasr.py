@@ -23,10 +23,11 @@ from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods.base import Loss, Method, Progress, latents
-from teasr.methods.sampler import AnyStep, Sampler
+from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
 
-WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips")
+WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "restart")
+SPLIT = (("rectify", "mse", "lpips", "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class TeasrConfig:
     lambda_rectify: float = 0.5
     lambda_mse: float = 1.0
     lambda_lpips: float = 1.0
+    lambda_restart: float = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
@@ -74,7 +76,14 @@ class TeasrConfig:
     cons_mix: tuple[float, float, float] = (0.5, 0.25, 0.25)  # (t, s): uniform | (1, 0) | inference grid
     cons_grid: tuple[int, ...] = (2, 4, 8)  # step counts N of the grid pairs ((k + 1) / N, k / N)
     cons_midpoint: float = 0.5  # m = s + cons_midpoint (t - s)
-    mode: Literal["all", "alternate_base", "cycle"] = "all"
+    mode: Literal["all", "alternate_base", "cycle", "split"] = "all"
+    # mode split: shares of the micro-batch for the one-step losses and L_adv | L_cons | L_flow | the restart loss
+    split: tuple[float, float, float, float] = (0.125, 0.25, 0.5, 0.125)
+    lpips_share: float = 1.0  # share of the images on which LPIPS is computed, which costs more than a small network
+    lpips_shift_px: int = 0  # LPIPS sees the images cut by a random 0 .. shift px, so that its pooling leaves no grid
+    rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
+    restart_range: tuple[float, float] = (0.08, 0.5)  # times to which one-step results are re-noised
+    sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
 
     def __post_init__(self):
         for name in WEIGHTED:
@@ -87,11 +96,20 @@ class TeasrConfig:
         unknown = sorted(set(self.ramps) - set(WEIGHTED))
         if unknown:
             raise ValueError(f"method.ramps.{unknown[0]}: there is no such loss; the losses are {', '.join(WEIGHTED)}")
-        low, high = self.s_range
-        if not 0 < low < high <= 1:
+        for name in ("s_range", "rectify_range", "restart_range"):
+            low, high = getattr(self, name) or self.s_range
+            if not 0 < low < high <= 1:
+                raise ValueError(
+                    f"method.{name} = {getattr(self, name)}: must be [low, high] with 0 < low < high <= 1, such as "
+                    "[0.02, 0.98]"
+                )
+        if abs(sum(self.split) - 1) > 1e-6 or min(self.split) < 0 or not 0 < self.lpips_share <= 1:
             raise ValueError(
-                f"method.s_range = {self.s_range}: must be [low, high] with 0 < low < high <= 1, such as [0.02, 0.98]"
+                f"method.split = {self.split}: must be four numbers >= 0 with sum 1; method.lpips_share = "
+                f"{self.lpips_share}: must be in (0, 1]"
             )
+        if self.lambda_restart and not (self.lambda_mse or self.lambda_lpips):
+            raise ValueError("method.lambda_restart > 0 needs method.lambda_mse or method.lambda_lpips > 0")
         if abs(sum(self.cons_mix) - 1) > 1e-6 or min(self.cons_mix) < 0:
             raise ValueError(
                 f"method.cons_mix = {self.cons_mix}: must be three numbers >= 0 with sum 1, such as [0.5, 0.25, 0.25]"
@@ -115,7 +133,7 @@ class Teasr(Method):
         return (STUDENT,)
 
     def sampler(self) -> Sampler:
-        return AnyStep()
+        return Restarts() if self.config.sampler == "restart" else AnyStep()
 
     def load(self) -> None:
         if self.config.lambda_lpips and self.lpips is None:
@@ -142,12 +160,36 @@ class Teasr(Method):
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         """Yield up to four losses. Losses with zero weight, and anything only they need, are not computed."""
-        student, weight = models["student"], self._select(self.loss_weights(progress), draws, progress)
+        weight = self._select(self.loss_weights(progress), draws, progress)
+        for part, own in self._parts(len(batch.keys), weight):
+            data = {name: weight[name] for name in ("mse", "lpips")}
+            yield from self._losses(models["student"], batch.rows(part), draws.rows(part), own, data)
+
+    def _parts(self, n: int, weight: dict[str, float]) -> Iterator[tuple[slice, dict[str, float]]]:
+        """Yield the rows of the batch and the loss weights for them: one part, or those of mode `split`.
+
+        Deviation: in mode `split`, different images serve different losses, each as a mean over its own images.
+        """
+        if self.config.mode != "split":
+            yield slice(0, n), weight
+            return
+        ends = [round(n * sum(self.config.split[: i + 1])) for i in range(len(SPLIT))]
+        for first, end, names in zip([0, *ends], ends, SPLIT, strict=False):
+            own = {name: value if name in names else 0.0 for name, value in weight.items()}
+            if any(own.values()):
+                yield slice(first, end), own
+
+    def _losses(
+        self, student: Model, batch: Batch, draws: Draws, weight: dict[str, float], data: dict[str, float]
+    ) -> Iterator[Loss]:
         z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight)
+        inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight, data)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
         z_fake = target_velocity = None
+
+        if weight["restart"]:
+            yield self._restart(inputs)
 
         if weight["rectify"] or weight["mse"] or weight["lpips"]:
             loss, z_fake, target_velocity = self._one_step(inputs, shortcut)
@@ -214,12 +256,31 @@ class Teasr(Method):
             logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w)
             logs["score_difference"] = losses.rms(difference).mean()
         if weight["mse"] or weight["lpips"]:
-            data, data_logs = self._data_gradient(inputs, z_fake)
+            _, data, data_logs = self._data_gradient(inputs, z_fake)
             gradient -= data  # d z_hat / d v = -1
             logs |= data_logs
             if difference is not None:
                 logs["rectify_to_data"] = (losses.rms(rectify) / losses.rms(data).clamp(min=1e-12)).mean()
         return Loss("one_step", "student", (v * gradient).sum(), logs), z_fake, target_velocity
+
+    @torch.no_grad()
+    def _own_state(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Return the one-step result re-noised to a random time, and that time."""
+        z_fake, _ = one_step(inputs)
+        t = inputs.student.snap(inputs.draws.uniform("restart time", *self.config.restart_range))
+        return flow.interpolate(z_fake, inputs.draws.normal("restart noise", z_fake), t), t
+
+    def _restart(self, inputs: StepInputs) -> Loss:
+        """Pixel losses of the jump from the student's own re-noised one-step result to the image.
+
+        Deviation: not in TEASR. It trains the last jump on states that a sampler with restarts really visits.
+        """
+        z_t, t = self._own_state(inputs)
+        v = inputs.student.velocity(z_t, t, Condition(inputs.z_lq, torch.zeros_like(t)))
+        value, gradient, logs = self._data_gradient(inputs, flow.z0_from_velocity(z_t, v.detach(), t))
+        gradient = -inputs.weight["restart"] * flow.per_sample(t, gradient) * gradient  # d z_hat / d v = -t
+        logs = {f"restart_{name}": x for name, x in logs.items()} | {"restart": value}
+        return Loss("restart", "student", (v * gradient).sum(), logs)
 
     def _time_weight(self, s: Tensor) -> Tensor:
         """w(s) of eq. 14, or 1 without TAR."""
@@ -250,8 +311,8 @@ class Teasr(Method):
         v_fake, v_real, *_ = v
         return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
 
-    def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the gradient of the pixel losses (eqs. 12-13) at the one-step estimate.
+    def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the weighted pixel losses (eqs. 12-13) at an estimate of the clean latent, and their gradient.
 
         The decoder's graph is freed before this returns.
         """
@@ -260,15 +321,21 @@ class Teasr(Method):
         def pixel_losses(z: Tensor) -> Tensor:
             x_hat, total = inputs.student.decode(z), torch.zeros((), device=z.device)
             logs["checkerboard"] = losses.checkerboard_energy(x_hat.detach(), inputs.student.patch_px)
-            if inputs.weight["mse"]:
+            if inputs.data["mse"]:
                 loss = losses.mse(x_hat, inputs.x_hq)
-                logs["mse"], total = loss.detach(), total + inputs.weight["mse"] * loss
-            if inputs.weight["lpips"]:
-                loss = self.lpips(x_hat, inputs.x_hq).mean()
-                logs["lpips"], total = loss.detach(), total + inputs.weight["lpips"] * loss
+                logs["mse"], total = loss.detach(), total + inputs.data["mse"] * loss
+            if inputs.data["lpips"]:
+                loss = self.lpips(*self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq)).mean()
+                logs["lpips"], total = loss.detach(), total + inputs.data["lpips"] * loss
             return total
 
-        return losses.gradient_through(pixel_losses, z_fake)[1], logs
+        return *losses.gradient_through(pixel_losses, z_fake), logs
+
+    def _seen_by_lpips(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
+        """Yield the share of the images that LPIPS sees, without up to `lpips_shift_px` rows and columns."""
+        n, most = max(1, round(len(images[0]) * self.config.lpips_share)), self.config.lpips_shift_px + 1
+        top, left = (int(draws.shared_uniform(f"lpips {side}") * most) for side in ("top", "left"))
+        yield from (x[:n, :, top:, left:] for x in images)
 
 
 @dataclass(frozen=True)
@@ -281,6 +348,7 @@ class StepInputs:
     draws: Draws
     times: Times
     weight: dict[str, float]
+    data: dict[str, float]  # weights of the pixel losses
 
 
 @dataclass(frozen=True)
@@ -336,7 +404,7 @@ class Times:
             s=s,
             flow=model.snap(draws.uniform("flow time")),
             fake=model.snap(draws.uniform("fake time", *config.s_range)),
-            score=model.snap(draws.uniform("score time", *config.s_range)),
+            score=model.snap(draws.uniform("score time", *(config.rectify_range or config.s_range))),
         )
 
 

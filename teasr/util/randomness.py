@@ -6,7 +6,7 @@ Disabling one loss does not change the random numbers of the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class Draws:
     update: int
     samples: tuple[int, ...]
     device: torch.device | str = "cpu"
+
+    def rows(self, part: slice) -> Draws:
+        """Return the draws of some of the samples."""
+        return replace(self, samples=self.samples[part])
 
     def _generator(self, sample: int | str, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, self.update, sample, purpose))
