@@ -177,6 +177,11 @@ class Teasr(Method):
         for first, end, names in zip([0, *ends], ends, SPLIT, strict=False):
             own = {name: value if name in names else 0.0 for name, value in weight.items()}
             if any(own.values()):
+                if first == end:
+                    raise ValueError(
+                        f"method.split = {self.config.split} leaves no image of a micro-batch of {n} to the losses "
+                        f"{', '.join(names)}: raise their share or train.micro_batch, or set their weights to 0"
+                    )
                 yield slice(first, end), own
 
     def _losses(

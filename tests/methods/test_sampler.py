@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from teasr.diffusion.flow import per_sample
-from teasr.methods.sampler import AnyStep, Dial
+from teasr.methods.sampler import AnyStep, Dial, Restarts
 
 SIGMA = 0.4
 sample = AnyStep().sample
@@ -98,3 +98,23 @@ def test_step_counts_and_dials_that_a_method_does_not_have_are_errors():
     assert check(1) == {"strength": 0.6} and check(1, {"strength": 0.1}) == {"strength": 0.1}
     with pytest.raises(ValueError, match=r"restores in 1 step\(s\)"):
         check(4)
+
+
+def test_restarts_of_an_exact_model_stay_samples_of_the_data(pair):
+    """With one step they are the same as Algorithm 1; more steps draw anew with the same mean and spread."""
+    z_lq, eps = pair
+    restarts, field = Restarts(), GaussianField(average=True)
+    assert torch.equal(restarts.sample(field, z_lq, eps, 1), sample(field, z_lq, eps, 1))
+    g = torch.Generator().manual_seed(1)
+    z_lq, eps = torch.zeros(1, 3, 64, 64, dtype=torch.float64), torch.randn(1, 3, 64, 64, generator=g).double()
+    for steps in (2, 4, 8):
+        field.calls.clear()
+        z = restarts.sample(field, z_lq, eps, steps)
+        assert z.std() == pytest.approx(SIGMA, rel=0.03) and abs(z.mean()) < 0.02
+        assert torch.equal(z, restarts.sample(field, z_lq, eps, steps))  # the fresh noise is a function of eps
+        times = [t for t, _ in field.calls[:steps]]
+        assert times[0] == 1 and all(t_tar == 0 for _, t_tar in field.calls)
+        assert times[1:] == sorted(times[1:], reverse=True) and 0.0599 <= times[-1] <= times[1] <= 0.5
+    assert not torch.equal(z, restarts.sample(field, z_lq, eps + 1e-6, 8))
+    with pytest.raises(ValueError, match="no setting fidelity"):
+        restarts.check(4, {"fidelity": 0.5})

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peer_update import joint_loss
 
-from teasr.backbones.model import Model
+from teasr.backbones.model import Condition, Model
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.batch import Batch
-from teasr.diffusion import losses
+from teasr.diffusion import flow, losses
 from teasr.methods.base import Progress
 from teasr.methods.teasr import Ramp, Teasr, TeasrConfig, Times, shortcut_times
 from teasr.util.randomness import Draws
@@ -226,3 +226,61 @@ def test_alternate_base_takes_one_of_two_at_twice_the_weight():
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         TeasrConfig(**change)
+
+
+def test_split_gives_every_loss_its_own_images():
+    """The gradient is the sum of those of each part of the batch with its losses alone and the same random numbers."""
+    shares = {"split": (0.25, 0.25, 0.25, 0.25), "lambda_restart": 0.7, "lambda_mse": 0.3}
+    method = Teasr(TeasrConfig(**PLAIN, mode="split", **shares))
+    backbone, whole = tiny(), batch(8)
+    names = [loss.name for loss in run_losses(method, backbone, whole, draws(8))]
+    assert names == ["one_step", "adv", "cons", "flow", "restart"]
+    together = gradients(backbone)
+    parts = []
+    groups = (("rectify", "mse", "adv"), ("cons",), ("flow",))
+    for i, group in enumerate(groups):
+        off = {f"lambda_{n}": 0.0 for n in ("flow", "cons", "adv", "rectify", "mse") if n not in group}
+        alone = Teasr(TeasrConfig(**(PLAIN | {"lambda_mse": 0.3} | off)))
+        part = slice(2 * i, 2 * i + 2)
+        run_losses(alone, backbone, whole.rows(part), draws(8).rows(part))
+        parts.append(gradients(backbone))
+    run_losses(method, backbone, whole, draws(8), only="restart")
+    parts.append(gradients(backbone))
+    for name, gradient in together.items():
+        total = sum(own[name] for own in parts if name in own)
+        assert (gradient - total).abs().max() < 1e-10, name
+
+
+def run_losses(method, backbone, rows, own, only=None):
+    """Back-propagate the losses, or the one of this name alone, and return all of them."""
+    found = []
+    for loss in method.losses({"student": Model(backbone)}, rows, own, NOW):
+        if only in (None, loss.name):
+            loss.value.backward()
+        found.append(loss)
+    return found
+
+
+def test_the_restart_loss_has_the_gradient_of_the_pixel_losses_at_its_own_state():
+    """Compared with autograd through z_t - t v, decoder and losses; nothing reaches the first step."""
+    lpips = losses.load_lpips("alex", weights=False).double()
+    off = {f"lambda_{n}": 0.0 for n in ("flow", "cons", "adv", "rectify")}
+    settings = off | {"lambda_restart": 0.7, "lambda_mse": 0.3, "lambda_lpips": 0.2, "lpips_share": 0.5}
+    method = Teasr(TeasrConfig(**(PLAIN | settings), mode="split", split=(0.5, 0, 0, 0.5)), lpips)
+    backbone, rows, own = tiny(), batch(8), draws(8)
+    loss = run_losses(method, backbone, rows, own, only="restart")[-1]
+    found = gradients(backbone)
+    model, rows, own = Model(backbone), rows.rows(slice(4, 8)), own.rows(slice(4, 8))
+    with torch.no_grad():
+        z_lq = model.encode(rows.x_lq)
+        eps = own.normal("one-step noise", z_lq)
+        one = torch.ones(4)
+        z_fake = eps - model.velocity(eps, one, Condition(z_lq, 0 * one))
+        t = own.uniform("restart time", 0.08, 0.5)
+        z_t = flow.interpolate(z_fake, own.normal("restart noise", z_fake), t)
+    x = model.decode(flow.z0_from_velocity(z_t, model.velocity(z_t, t, Condition(z_lq, 0 * t)), t))
+    value = 0.3 * losses.mse(x, rows.x_hq) + 0.2 * lpips(x[:2], rows.x_hq[:2]).mean()
+    (0.7 * value).backward()
+    assert loss.logs["restart"].item() == pytest.approx(value.item(), rel=1e-9)
+    for name, gradient in gradients(backbone).items():
+        assert (gradient - found[name]).abs().max() < 1e-9, name  # LPIPS keeps some constants in fp32

@@ -92,14 +92,16 @@ class Trunk(nn.Module):
 class Level(nn.Module):
     """One resolution of both branches: residual blocks with their own times, then an exchange in both directions.
 
-    The noise branch receives the condition at the same position; what it sends back starts at zero.
+    The noise branch receives the condition at the same position; what it sends back starts at zero. The `last` level
+    sends nothing back, because the condition branch ends there.
     """
 
-    def __init__(self, noise: int, condition: int, depth: int):
+    def __init__(self, noise: int, condition: int, depth: int, last: bool):
         super().__init__()
         self.noise = nn.ModuleList(Residual(noise) for _ in range(depth))
         self.condition = nn.ModuleList(Residual(condition) for _ in range(depth))
-        self.to_noise, self.to_condition = conv(condition, noise, 1), conv(noise, condition, 1, zero=True)
+        self.to_noise = conv(condition, noise, 1)
+        self.to_condition = None if last else conv(noise, condition, 1, zero=True)
 
     def forward(
         self, n: Tensor, c: Tensor | None, temb_n: Tensor, temb_c: Tensor | None
@@ -111,7 +113,7 @@ class Level(nn.Module):
             n = n + self.to_noise(c)
         for block in self.noise:
             n = block(n, temb_n)
-        return n, None if c is None else c + self.to_condition(n)
+        return n, c if c is None or self.to_condition is None else c + self.to_condition(n)
 
 
 class TimeEmbedding(nn.Module):
@@ -135,7 +137,7 @@ class DualUNet(RoleNet):
         self.trunk = Trunk(config.trunk_width, config.trunk_depth)
         self.time_cur, self.time_tar = TimeEmbedding(), TimeEmbedding()
         self.noise_in, self.condition_in = conv(CHANNELS, n[0]), conv(config.trunk_width, c[0])
-        self.levels = nn.ModuleList(Level(*widths, depth) for widths in zip(n, c, strict=True))
+        self.levels = nn.ModuleList(Level(n[i], c[i], depth, i == len(n) - 1) for i in range(len(n)))
         self.down = nn.ModuleList(
             nn.ModuleList((conv(4 * n[i], n[i + 1], 1), conv(4 * c[i], c[i + 1], 1))) for i in range(len(n) - 1)
         )
