@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
-from teasr.diffusion import flow, losses
+from teasr.diffusion import flow, losses, perceptual
 from teasr.methods.base import Loss, Method, Progress, latents
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
@@ -137,7 +137,7 @@ class Teasr(Method):
 
     def load(self) -> None:
         if self.config.lambda_lpips and self.lpips is None:
-            self.lpips = losses.load_lpips(self.config.lpips_net, self.config.lpips_weights == "pretrained")
+            self.lpips = perceptual.load_lpips(self.config.lpips_net, self.config.lpips_weights == "pretrained")
 
     @classmethod
     def with_random_weights(cls, config: TeasrConfig) -> TeasrConfig:

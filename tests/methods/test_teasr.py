@@ -11,7 +11,7 @@ from peer_update import joint_loss
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.batch import Batch
-from teasr.diffusion import flow, losses
+from teasr.diffusion import flow, losses, perceptual
 from teasr.methods.base import Progress
 from teasr.methods.teasr import Ramp, Teasr, TeasrConfig, Times, shortcut_times
 from teasr.util.randomness import Draws
@@ -65,7 +65,7 @@ def gradients(backbone: Tiny) -> dict[str, torch.Tensor]:
 def test_lean_update_has_the_gradient_of_the_joint_loss(change, net):
     """Four graphs one after another give the gradient of one backward pass through everything (float64, to 1e-10)."""
     config = TeasrConfig(**(PLAIN | change))
-    lpips = losses.load_lpips("alex", weights=False).double() if config.lambda_lpips else None
+    lpips = perceptual.load_lpips("alex", weights=False).double() if config.lambda_lpips else None
     backbone = tiny(**net)
     for loss in Teasr(config, lpips).losses({"student": Model(backbone)}, batch(), draws(), NOW):
         loss.value.backward()
@@ -263,7 +263,7 @@ def run_losses(method, backbone, rows, own, only=None):
 
 def test_the_restart_loss_has_the_gradient_of_the_pixel_losses_at_its_own_state():
     """Compared with autograd through z_t - t v, decoder and losses; nothing reaches the first step."""
-    lpips = losses.load_lpips("alex", weights=False).double()
+    lpips = perceptual.load_lpips("alex", weights=False).double()
     off = {f"lambda_{n}": 0.0 for n in ("flow", "cons", "adv", "rectify")}
     settings = off | {"lambda_restart": 0.7, "lambda_mse": 0.3, "lambda_lpips": 0.2, "lpips_share": 0.5}
     method = Teasr(TeasrConfig(**(PLAIN | settings), mode="split", split=(0.5, 0, 0, 0.5)), lpips)
