@@ -2,7 +2,7 @@
 
     python bench/metrics.py [--side 512] [--samples 100]
 
-Needs the extra: pip install 'teasr[metrics]'. Both sides get the same arrays in memory, on one thread, and alternate;
+Needs the package: pip install pyiqa. Both sides get the same arrays in memory, on one thread, and alternate;
 times are medians of five rounds (one for the Frechet distance).
 """
 

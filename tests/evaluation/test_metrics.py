@@ -3,13 +3,16 @@
 Values of pyiqa are stored here, and compared with pyiqa itself where it is installed.
 """
 
+import re
+
 import numpy as np
 import pytest
 import skimage.data
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 
-from teasr.evaluation.metrics import METRICS, PROTOCOLS, File, Metric, Scorer
+from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.registry import METRICS, PROTOCOLS, File, Metric
 from teasr.imaging.exact_metrics import frechet_distance, luma, psnr, ssim
 
 # pyiqa 0.1.16 on `pair` with noise 2 and 20: test_y_channel=True, color_space='ycbcr'; the same with crop_border=4;
@@ -106,9 +109,11 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
     scorer = Scorer(weights=tmp_path)
     assert scorer.status["psnr"] == scorer.status["ssim"] == "ok"
-    assert scorer.status["lpips"] == f"skipped: put alexnet-owt-7be5be79.pth in {tmp_path}"
-    assert all(status == "ok" or status.startswith("skipped: p") for status in scorer.status.values())
-    assert scorer.picture_names == ["psnr", "ssim", "checkerboard"]
+    assert scorer.status["lpips"] == scorer.status["dists"] == f"skipped: run `teasr weights --folder {tmp_path}`"
+    assert all(re.match(r"ok|skipped: (put|run `(teasr weights|pip install pyiqa))", s) for s in scorer.status.values())
+    assert scorer.picture_names == ["psnr", "ssim", "checkerboard", "seam", "detail"]
+    monkeypatch.setenv("TEASR_METRIC_WEIGHTS", str(tmp_path))
+    assert Scorer(["lpips"]).status["lpips"] == "skipped: run `teasr weights`"
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"another")
     status = Scorer(["lpips"], weights=tmp_path).status["lpips"]
     assert "is not the published file (sha256" in status and "not 7be5be79" in status
@@ -152,8 +157,8 @@ def test_lpips_runs_on_the_file_that_was_given(tmp_path, monkeypatch, pair):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
     torch.manual_seed(0)
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alexnet-owt-7be5be79.pth")
-    lpips = Metric("lpips", "LPIPS", False, "full", "lpips", (File("alexnet-owt-7be5be79.pth"),))
-    monkeypatch.setitem(METRICS, "lpips", lpips)
+    file = File("alexnet-features.safetensors", instead=File("alexnet-owt-7be5be79.pth"))
+    monkeypatch.setitem(METRICS, "lpips", Metric("lpips", "LPIPS", False, "full", "lpips", (file,)))
     scorer, (hq, made, _) = Scorer(["lpips"], weights=tmp_path), pair
     assert 0 < scorer.picture(made, hq)["lpips"] < 2 and scorer.picture(hq, hq)["lpips"] == 0
     assert scorer.picture(made, None) == {}
@@ -182,3 +187,36 @@ def test_metrics_of_pyiqa_load_from_the_folder(tmp_path, monkeypatch, pair):
         scorer.add_to_set("made", np.roll(made, 20 * shift, 0))
     same, other = (scorer.sets(name, "hq")["fid"] for name in ("hq", "made"))
     assert abs(same) < 1e-6 and other > 10 * abs(same)
+
+
+def test_metrics_with_a_target_are_best_closest_to_it(pair):
+    """Both sides of the target count: 0.9 is better than 1.2, and 1.05 is better than both."""
+    hq, made, _ = pair
+    for name, label in (("seam", "Seam"), ("detail", "Flat/busy")):
+        metric = METRICS[name]
+        assert metric.label == label and metric.target == 1 and metric.arrow == "→ 1"
+        assert max((1.2, 0.9, 1.05, 0.7), key=metric.merit) == 1.05 and metric.merit(0.9) > metric.merit(1.2)
+    assert max((1.0, 2.0), key=METRICS["psnr"].merit) == 2 and max((1.0, 2.0), key=METRICS["lpips"].merit) == 1
+    scorer = Scorer(["seam", "detail"])
+    assert scorer.identity["seam"]["better"] == "closer to 1"
+    assert scorer.picture(hq, hq)["detail"] == 1 and scorer.picture(made, hq)["detail"] > 1
+    assert list(scorer.picture(made, None)) == ["seam"]
+
+
+def test_dists_runs_on_the_files_that_were_given(tmp_path, monkeypatch, pair):
+    """Random weights in the files that `teasr weights` writes, with the expected hashes left out; pyiqa is not used."""
+    import torch
+    import torchvision
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=False)
+    save_file({f"features.{n}": x for n, x in layers.state_dict().items()}, tmp_path / "vgg16-features.safetensors")
+    terms = {name: torch.ones(1, 1475, 1, 1) for name in ("alpha", "beta")}
+    save_file(terms, tmp_path / "dists_alpha_beta.safetensors")
+    files = File("vgg16-features.safetensors"), File("dists_alpha_beta.safetensors")
+    monkeypatch.setitem(METRICS, "dists", Metric("dists", "DISTS", False, "full", None, files))
+    scorer, (hq, made, _) = Scorer(["dists"], weights=tmp_path), pair
+    hq, made = hq[:64, :64], made[:64, :64]
+    assert 0 < scorer.picture(made, hq)["dists"] < 1 and scorer.picture(hq, hq)["dists"] == pytest.approx(0, abs=1e-5)
+    assert scorer.identity["dists"]["code"] == "teasr"

@@ -51,7 +51,7 @@ def test_rows_deltas_notes_and_skipped_metrics(results, tmp_path):
     text = (tmp_path / "out/report.md").read_text()
     assert f"| mine, 1 step | {ours['psnr']['mean']:.2f} | {ours['ssim']['mean']:.4f} |" in text
     assert f"| Them * | 30.00 ({ours['psnr']['mean'] - 30:+.2f}) | 0.9000 (" in text and "Not these" not in text
-    assert "\\* some paper." in text and "LPIPS skipped: put" in text and "commit" in text
+    assert "\\* some paper." in text and "LPIPS skipped: run `teasr weights" in text and "commit" in text
     assert f"mine, 1 step, gain over bicubic: {ours['psnr']['gain_mean']:+.3f} PSNR" in text
 
 
@@ -81,7 +81,7 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
     page.goto((tmp_path / "report.html").as_uri())
-    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 3
+    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 5
     first = page.locator(".compare").first
     assert first.locator("img.before").evaluate("x => [x.naturalWidth, x.naturalHeight]") == [96, 64]
     first.locator("input").fill("20")
@@ -94,7 +94,7 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
 
 
 def test_published_numbers_are_of_known_metrics_and_protocols():
-    from teasr.evaluation.metrics import METRICS, PROTOCOLS
+    from teasr.evaluation.registry import METRICS, PROTOCOLS
 
     known = yaml.safe_load((ROOT / "eval/datasets.yaml").read_text())
     for block in yaml.safe_load((ROOT / "eval/published.yaml").read_text()):
