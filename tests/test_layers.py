@@ -133,7 +133,7 @@ def test_every_module_says_what_it_is():
         if path.name != "__init__.py" or path.parent.name == "teasr":
             assert ast.get_docstring(tree), path
         # the base class's docstrings document these methods
-        inherits = path.parent.name in ("methods", "backbones", "qwen_image")
+        inherits = path.parent.name in ("methods", "backbones", "qwen_image", "unet")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name}"
