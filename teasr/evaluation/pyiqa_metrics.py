@@ -46,6 +46,7 @@ def _no_download(url: str, *_, **__) -> None:
 
 
 def tensor(x: np.ndarray):
+    """[H, W, 3] uint8 -> [1, 3, H, W] in [0, 1]."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None].float() / 255
