@@ -2,11 +2,13 @@
 
     python bench/chaos.py runs/demo/shards/train [--kills 20] [train.deepspeed=ds_configs/zero1.json ..]
     python bench/chaos.py runs/demo/shards/train --ranks 2 train.micro_batch=4
+    python bench/chaos.py runs/demo/shards/train --ranks 2 --one-rank train.micro_batch=4
 
-Every kill is a SIGKILL of all processes (launcher and ranks) at a random moment of a start, of some updates, or of a
-save; the same command then resumes. A kill is survived when the newest complete checkpoint is no older than the last
-one that the run had finished, and lost otherwise. Exit code 1 when a kill was lost, or when weights, optimiser moments,
-moving average or metrics.csv differ in a single byte.
+Every kill is a SIGKILL of all processes (launcher and ranks), or of one rank alone, at a random moment of a start, of
+some updates, or of a save; the same command then resumes. A kill is survived when the newest complete checkpoint is no
+older than the last one that the run had finished (and the others have ended after the death of one rank), and lost
+otherwise. Exit code 1 when a kill was lost, or when weights, optimiser moments, moving average or metrics.csv differ in
+a single byte.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from teasr.util import checkpoint_folder
 from teasr.util.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+END_S = 120  # seconds within which the others must end after the death of one rank
 MOMENTS = ("before the first update", "between saves", "inside a save")
 SETTINGS = ["train.updates=120", "train.save_every_updates=5", "tracking.mlflow=false"]
 
@@ -47,17 +50,39 @@ class Job:
         self.log = open(f"{run}.log", "a")  # noqa: SIM115 - open as long as the process runs
         self.process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=self.log, stderr=self.log)
 
-    def kill(self) -> None:
-        """Kill all processes of the job at once."""
-        try:
-            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-        except psutil.NoSuchProcess:
-            family = []
+    def kill(self) -> bool:
+        """Kill all processes of the job at once; returns True, since all have ended."""
+        family = self._family()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         self.process.wait()
         psutil.wait_procs(family, timeout=10)
+        return True
+
+    def kill_one_rank(self, draw: random.Random) -> bool:
+        """Kill a random rank alone; returns whether the launcher and the other ranks then ended by themselves."""
+        family = self._family()
+        ranks = [member for member in family if "RANK" in _environment(member)]
+        if not ranks:
+            return self.kill()
+        draw.choice(ranks).kill()
+        alive = psutil.wait_procs(family, timeout=END_S)[1]
+        self.kill()
+        return not alive
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def newest_update(run: Path) -> int:
@@ -118,6 +143,9 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument(
+        "--one-rank", action="store_true", help="kill one random rank instead of all processes; needs --ranks 2 or more"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="config overrides, such as train.micro_batch=4"
@@ -137,15 +165,15 @@ def main() -> int:
         if job.process.poll() is not None:
             print(f"the run finished before kill {i + 1}: add more updates, such as train.updates=300")
             break
-        job.kill()
+        ended = job.kill_one_rank(draw) if options.one_rank else job.kill()
         reached, saved = newest_update(run), saved_update(run)
         inside = saving(run, job.begun)
         kind = MOMENTS[2 if inside else written(run) != before]
         where[kind] += 1
         found = checkpoint_folder.latest(run / "checkpoints")
-        good = saved == 0 or (found is not None and found.name == checkpoint_folder.name_of(saved))
+        good = ended and (saved == 0 or (found is not None and found.name == checkpoint_folder.name_of(saved)))
         survived += good
-        state = "intact" if good else "LOST"
+        state = "intact" if good else "LOST" if ended else "the other processes did not end"
         print(f"kill {i + 1}, {kind}: last update {reached}, newest checkpoint {saved}, {state}", flush=True)
     end = Job(run, options)
     failed = end.process.wait()

@@ -48,13 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="key=value",
         help="settings listed above, such as shards=data/train vae=Qwen/Qwen-Image",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace latents of other shards, weights or settings in out=, or write into a folder of other files",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = cfg.build(LatentsConfig, cfg.override({}, options.settings))
+        config = cfg.load(LatentsConfig, None, options.settings)
         part = engines.split_from_environment()
         device = pick_device(config.device)
         codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae").to(device)
-        cache_latents(config, codec, device, *part)
+        cache_latents(config, codec, device, *part, options.overwrite)
     except OSError as error:
         print(
             f"error: {error}; finished shards are kept; fix the problem and run the same command again",

@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     others = [setting for setting in options.settings if not setting.startswith("prompt=")]
     try:
         data = cfg.override({}, others) | ({"prompt": texts[-1]} if texts else {})
-        cache_prompt(cfg.build(PromptConfig, data))
+        with cfg.named(None):
+            config = cfg.build(PromptConfig, data)
+        cache_prompt(config)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

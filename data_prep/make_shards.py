@@ -39,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers", type=int, default=engines.cores(), help="number of local processes (default: one per core)"
     )
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a set of other settings or photographs in out=, or write into a folder of other files",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
@@ -46,9 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     try:
-        data = cfg.read_yaml(options.config) if options.config else {}
-        config = cfg.build(PrepConfig, cfg.override(data, options.overrides))
-        make_set(config, options.engine, options.workers, *engines.split_from_environment())
+        config = cfg.load(PrepConfig, options.config, options.overrides)
+        make_set(config, options.engine, options.workers, *engines.split_from_environment(), options.overwrite)
     except OSError as error:
         print(
             f"error: {error}; finished shards are kept; fix the problem and run the same command again",

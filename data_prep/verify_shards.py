@@ -17,7 +17,8 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
 
 from teasr.data.prep import engines
-from teasr.data.prep.verifying import contact_sheet, verify_set
+from teasr.data.prep.sheet import contact_sheet
+from teasr.data.prep.verifying import verify_set
 from teasr.imaging import images
 from teasr.util.files import write_atomic
 

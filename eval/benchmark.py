@@ -196,24 +196,24 @@ def find_pairs(data: str, root: Path, scale: int) -> Pairs:
     `scale`: that of LQ:HQ folders, and of sets whose LQ is made from HQ. Raises ValueError when `data` is none of
     these or the set is incomplete.
     """
-    known = strict_yaml.read_yaml(DATASETS)
+    known = pairs_of.read_datasets(DATASETS)
     if data in known:
         entry = known[data]
-        hq = root / entry["hq"]
-        lq = None if entry["lq"] == "bicubic" else root / entry["lq"]
+        hq = root / entry.hq
+        lq = None if entry.lq == "bicubic" else root / entry.lq
         if not hq.is_dir():
             raise ValueError(
-                f"dataset {data}: folder {hq} does not exist. Get it from {entry['get']}; "
-                f"set --data-root to the folder that contains {entry['hq']}"
+                f"dataset {data}: folder {hq} does not exist. Get it from {entry.get}; "
+                f"set --data-root to the folder that contains {entry.hq}"
             )
         if lq is not None:
-            return pairs_of.from_folders(hq, lq, entry["scale"], data, entry["count"])
+            return pairs_of.from_folders(hq, lq, entry.scale, data, entry.count)
         if scale == 1:
             raise ValueError(
                 f"dataset {data} has no degraded images for a model of scale 1: give a shard set, or LQ:HQ"
             )
-        name = data if scale == entry["scale"] else f"{data}-x{scale}"
-        return pairs_of.from_folders(hq, None, scale, name, entry["count"])
+        name = data if scale == entry.scale else f"{data}-x{scale}"
+        return pairs_of.from_folders(hq, None, scale, name, entry.count)
     lq, colon, hq = data.partition(":")
     if colon and Path(lq).is_dir():
         return pairs_of.from_folders(Path(hq), Path(lq), scale)

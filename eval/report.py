@@ -18,9 +18,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from teasr.config import strict_yaml
 from teasr.evaluation.benchmark import BASELINES, BICUBIC, SHOWN, shown_name, steps_of
 from teasr.evaluation.registry import METRICS
 from teasr.util.files import read_json, write_atomic
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(
                     "nothing to report: give result folders of eval/benchmark.py, or --mlflow and --experiment"
                 )
-            blocks = yaml.safe_load(options.published.read_text())
+            blocks = read_published(options.published)
             options.out.mkdir(parents=True, exist_ok=True)
             write_atomic(options.out / "report.md", markdown(results, blocks).encode())
             write_atomic(options.out / "report.html", page(results, blocks).encode())
@@ -86,6 +86,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"{options.out / 'report.md'}\n{options.out / 'report.html'}")
     return 0
+
+
+def read_published(path: Path) -> list[dict]:
+    """Read a file of published scores. Raises ValueError that names the file and the key."""
+    blocks = strict_yaml.read_yaml(path, list)
+    with strict_yaml.named(path):
+        for i, block in enumerate(blocks):
+            block = {"source": None, "protocol": None} | strict_yaml.convert(dict[str, Any], block, f"[{i}]")
+            for key, value in block.items():
+                kind = str if key in ("source", "protocol") else dict[str, dict[str, float]]
+                strict_yaml.convert(kind, value, f"[{i}].{key}")
+    return blocks
 
 
 def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:

@@ -14,12 +14,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from torch import distributed
 
 from teasr import run_config
+from teasr.training.endings import out_of_memory
 from teasr.util.distributed import leave
+from teasr.util.output import lenient_output
+
+# What all ranks found, such as a wrong setting, rank 0 reports. Then the launcher stops the others while they wait.
+WAIT_FOR_RANK_0_S = 60
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             "--size and --ranks require --dry-run; in a training, the shards set the size and the launcher the ranks"
         )
+    for name in ("size", "ranks"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name} {given}: must be >= 1")
     try:
         settings = run_config.load(options.config, options.overrides)
         if options.print:
@@ -60,23 +69,41 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.dry_run:
             from teasr.training import footprint
-            from teasr.training.engine import engine_settings
+            from teasr.training.engine import check_zero, engine_settings
 
             ranks = options.ranks or 1
             partitioning = engine_settings(settings.train, ranks)
+            check_zero(partitioning, settings.train.deepspeed)
             print(footprint.table(footprint.count(settings, partitioning, options.size or 512, ranks)))
             return 0
         if options.random_init:
             settings = settings.with_random_weights()
         from teasr.training.trainer import Trainer
 
-        Trainer(settings, options.accept_changes).fit()
+        with lenient_output():
+            Trainer(settings, options.accept_changes).fit()
     except (ValueError, FloatingPointError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or distributed.is_initialized():  # earlier errors are the same on all ranks: rank 0 reports them
-            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return report(error)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to continue", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        explained = out_of_memory(error)
+        if explained is None:
+            raise
+        return report(explained)
     return 0
+
+
+def report(error: Exception) -> int:
+    """Print an error in one line; returns the exit code. Other ranks first wait whether rank 0 prints the same."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not distributed.is_initialized():
+        time.sleep(WAIT_FOR_RANK_0_S)
+    with lenient_output():
+        who, text = "" if rank == "0" else f" (rank {rank})", " ".join(str(error).split("\n"))
+        print(f"error{who}: {text}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

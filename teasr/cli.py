@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 EXAMPLES = (
@@ -56,7 +58,10 @@ def _add_upscale(commands) -> None:
     )  # fmt: skip
     upscale.add_argument("inputs", nargs="+", metavar="IN", help="image file, folder of images or quoted glob pattern")
     upscale.add_argument(
-        "-o", "--out", type=Path, required=True, help="output folder, or output file for a single image"
+        "-o",
+        "--out",
+        required=True,
+        help="output folder, or output file for a single image; with / at the end a folder",
     )
     model = upscale.add_argument_group("model")
     model.add_argument("--model", help=MODEL_HELP)
@@ -106,7 +111,11 @@ def _add_upscale(commands) -> None:
     machine.add_argument("--offload", action="store_true", help=OFFLOAD_HELP)
     machine.add_argument("--device", help=DEVICE_HELP)
     files = upscale.add_argument_group("files")
-    files.add_argument("--skip-existing", action="store_true", help="skip images whose result already exists")
+    existing = files.add_mutually_exclusive_group()
+    existing.add_argument("--skip-existing", action="store_true", help="skip images whose result already exists")
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace results that already exist (default: they are an error)"
+    )
     files.add_argument("--suffix", default="", help="text appended to output file names, such as _x4 (default: none)")
     files.add_argument(
         "--format", choices=("png", "jpg", "webp", "tif"), help="output format (default: that of the input)"
@@ -115,38 +124,53 @@ def _add_upscale(commands) -> None:
 
 
 def _upscale(options: argparse.Namespace) -> int:
-    from teasr.restore import batch
+    from teasr.restore import batch, frames, outputs
     from teasr.restore.upscaler import Upscaler
 
-    if options.tile != "auto" and not options.tile.isdigit():
-        raise ValueError(f"--tile {options.tile}: must be auto or a number of pixels such as 512")
-    if options.steps != "auto" and not (options.steps.isdigit() and int(options.steps) >= 1):
-        raise ValueError(f"--steps {options.steps}: must be auto or a whole number >= 1")
-    steps = "auto" if options.steps == "auto" else int(options.steps)
-    settings = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
-    settings |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
+    steps, settings = _numbers(options)
     todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
-    if options.skip_existing and all(job.target.is_file() for job in todo):
+    pairs = [(job.source, job.target) for job in todo if not job.problem]
+    outputs.check_targets(pairs, options.skip_existing, options.overwrite)
+    if options.skip_existing and all(os.path.isfile(job.target) for job in todo):
         print(f"all {len(todo)} results already exist; nothing to do")
         return 0
     upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device, options.dtype, options.offload)
     dials = {} if options.fidelity is None else {"fidelity": options.fidelity}
     upscaler.sampler.check(2 if steps == "auto" else steps, dials)
+    factor = frames.factor(upscaler.scale, options.scale, settings["size"])
+    outputs.check_formats(
+        pairs, partial(frames.size_of_result, factor=factor, size=settings["size"]), options.skip_existing
+    )
 
-    def restore(picture, on_progress, add_note):
-        return upscaler(picture, steps, options.seed, on_progress=on_progress, say=add_note, **settings)
+    def restore(picture, on_progress, add_note, scratch):
+        how = settings | {"on_progress": on_progress, "say": add_note, "scratch": scratch}
+        return upscaler(picture, steps, options.seed, **how)
 
-    failed = batch.run(todo, restore, options.skip_existing)
+    failed = batch.run(todo, restore, options.skip_existing, options.overwrite)
     if failed:
         print(f"{failed} of {len(todo)} images failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _numbers(options: argparse.Namespace) -> tuple[int | str, dict]:
+    """Return the number of steps and the settings of a call of `Upscaler`. Raises ValueError for a wrong number."""
+    if options.tile != "auto" and not (options.tile.isdecimal() and int(options.tile) >= 1):
+        raise ValueError(f"--tile {options.tile}: must be auto or a number of pixels such as 512")
+    if options.steps != "auto" and not (options.steps.isdecimal() and int(options.steps) >= 1):
+        raise ValueError(f"--steps {options.steps}: must be auto or a whole number >= 1")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: must be a whole number from 0 to {2**63 - 1}")
+    steps = "auto" if options.steps == "auto" else int(options.steps)
+    settings = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
+    settings |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
+    return steps, settings
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise ValueError(f"--size {text}: must be WIDTHxHEIGHT in pixels, such as 3840x2160")
     return int(width), int(height)
 
@@ -173,6 +197,8 @@ def _demo(options: argparse.Namespace) -> int:
         raise ValueError(f"the web page needs the package {error.name}: run pip install 'teasr[demo]'") from None
     from teasr.restore.upscaler import Upscaler
 
+    if not 1 <= options.port <= 65535:
+        raise ValueError(f"--port {options.port}: must be from 1 to 65535")
     upscaler = Upscaler.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
@@ -197,8 +223,10 @@ def _sync(options: argparse.Namespace) -> int:
 
     if not (options.run / METRICS).is_file():
         raise ValueError(f"{options.run} is not a run folder: it contains no {METRICS}; give the run_dir of a training")
-    settings = strict_yaml.read_yaml(options.run / "config.yaml").get("tracking") or {}
-    tracking = strict_yaml.build(TrackingConfig, settings, "tracking")
+    path = options.run / "config.yaml"
+    settings = strict_yaml.read_yaml(path).get("tracking") or {}
+    with strict_yaml.named(path):
+        tracking = strict_yaml.build(TrackingConfig, settings, "tracking")
     if options.uri:
         tracking = replace(tracking, uri=options.uri)
     place, sent = sync(options.run, tracking)

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from teasr.backbones.base import Backbone
 from teasr.backbones.roles import STUDENT, Role, check_roles
 from teasr.config import strict_yaml as cfg
+from teasr.config.limits import SEED
+from teasr.config.reading import parse_yaml
 from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
 from teasr.data.config import DataConfig
 from teasr.data.layout import DEFAULT_SCALE, SCALES
@@ -144,13 +146,27 @@ class RunConfig:
         return method
 
 
-def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML config and apply `section.key=value` overrides. Raises ValueError naming the key and the fix."""
-    return parse(cfg.override(cfg.read_yaml(path), overrides or []))
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides.
+
+    Raises ValueError naming the file, the key, what was given and what is allowed.
+    """
+    data = cfg.override(cfg.read_yaml(path), overrides)
+    with cfg.named(path, overrides):
+        return parse(data)
+
+
+def parse_text(text: str, source: str) -> RunConfig:
+    """Build a config from YAML text, such as `to_yaml` returns. Raises ValueError that begins with `source`."""
+    data = parse_yaml(text, source)
+    with cfg.named(source):
+        return parse(data)
 
 
 def parse(data: dict) -> RunConfig:
-    """Build a config from nested mappings."""
+    """Build a config from nested mappings. Raises ValueError naming the key, what was given and what is allowed."""
+    if not isinstance(data, dict):
+        raise ValueError(f"a config has `key: value` lines, but this is {data!r}")
     sections = ("run_dir", "seed", "scale", "backbone", "prior", "method", "data", "train", "preview", "tracking")
     for key in data:
         if key not in sections:
@@ -160,10 +176,10 @@ def parse(data: dict) -> RunConfig:
             raise ValueError(f"config key {key} is missing: add it; every run needs it")
     backbone_name, backbone = _component(BACKBONES, data["backbone"], "backbone")
     method_name, method = _component(METHODS, data["method"], "method")
-    prior_name, prior = _component(BACKBONES, data["prior"], "prior") if data.get("prior") else (None, None)
+    prior_name, prior = (None, None) if data.get("prior") is None else _component(BACKBONES, data["prior"], "prior")
     return RunConfig(
-        run_dir=cfg.convert(str, data["run_dir"], "run_dir"),
-        seed=cfg.convert(int, data.get("seed", 0), "seed"),
+        run_dir=_run_dir(data["run_dir"]),
+        seed=cfg.convert(Annotated[int, SEED], data.get("seed", 0), "seed"),
         scale=_scale(data.get("scale", DEFAULT_SCALE)),
         backbone_name=backbone_name,
         backbone=backbone,
@@ -171,11 +187,22 @@ def parse(data: dict) -> RunConfig:
         method=method,
         data=cfg.build(DataConfig, data["data"], "data"),
         train=cfg.build(TrainConfig, data["train"], "train"),
-        preview=cfg.build(PreviewConfig, data.get("preview") or {}, "preview"),
-        tracking=cfg.build(TrackingConfig, data.get("tracking") or {}, "tracking"),
+        preview=cfg.build(PreviewConfig, _or_empty(data.get("preview")), "preview"),
+        tracking=cfg.build(TrackingConfig, _or_empty(data.get("tracking")), "tracking"),
         prior_name=prior_name,
         prior=prior,
     )
+
+
+def _or_empty(section: Any) -> Any:
+    return {} if section is None else section
+
+
+def _run_dir(value: Any) -> str:
+    folder = cfg.convert(str, value, "run_dir")
+    if not folder.strip() or "\0" in folder:
+        raise ValueError(f"config key run_dir = {folder!r}: must be the path of a folder, such as runs/mine")
+    return folder
 
 
 def _scale(value: Any) -> int:
@@ -189,6 +216,6 @@ def _component(registry: dict, data: Any, where: str) -> tuple[str, Any]:
     if not isinstance(data, dict) or "name" not in data:
         raise ValueError(f"config key {where}.name is missing: set it to one of {', '.join(registry)}")
     name = data["name"]
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ValueError(f"config key {where}.name = {name!r}: allowed are {', '.join(registry)}")
     return name, cfg.build(registry[name]()[0], {k: v for k, v in data.items() if k != "name"}, where)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from teasr.util.files import write_atomic
+from teasr.util.files import unusual, write_atomic
 from teasr.util.tensor_file import pack, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -37,13 +37,15 @@ class PromptConfig:
 def cache_prompt(config: PromptConfig) -> None:
     """Compute and write the prompt file, unless it exists with the same provenance; print what was done.
 
-    Raises ValueError with the cause if `out` is a folder, or if the model or the device is unavailable.
+    Raises ValueError with the cause if `out` is a folder or another file, or if the model or the device is unavailable.
     """
     out = Path(config.out).expanduser()
     if out.is_dir():
         raise ValueError(f"out = {config.out} is a folder: name a file, such as out={config.out}/prompt.safetensors")
     wanted = {"prompt": config.prompt, "model": config.model, "dtype": config.dtype, "libraries": libraries()}
     if out.exists():
+        if unusual(out) or b"prompt_embeds" not in out.read_bytes()[:1000]:
+            raise ValueError(f"out = {config.out} exists and is no prompt file: choose another out=, or delete it")
         try:
             _, _, found = load_prompt(out)
         except ValueError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +50,12 @@ class TinyConfig:
     """
 
     latent_channels: int = 48  # number of principal components kept, out of 8x8x3 = 192
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: int = 4
-    lora_rank: int = 16
-    lora_alpha: int = 16
+    width: Annotated[int, "[1, 65536]"] = 128
+    depth: Annotated[int, "[1, 1024]"] = 4
+    heads: Annotated[int, "[1, 1024]"] = 4
+    mlp_ratio: Annotated[int, "[1, 64]"] = 4
+    lora_rank: Annotated[int, "[1, 65536]"] = 16
+    lora_alpha: Annotated[int, "[1, inf)"] = 16
     train: Literal["full", "lora"] = "full"
     base: str | None = None
     decoupled_timestep: bool = True  # false: both branches share the sum of both time embeddings (Table 3, row 1)
@@ -64,7 +64,8 @@ class TinyConfig:
     # initial weight of a learned skip from each condition token's value to the noise token at the same position, added
     # to the attention output; null: none
     pair: float | None = None
-    whiten: float = 0.5  # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
+    # exponent of the per-component scaling: 1 = unit variance each, 0 = one common scale
+    whiten: Annotated[float, "[0, 1]"] = 0.5
     gradient_checkpointing: bool = False
 
     def __post_init__(self):

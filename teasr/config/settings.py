@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+Count = Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Training config: everything that DeepSpeed needs except sharding and offload, which the file `deepspeed` sets."""
 
-    updates: int
-    batch: int  # samples per update, over all ranks
-    micro_batch: int  # samples per forward pass on one rank
-    learning_rate: float
+    updates: Count
+    batch: Count  # samples per update, over all ranks
+    micro_batch: Count  # samples per forward pass on one rank
+    learning_rate: Annotated[float, "(0, inf)", "such as 5e-5"]
     deepspeed: str = "ds_configs/zero3.json"
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.99)
+    weight_decay: Annotated[float, "[0, inf)"] = 0.0
+    clip_norm: Annotated[float, "(0, inf)"] = 1.0
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = 0
+    warmup_updates: Annotated[int, "[0, inf)"] = 0
     dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the forward pass; losses and optimiser stay in fp32
-    ema: float | None = 0.999
-    save_every_updates: int = 500
-    keep_checkpoints: int = 2
+    ema: Annotated[float, "(0, 1)", "such as 0.999, or null for no moving average"] | None = 0.999
+    save_every_updates: Count = 500
+    keep_checkpoints: Count = 2
     on_full_disk: Literal["stop", "continue"] = "stop"  # what to do when a checkpoint cannot be written
     # time budget: once it is used up, the current update is finished and saved, and the run ends normally
-    max_hours: float | None = None
-    max_skipped: int = 10  # stop after more consecutive non-finite updates than this
-    cpu_threads: int | None = None  # threads per rank on a machine without GPU; null: cores / ranks
-
-    def __post_init__(self):
-        for name in ("updates", "batch", "micro_batch", "save_every_updates", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must be >= 1")
-        if self.max_hours is not None and self.max_hours <= 0:
-            raise ValueError(f"train.max_hours = {self.max_hours}: must be > 0, such as 23.5, or null for no limit")
-        if self.max_skipped < 0:
-            raise ValueError(f"train.max_skipped = {self.max_skipped}: must be >= 0")
-        if self.learning_rate <= 0:
-            raise ValueError(f"train.learning_rate = {self.learning_rate}: must be > 0, such as 5e-5")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"train.ema = {self.ema}: must be a decay in (0, 1), such as 0.999, or null for no EMA")
+    max_hours: Annotated[float, "(0, inf)", "such as 23.5, or null for no limit"] | None = None
+    max_skipped: Annotated[int, "[0, inf)"] = 10  # stop after more consecutive non-finite updates than this
+    # threads per rank on a machine without GPU; null: cores / ranks
+    cpu_threads: Annotated[int, "[1, 1024]", "or null for as many as there are cores"] | None = None
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per update on each rank.
@@ -74,9 +64,12 @@ class PreviewConfig:
     Each preview is a comparison sheet in previews/.
     """
 
-    every_updates: int | None = None  # null: whenever a checkpoint is saved; 0: never
-    pictures: int = 4
-    steps: tuple[int, ...] = (1, 4)  # sampling steps; PSNR-Y at the first value selects the best checkpoint
+    every_updates: Annotated[int, "[0, inf)"] | None = None  # null: whenever a checkpoint is saved; 0: never
+    pictures: Annotated[int, "[1, 10000]"] = 4
+    steps: tuple[Annotated[int, "[1, 1000]"], ...] = (
+        1,
+        4,
+    )  # sampling steps; PSNR-Y at the first value selects the best checkpoint
     shards: str | None = None  # held-out pairs; null: training pairs, and no best checkpoint is selected
 
     def __post_init__(self):

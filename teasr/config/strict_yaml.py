@@ -1,38 +1,49 @@
 """Parse YAML strictly into frozen dataclasses; apply dotted overrides; compare configs.
 
-An unknown key is an error that suggests the closest valid key.
+An unknown key is an error that suggests the closest valid key. A number outside the limits of its field, NaN and
+infinity are errors too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
+from teasr.config import limits
+from teasr.config.reading import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
 
-def read_yaml(path: Path) -> dict:
-    """Read a YAML file that contains a mapping. Raises ValueError that names the file and the problem."""
+@contextlib.contextmanager
+def named(path: Path | str | None, assignments: Sequence[str] = ()) -> Iterator[None]:
+    """Context manager that begins a ValueError with where the wrong key was given: file, override or command line."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"config {path} does not exist") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"config {path} must contain `key: value` lines, but its content is of type {type(data).__name__}"
-        )
-    return data
+        yield
+    except ValueError as error:
+        guilty = [text for text in assignments if text.partition("=")[0] in str(error)]
+        source = " ".join([f"{path} with", *guilty] if guilty else [str(path)]) if path else "command line"
+        raise ValueError(f"{source}: {error}") from None
 
 
-def override(data: dict, assignments: list[str]) -> dict:
+def load(cls: type[T], path: Path | None, assignments: Sequence[str]) -> T:
+    """Build the dataclass `cls` from a YAML file (if any) and `key=value` overrides.
+
+    Raises ValueError that names the file and the key.
+    """
+    data = override(read_yaml(path) if path else {}, assignments)
+    with named(path, assignments):
+        return build(cls, data)
+
+
+def override(data: dict, assignments: Sequence[str]) -> dict:
     """Apply `a.b=value` assignments (the value in YAML) to a copy of nested mappings.
 
     Raises ValueError for an assignment without a name or `=`, or one that treats a value as a section.
@@ -45,10 +56,12 @@ def override(data: dict, assignments: list[str]) -> dict:
         *sections, key = name.split(".")
         target = data
         for section in sections:
-            target = target.setdefault(section, {})
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
             if not isinstance(target, dict):
                 raise ValueError(f"override {assignment!r}: {section} is a value, not a section with keys")
-        target[key] = yaml.safe_load(value)
+        target[key] = parse_yaml(value, f"override {assignment!r}: the value is not valid YAML")
     return data
 
 
@@ -60,7 +73,7 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
     if not isinstance(data, dict):
         raise ValueError(f"{where or 'the config'} must be a section with keys, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in data:
         if key not in fields:
             raise ValueError(unknown_key(_join(where, key), str(key), list(fields)))
@@ -85,6 +98,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        inner, interval, *reasons = arguments
+        value = convert(inner, value, where)
+        limits.check(interval, tuple(reasons), value, where)
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -98,7 +116,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is ... else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
-            raise ValueError(f"config key {where} = {value!r}: expected a list of type {_type_name(hint)}")
+            raise ValueError(f"config key {where} = {value!r}: expected a {_type_name(hint)}")
         return tuple(convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
@@ -111,13 +129,22 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML parses 1e-4 as a string
-        except ValueError:
-            pass
+        value = _float(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config key {where} = {value!r}: must be a finite number")
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ValueError(f"config key {where} = {value!r}: expected {_type_name(hint)}")
+
+
+def _float(value: int | float | str) -> float | str:
+    """The number, which YAML parses as a string when written as 1e-4; `value` itself if it is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+    except OverflowError:  # an integer with more than 308 digits
+        return math.inf
 
 
 def _join(where: str, key: object) -> str:
@@ -125,6 +152,14 @@ def _join(where: str, key: object) -> str:
 
 
 def _type_name(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{_type_name(parts[0])} {limits.in_words(parts[1])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _type_name(part) for part in parts)
+    if origin is tuple:
+        count = "" if parts[-1] is ... else f"{len(parts)} "
+        return f"list of {count}values of type {_type_name(parts[0])}"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True)
@@ -11,16 +11,18 @@ class DataConfig:
     """Where the shards are and how they are read."""
 
     shards: str | tuple[str, ...]  # one or several: folder or URL with index.json, or URL with {name} for the file name
-    streams: int = 4  # shards read in parallel; a multiple of ranks x workers, at most the number of shards
-    workers: int = 0  # loader processes per rank; 0 reads in the training process
-    crop_px: int | None = None  # train on random crops of this size from the stored HQ; null: on the whole
+    # shards read in parallel; a multiple of ranks x workers, at most the number of shards
+    streams: Annotated[int, "[1, inf)"] = 4
+    workers: Annotated[int, "[0, inf)"] = 0  # loader processes per rank; 0 reads in the training process
+    # train on random crops of this size from the stored HQ; null: on the whole
+    crop_px: Annotated[int, "[1, inf)", "or null for the whole image"] | None = None
     augment: Literal["none", "flip", "dihedral"] = "flip"
     degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
     degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
     latents: str | tuple[str, ...] | None = (
         None  # cached latents (data_prep/cache_latents.py), one location per `shards`
     )
-    max_bad_share: float = 0.01  # stop when a larger fraction of the samples is broken
+    max_bad_share: Annotated[float, "[0, 1]"] = 0.01  # stop when a larger fraction of the samples is broken
 
     @property
     def locations(self) -> tuple[str, ...]:
@@ -30,12 +32,6 @@ class DataConfig:
     def __post_init__(self):
         if not self.locations:
             raise ValueError("data.shards is an empty list: set it to the folder or URL of a shard set")
-        if self.streams < 1 or self.workers < 0:
-            raise ValueError(
-                f"data.streams = {self.streams}, data.workers = {self.workers}: set streams >= 1 and workers >= 0"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share = {self.max_bad_share}: must be a fraction in [0, 1]")
         if self.latents is not None and self.crop_px is not None:
             raise ValueError(
                 "data.crop_px cuts images, whose latents are those of the whole: remove one of the two keys"

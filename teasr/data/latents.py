@@ -20,6 +20,7 @@ from teasr.util.tensor_file import unpack
 
 MEMBER = "latents.safetensors"
 REMAKE = "run data_prep/cache_latents.py again"
+TURNS = {"none": 1, "flip": 2, "dihedral": 8}
 
 
 def tensor_name(variant: int | None, turn: int) -> str:
@@ -63,7 +64,7 @@ class LatentCache:
     def _open_one(cls, location: str, source: str, shards: ShardSet, augment: str) -> LatentCache:
         index = read_index(location, f"make it with data_prep/cache_latents.py shards={source}")
         settings = index.get("settings", {})
-        if "codec_sha256" not in settings:
+        if not {"codec_sha256", "vae", "augment"} <= set(settings) or str(settings["augment"]) not in TURNS:
             raise ValueError(f"data.latents = {location} does not hold cached latents: {REMAKE}, or name its output")
         made_from = {row["shard"]: row.get("source_sha256") for row in index["shards"]}
         wanted = shards.hashes_of(source)
@@ -103,13 +104,16 @@ class LatentCache:
             raise ValueError(f"{name} is missing: {REMAKE}")
         try:
             tensors, _ = unpack(packed, name)
-            return tensors[tensor_name(None, turn)], tensors[tensor_name(variant, turn)]
+            z_hq, z_lq = tensors[tensor_name(None, turn)], tensors[tensor_name(variant, turn)]
+            if z_hq.ndim != 3 or z_hq.shape != z_lq.shape:
+                raise ValueError(f"{name} has latents of shapes {tuple(z_hq.shape)} and {tuple(z_lq.shape)}")
         except KeyError as error:
             raise ValueError(f"{name} lacks {error}: {REMAKE}") from None
         except ValueError as error:
             raise ValueError(f"{error}: delete this shard of latents and {REMAKE}") from None
+        return z_hq, z_lq
 
 
 def turns_of(augment: str) -> int:
     """Number of flips and rotations (numbers of `images.turn`) that an augmentation draws from."""
-    return {"none": 1, "flip": 2, "dihedral": 8}[augment]
+    return TURNS[augment]

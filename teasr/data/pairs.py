@@ -10,13 +10,33 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
+from teasr.config import strict_yaml
 from teasr.data.layout import DEFAULT_SCALE
-from teasr.data.shards import Sample, ShardSet, decode, read_shard
-from teasr.imaging import images
+from teasr.data.shards import Sample, ShardSet, read_shard
+from teasr.imaging import finding, images
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A known test set. `hq` and `lq` are folders; `lq` may be `bicubic`. `count`: number of images required."""
+
+    hq: str
+    lq: str
+    scale: Annotated[int, "[1, 4]"]
+    count: Annotated[int, "[1, inf)"]
+    get: str  # where it can be downloaded
+
+
+def read_datasets(path: Path) -> dict[str, Dataset]:
+    """Read a YAML file of known test sets by name. Raises ValueError that names the file and the key."""
+    data = strict_yaml.read_yaml(path)
+    with strict_yaml.named(path):
+        return strict_yaml.convert(dict[str, Dataset], data, "")
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ def from_shards(location: str, name: str | None = None) -> Pairs:
     def entries() -> Iterator[tuple[str, Callable[[], Sample]]]:
         for url in shards.urls:
             for raw in read_shard(url):
-                yield raw["__key__"], partial(decode, raw)
+                yield raw["__key__"], partial(shards.decode, raw)
 
     sizes = list(zip(shards.counts, shards.sizes, strict=True))
     return Pairs(
@@ -97,7 +117,10 @@ def from_folders(
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
-    names, _ = images.walk_pictures(folder)
+    names, problems = finding.walk_pictures(folder)
+    lost = [problem for problem in problems if not problem[1].startswith(finding.HARMLESS)]
+    if lost:
+        raise ValueError(f"{folder / lost[0][0]} cannot be used ({lost[0][1]}): repair or remove it")
     found: dict[str, Path] = {}
     for name in names:
         stem = Path(name).with_suffix("").as_posix()

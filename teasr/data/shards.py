@@ -6,18 +6,20 @@ The format is described in layout.py.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import webdataset as wds
 from webdataset import tariterators
 
-from teasr.data.layout import DEFAULT_SCALE, FORMAT, INDEX, lq_field
+from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, special_kind
 from teasr.imaging import images
 
 if TYPE_CHECKING:
@@ -98,6 +100,17 @@ class ShardSet:
         """Number of degraded versions of every HQ."""
         return self.settings.get("variants", 1)
 
+    def decode(self, raw: dict, variant: int = 0) -> Sample:
+        """Decode a raw sample of this set. Raises ValueError when it is broken or its size is not that of the set."""
+        sample = decode(raw, variant)
+        hq, lq, px = sample.hq.shape[:2], sample.lq.shape[:2], self.settings.get("crop_px", sample.hq.shape[0])
+        if hq != (px, px) or hq != (lq[0] * self.scale, lq[1] * self.scale):
+            raise ValueError(
+                f"{_name(raw)}: HQ has {hq[1]}x{hq[0]} px and LQ {lq[1]}x{lq[0]} px, but in {self.location} HQ has "
+                f"{px}x{px} px, {self.scale} times the size of LQ"
+            )
+        return sample
+
 
 def read_index(location: str, cure: str) -> dict:
     """Read the index of a set of shards at a location, as `ShardSet.open` takes it.
@@ -105,28 +118,35 @@ def read_index(location: str, cure: str) -> dict:
     Raises ValueError, ending with `cure`, when it is missing, unreadable, of another format, or lists no samples.
     """
     try:
-        with wds.gopen(url_of(location, INDEX)) as stream:
-            index = json.load(stream)
-        if index["format"] != FORMAT:
-            raise ValueError(f"it has format {index['format']}, this version reads {FORMAT}: make the shards again")
-        samples = sum(int(row["nsamples"]) for row in index["shards"] if row["shard"] and int(row["bytes"]) >= 0)
+        with _open(url_of(location, INDEX)) as stream:
+            index = parse_index(stream.read())
     except FileNotFoundError:
         raise ValueError(f"{location} holds no {INDEX}: {cure}") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{url_of(location, INDEX)} cannot be used ({error!r}): {cure}") from None
-    if not samples:
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url_of(location, INDEX)} cannot be used ({error}): {cure}") from None
+    if not any(row["nsamples"] for row in index["shards"]):
         raise ValueError(f"{location} holds no samples: {cure}")
     return index
 
 
 def url_of(location: str, name: str) -> str:
-    """URL of a file of the set, for webdataset.
+    """URL of a file of the set, for webdataset. In a command, the name is quoted for the shell.
 
     s3:// is read through the AWS command line, as webdataset's documentation recommends.
     """
     if location.startswith("s3://"):
         return f"pipe:aws s3 cp {shlex.quote(f'{location}/{name}')} -"
+    if location.startswith("pipe:"):
+        name = shlex.quote(name)
     return location.replace("{name}", name) if "{name}" in location else f"{location}/{name}"
+
+
+def _open(url: str):
+    """Open a file, URL or command; raise ValueError for a named pipe or a device, at which reading would wait."""
+    path = url.removeprefix("file:")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")
+    return wds.gopen(url)
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,13 @@ class Sample:
 
 
 def read_shard(url: str) -> list[dict]:
-    """All raw samples of one shard in file order, through webdataset. Raises ValueError when it cannot be read."""
+    """All raw samples of one shard in file order, through webdataset. Raises ValueError when it cannot be read.
+
+    Members that are not plain files, such as links, are left out, so that their samples lack a member.
+    """
     try:
-        stream = tariterators.tar_file_expander(tariterators.url_opener([{"url": url}]))
-        raw = list(tariterators.group_by_keys(stream))
+        with _open(url) as stream:
+            raw = list(tariterators.group_by_keys(_members(stream, url)))
     except Exception as error:  # webdataset's own exceptions, tarfile's, OSError or ValueError
         raise ValueError(f"shard {url} cannot be read ({error!r}); make it again or remove it from {INDEX}") from error
     if not raw:
@@ -171,9 +194,16 @@ def read_shard(url: str) -> list[dict]:
     return raw
 
 
+def _members(stream: BinaryIO, url: str) -> Iterator[dict]:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for info in tar:
+            if not special_kind(info):
+                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": url}
+
+
 def decode(raw: dict, variant: int = 0) -> Sample:
     """Decode a raw sample. Raises ValueError naming the member that is missing or broken."""
-    name = f"{raw.get('__url__', '?')}/{raw['__key__']}"
+    name = _name(raw)
     hq_field = next((f for f in raw if f.startswith("hq.")), "hq.png")
     hq, lq = (_decode_member(raw, field, name) for field in (hq_field, lq_field(variant)))
     if hq.shape[0] * lq.shape[1] != hq.shape[1] * lq.shape[0] or hq.shape[0] % lq.shape[0]:
@@ -183,13 +213,17 @@ def decode(raw: dict, variant: int = 0) -> Sample:
     return Sample(raw["__key__"], hq, lq)
 
 
+def _name(raw: dict) -> str:
+    return f"{raw.get('__url__', '?')}/{raw['__key__']}"
+
+
 def _decode_member(raw: dict, field: str, name: str) -> np.ndarray:
     if field not in raw:
         raise ValueError(f"{name}.{field} is missing")
     if not field.endswith(".png"):  # PNG has its own checksums; in other formats a flipped bit would be unnoticed
         try:
             wanted = json.loads(raw["json"])["crc32"][field]
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise ValueError(f"{name}.json is missing or broken") from None
         if zlib.crc32(raw[field]) != wanted:
             raise ValueError(f"{name}.{field} is corrupted (its crc32 differs from the recorded one)")

@@ -23,7 +23,7 @@ from teasr import degradation
 from teasr.data.batch import Batch
 from teasr.data.config import DataConfig
 from teasr.data.latents import LatentCache, turns_of
-from teasr.data.shards import Sample, ShardSet, decode, decode_near, read_shard
+from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
 from teasr.util.seed import seed_of
 
 BAD_ALLOWED = 8  # number of broken samples that is always tolerated, whatever their fraction
@@ -131,7 +131,7 @@ class PairStream(IterableDataset):
         raise ValueError(f"no shard of {self.shards.location} can be used: {bad[0]}")
 
     def _decode(self, raw: dict, shard: int, variant: int, turn: int, latents: dict[str, bytes]) -> Sample:
-        sample = decode(raw, variant)
+        sample = self.shards.decode(raw, variant)
         if self.latents is None:
             return sample
         return replace(sample, latents=self.latents.pair(latents.get(sample.key), sample.key, shard, variant, turn))
@@ -197,8 +197,9 @@ def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degr
             f"({', '.join(sorted(needed - set(shards.settings)))}), so that "
             "their HQ cannot be degraded in the same way: set data.degrade=stored, or make the sets with equal settings"
         )
-    name = config.degradation or shards.settings["degradation"]
-    return degradation.preset(name, shards.settings["peer_exact"], shards.scale)
+    stored = shards.settings["degradation"]
+    degradation.preset(stored)  # an error if this version does not know it
+    return degradation.preset(config.degradation or stored, shards.settings["peer_exact"], shards.scale)
 
 
 def check_scale(shards: ShardSet, scale: int, key: str) -> None:
@@ -237,7 +238,7 @@ def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit
     bad: list[str] = []
     for i in chosen:
         try:
-            sample = decode_near(read_shard(shards.urls[i]), 0, shards.urls[i])
+            sample = decode_near(read_shard(shards.urls[i]), 0, shards.urls[i], shards.decode)
         except ValueError as error:
             bad.append(str(error))
             continue
@@ -268,7 +269,7 @@ def batches(
     samples = iter(loader)
     while True:
         hq, lq, keys, bad, *latents = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
-        if len({x.shape for x in hq}) > 1:
+        if any(len({None if x is None else x.shape for x in rows}) > 1 for rows in (hq, *latents)):
             raise ValueError(
                 f"the samples from {keys[0]} on differ in size: all shards of a run must have the same crop_px"
             )

@@ -8,31 +8,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import cv2
 import numpy as np
 
+from teasr.util.scratch import MEMORY, Scratch
+
 LEVELS = 5
 REACH = 2**LEVELS - 1  # rows above and below a row that its low-pass filter reads
-ROWS = 512  # processed at a time
+ROWS = 512  # processed at a time, and fewer of pictures that are wider than 32768 px
 KINDS = ("none", "wavelet", "adain", "lab")
 
 
-def correct(kind: str, restored: np.ndarray, source: np.ndarray) -> None:
+def correct(kind: str, restored: np.ndarray, source: np.ndarray, scratch: Scratch = MEMORY) -> None:
     """Correct the colours of `restored` [H, W, 3], uint8 or uint16, in place.
 
-    `source` must have the same size and dtype. Raises ValueError for an unknown kind.
+    `source` must have the same size and dtype. scratch: where the two lie. Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"colour correction {kind} does not exist; use one of {', '.join(KINDS)}")
     if kind == "wavelet":
-        _wavelet(restored, source)
+        _wavelet(restored, source, scratch)
     elif kind == "adain":
-        _match(restored, source, lambda x: x, lambda x: x)
+        _match(restored, source, scratch, lambda x: x, lambda x: x)
     elif kind == "lab":
-        _match(
-            restored, source, lambda x: cv2.cvtColor(x, cv2.COLOR_RGB2Lab), lambda x: cv2.cvtColor(x, cv2.COLOR_Lab2RGB)
-        )
+        to_lab, to_rgb = (partial(cv2.cvtColor, code=code) for code in (cv2.COLOR_RGB2Lab, cv2.COLOR_Lab2RGB))
+        _match(restored, source, scratch, to_lab, to_rgb)
 
 
 def low_pass(x: np.ndarray) -> np.ndarray:
@@ -45,25 +47,31 @@ def low_pass(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _wavelet(restored: np.ndarray, source: np.ndarray) -> None:
+def _spans(x: np.ndarray) -> Iterator[tuple[int, int]]:
+    rows = max(1, min(ROWS, ROWS * 32768 // x.shape[1]))
+    for top in range(0, len(x), rows):
+        yield top, min(len(x), top + rows)
+
+
+def _wavelet(restored: np.ndarray, source: np.ndarray, scratch: Scratch) -> None:
     height, kept = len(restored), restored[:0].copy()  # kept: original rows above the band
-    for top in range(0, height, ROWS):
-        bottom = min(height, top + ROWS)
+    for top, bottom in _spans(restored):
         first, last = max(0, top - REACH), min(height, bottom + REACH)
         original = np.concatenate((kept[len(kept) - (top - first) :], restored[top:last]))
         kept = original[max(0, len(original) - (last - bottom) - REACH) : len(original) - (last - bottom)].copy()
         low = low_pass(source[first:last].astype(np.float32) - original.astype(np.float32))
         inside = slice(top - first, bottom - first)
         restored[top:bottom] = _to_integers(original[inside] + low[inside], restored.dtype)
+        scratch.release()
 
 
-def _match(restored: np.ndarray, source: np.ndarray, forward: Callable, inverse: Callable) -> None:
+def _match(restored: np.ndarray, source: np.ndarray, scratch: Scratch, forward: Callable, inverse: Callable) -> None:
     max_value = np.float32(np.iinfo(restored.dtype).max)
 
     def bands(x: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        for top in range(0, len(x), ROWS):
-            rows = slice(top, top + ROWS)
-            yield rows, forward(x[rows].astype(np.float32) / max_value)
+        for top, bottom in _spans(x):
+            yield slice(top, bottom), forward(x[top:bottom].astype(np.float32) / max_value)
+            scratch.release()
 
     def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total = squares = np.zeros(3)

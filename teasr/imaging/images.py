@@ -6,8 +6,9 @@ torch is imported only inside the functions that create tensors, since the data 
 from __future__ import annotations
 
 import io
-import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,20 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 
+from teasr.imaging import tiff
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 MAX_PIXELS = 178_956_970  # Pillow's limit, since a file of a few kilobytes may decompress to far more
 ORIENTATION = 0x0112
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # Pillow's names; other decoders of it are not needed
+# What Pillow and OpenCV raise for damaged files.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+    struct.error, zlib.error, cv2.error, Image.DecompressionBombError,
+)  # fmt: skip
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this number and refuses above twice as many
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -39,19 +48,22 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror})") from error
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a photo and its depth map
             if frames > 1:
                 raise ValueError(f"it is animated or has several pages: {frames} frames")
             if _is_plain(picture, data):
-                return decode_rgb(data, name)
+                return _decode(data, name)
             return np.asarray(to_srgb(ImageOps.exif_transpose(picture)))
     except UnidentifiedImageError as error:
-        deep = _read_deep_tiff(data)  # three channels of 16 bit, which Pillow does not support
+        try:
+            deep = _read_deep_tiff(data)  # three channels of 16 bit, of kinds that Pillow does not support
+        except DAMAGED:
+            deep = None
         if deep is not None:
             return deep
         raise _broken(name, error) from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise _broken(name, error) from error
 
 
@@ -93,6 +105,9 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 def _read_deep_tiff(data: bytes) -> np.ndarray | None:
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return None
+    tags = tiff.Directory(io.BytesIO(data))
+    if tags.value(tiff.WIDTH) * tags.value(tiff.HEIGHT) > MAX_PIXELS:
+        return None
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
     if picture is None or picture.dtype != np.uint16:
         return None
@@ -100,8 +115,8 @@ def _read_deep_tiff(data: bytes) -> np.ndarray | None:
 
 
 def has_transparency(data: bytes) -> bool:
-    """Whether any pixel of a picture file is not fully opaque."""
-    with Image.open(io.BytesIO(data)) as picture:
+    """Whether any pixel of a picture file that `read_rgb` reads is not fully opaque."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         if picture.mode in ("RGBA", "LA", "PA"):
             return picture.getchannel("A").getextrema()[0] < 255
         return "transparency" in picture.info and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255
@@ -110,28 +125,44 @@ def has_transparency(data: bytes) -> bool:
 def decode_rgb(data: bytes, name: str) -> np.ndarray:
     """Decode a PNG, WebP or JPEG written by this package to [H, W, 3] uint8 RGB, faster than `read_rgb`.
 
-    Raises ValueError, with `name`, if the data cannot be decoded.
+    Raises ValueError, with `name`, if the data cannot be decoded or is not such a picture: grey, with an alpha channel,
+    16 bit, animated, or of more than `MAX_PIXELS` pixels.
     """
+    other = _not_ours(data)
+    if other:
+        raise ValueError(f"{name} cannot be read as an image: {other}, but an 8-bit RGB PNG, WebP or JPEG is expected")
+    return _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    x = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    try:
+        x = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:  # a size that OpenCV refuses
+        x = None
     if x is None:
         raise ValueError(f"{name} cannot be read as an image: truncated or damaged data")
     return x
 
 
-def walk_pictures(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """List all picture files below a folder, sorted, and (name, reason) for every folder that was not searched."""
-    names, unreadable, links = [], [], []
-    for root, folders, files in os.walk(folder, onerror=unreadable.append):
-        names += [os.path.join(root, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
-        links += [os.path.join(root, f) for f in folders if os.path.islink(os.path.join(root, f))]
-    problems = [(error.filename, f"folder cannot be read: {error.strerror}") for error in unreadable]
-    problems += [(link, "link to a folder: not followed; give the linked folder itself") for link in links]
-
-    def below(path: str) -> str:
-        return Path(path).relative_to(folder).as_posix()
-
-    return sorted(map(below, names)), sorted((below(path), reason) for path, reason in problems)
+def _not_ours(data: bytes) -> str:
+    """How the head of a picture differs from what this package writes; empty if it does not."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 33:  # read by hand: Pillow takes longer than the decoding
+        width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+        head = data[33 : max(33, data.find(b"IDAT"))]
+        mode = {0: "grey", 2: "RGB", 3: "a palette", 4: "grey with alpha", 6: "RGB with alpha"}.get(colour, "unknown")
+        found, frames = f"{depth}-bit {mode}", 2 if b"acTL" in head else 1
+        mode = mode if depth == 8 and b"tRNS" not in head else ""
+    else:
+        try:
+            with Image.open(io.BytesIO(data), formats=("WEBP", "JPEG")) as picture:
+                (width, height), mode, frames = picture.size, picture.mode, getattr(picture, "n_frames", 1)
+        except DAMAGED:
+            return "damaged or of another format"
+        found = f"mode {mode}"
+    if width * height > MAX_PIXELS:
+        return f"{width}x{height} px"
+    return "" if mode == "RGB" and frames == 1 else "animated" if frames > 1 else found
 
 
 def png_bytes(x: np.ndarray) -> bytes:

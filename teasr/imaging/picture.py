@@ -1,26 +1,32 @@
 """Picture files with their metadata.
 
-Bit depth, alpha, greyscale, orientation, colour profile and EXIF are kept when a picture is restored.
+Bit depth, alpha, greyscale, orientation, colour profile and EXIF are kept when a picture is restored. CIELAB and CMYK
+become sRGB.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import struct
-import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from teasr.imaging import images
-from teasr.util.files import write_atomic
+from teasr.imaging import bands, deep, formats, images, spaces
+from teasr.imaging.deep import Decoded
+from teasr.imaging.encoders import ENCODERS, Pixels
+from teasr.imaging.formats import Layout
+from teasr.util.files import atomic_file
+from teasr.util.scratch import MEMORY, Scratch
 
-FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
-NAMES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "TIFF": "tif", "BMP": "png"}  # by Pillow's name
-QUALITY = 95  # of JPEG and WebP
+READABLE = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP")  # Pillow's names
+SIXTEEN = ("I;16", "I;16L", "I;16B")  # Pillow's modes of grey with 16 bits
+TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 # EXIF tags that also hold for the restored picture: description, make, model, resolution, software, date, artist,
 # copyright, and the directories of camera and GPS data. Orientation is left out, since the picture is stored upright,
 # and so are the tags that say how a TIFF was stored.
@@ -39,19 +45,26 @@ class Picture:
     grey: bool = False
     profile: bytes | None = None  # ICC; the values are not converted, and the profile is written with the result
     exif: bytes | None = None
-    format: str = "png"  # a key of FORMATS: the format of the source file
 
-    def restored(self, rgb: np.ndarray) -> Picture:
+    @property
+    def layout(self) -> Layout:
+        """What a file format must be able to hold."""
+        height, width = self.rgb.shape[:2]
+        return Layout(width, height, self.alpha is not None, self.rgb.dtype == np.uint16)
+
+    def restored(self, rgb: np.ndarray, scratch: Scratch = MEMORY) -> Picture:
         """Return the picture with other RGB values, of any size; alpha is resized to match by bicubic interpolation."""
         alpha = self.alpha
         if alpha is not None:
-            alpha = cv2.resize(alpha, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_CUBIC)
+            alpha = bands.resize_alpha(alpha, *rgb.shape[:2], scratch)
         return replace(self, rgb=rgb, alpha=alpha)
 
-
-def stored_suffix(path: Path) -> str:
-    """Return the suffix for the result: that of the source file, or .png for formats that cannot be written."""
-    return path.suffix if path.suffix.lower() in (*FORMATS.values(), ".jpeg", ".tiff") else ".png"
+    def channels(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Return rows as [n, W, C] with the channels to write: grey, grey and alpha, RGB, or RGBA."""
+        x = self.rgb[top:bottom]
+        if self.grey:
+            x = np.rint(x.mean(2, keepdims=True)).astype(x.dtype)
+        return x if self.alpha is None else np.concatenate((x, self.alpha[top:bottom, :, None]), 2)
 
 
 def read(path: Path) -> Picture:
@@ -59,96 +72,107 @@ def read(path: Path) -> Picture:
 
     Raises ValueError, naming the file, if it is missing, broken, animated, or has more than `images.MAX_PIXELS` pixels.
     """
+    with _explained(path), open(path, "rb") as file:
+        if tags := deep.tiff_tags(file):
+            return _upright(deep.read_tiff(file, tags))
+        opened = _opened(file)
+        if deep.png_depth(file) == 16:
+            return _upright(deep.read_png(file, opened))
+        return _from_pil(opened, owned=True)
+
+
+def layout(path: Path) -> Layout:
+    """Return the layout that `read` would give the picture, from the file's header. Raises ValueError like `read`."""
+    with _explained(path), open(path, "rb") as file:
+        if tags := deep.tiff_tags(file):
+            return deep.tiff_layout(tags)
+        opened = _opened(file)
+        turned = opened.format != "PNG" and opened.getexif().get(images.ORIENTATION, 1) >= 5
+        alpha = opened.mode in TRANSPARENT or "transparency" in opened.info
+        sixteen = deep.png_depth(file) == 16 or opened.mode in SIXTEEN
+        return Layout(*(opened.size[::-1] if turned else opened.size), alpha, sixteen)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the errors of opening and decoding a file into ValueErrors that name it."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    try:
-        return _read_deep(data) or _read_eight(data)
+        yield
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image in a supported format (PNG, JPEG, WebP, TIFF, BMP)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except OSError as error:
+        if error.filename is not None:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+    except (SyntaxError, ValueError, EOFError, struct.error, cv2.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 
-def _read_eight(data: bytes) -> Picture:
-    with Image.open(io.BytesIO(data)) as opened:
-        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-        if frames > 1:
-            raise ValueError(f"it is animated or has several pages: {frames} frames")
-        if opened.format not in NAMES:
-            raise ValueError(f"format {opened.format} is not supported; use PNG, JPEG, WebP, TIFF or BMP")
-        return replace(from_pil(opened), format=NAMES[opened.format])
+def _opened(file: BinaryIO) -> Image.Image:
+    """Open a picture with Pillow, which reads the header only."""
+    file.seek(0)
+    opened = Image.open(file)
+    frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"it is animated or has several pages: {frames} frames")
+    if opened.format not in READABLE:
+        raise ValueError(f"format {opened.format} is not supported; use PNG, JPEG, WebP, TIFF or BMP")
+    deep.check_size(*opened.size)
+    return opened
 
 
-def _read_deep(data: bytes) -> Picture | None:
-    """Read a PNG or TIFF with 16 bits per channel; return None for others."""
-    png, tif = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10", data[:4] in (b"II*\0", b"MM\0*")
-    if not png and not tif:
-        return None
-    info: dict = {}
-    try:
-        with Image.open(io.BytesIO(data)) as opened:  # this reads the header only, no pixels
-            info, frames = dict(opened.info), getattr(opened, "n_frames", 1)
-            info["exif_object"] = opened.getexif()
-            if frames > 1:
-                raise ValueError(f"it is animated or has several pages: {frames} frames")
-            if opened.size[0] * opened.size[1] > images.MAX_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{opened.size[0]}x{opened.size[1]} px exceeds the limit of {images.MAX_PIXELS} px"
-                )
-    except UnidentifiedImageError:
-        if not tif:
-            raise
-    x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
-    if x is None:
-        if tif and info:
-            return None  # a variant that Pillow reads
-        raise ValueError("truncated or damaged data")
-    if x.dtype != np.uint16:
-        return None
-    x = x[..., None] if x.ndim == 2 else x
-    exif = info.get("exif_object") or Image.Exif()
-    x = _upright(x, exif.get(images.ORIENTATION, 1))
-    grey, alpha = x.shape[2] == 1, x[..., 3].copy() if x.shape[2] == 4 else None
-    rgb = np.repeat(x, 3, 2) if grey else np.ascontiguousarray(x[..., 2::-1])
-    return Picture(rgb, alpha, grey, info.get("icc_profile"), _kept(exif), "png" if png else "tif")
+def _upright(decoded: Decoded) -> Picture:
+    """Turn the picture as its EXIF says: orientations 2 to 8 are flips and rotations by multiples of 90 degrees."""
+    orientation = decoded.exif.get(images.ORIENTATION, 1)
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        x = x.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else x
+        x = x[:, ::-1] if orientation in (2, 3, 6, 7) else x
+        return np.ascontiguousarray(x[::-1] if orientation in (3, 4, 7, 8) else x)
+
+    profile, grey = spaces.fitting(decoded.profile, decoded.grey)
+    alpha = None if decoded.alpha is None else turned(decoded.alpha)
+    return Picture(turned(decoded.rgb), alpha, grey, profile, _kept(decoded.exif))
 
 
 def _kept(exif: Image.Exif) -> bytes | None:
     for tag in [tag for tag in exif if tag not in KEPT_TAGS]:
         del exif[tag]
+    exif.bigtiff = False  # of the file that it comes from
     return exif.tobytes() if len(exif) else None
-
-
-def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply the EXIF orientation: values 2 to 8 are flips and rotations by multiples of 90 degrees."""
-    if orientation in (5, 6, 7, 8):
-        x = x.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        x = x[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        x = x[::-1]
-    return np.ascontiguousarray(x)
 
 
 def from_pil(opened: Image.Image) -> Picture:
     """Convert a Pillow image, rotated as its EXIF says. Raises ValueError for modes that cannot be restored."""
-    exif, profile = opened.getexif(), opened.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(opened)
-    if upright.mode in ("I;16", "I;16L", "I;16B"):
-        deep = np.asarray(upright).astype(np.uint16)
-        return Picture(np.repeat(deep[..., None], 3, 2), None, True, profile, _kept(exif))
-    if upright.mode == "F" or upright.mode.startswith("I"):
-        raise ValueError(f"its pixel mode {upright.mode} is not supported; convert it to RGB")
-    if upright.mode == "CMYK":
-        upright, profile = images.to_srgb(upright), None
-    transparent = "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA", "La", "RGBa")
-    grey = upright.mode in ("1", "L", "LA", "La")
-    rgba = np.asarray(upright.convert("RGBA")) if transparent else None
-    rgb = np.ascontiguousarray(rgba[..., :3]) if transparent else np.asarray(upright.convert("RGB"))
-    alpha = np.ascontiguousarray(rgba[..., 3]) if transparent else None
-    return Picture(rgb, alpha, grey, profile, _kept(exif))
+    return _from_pil(opened, owned=False)
+
+
+def _from_pil(image: Image.Image, owned: bool) -> Picture:
+    """owned: the image may be changed, which saves memory."""
+    exif, profile = image.getexif(), image.info.get("icc_profile")
+    image = (ImageOps.exif_transpose(image, in_place=True) or image) if owned else ImageOps.exif_transpose(image)
+    mode = image.mode
+    if mode in SIXTEEN:
+        sixteen = np.asarray(image).astype(np.uint16)
+        profile, grey = spaces.fitting(profile, True)
+        return Picture(np.repeat(sixteen[..., None], 3, 2), None, grey, profile, _kept(exif))
+    if mode == "F" or mode.startswith("I"):
+        raise ValueError(f"its pixel mode {mode} is not supported; convert it to RGB")
+    if mode == "CMYK":
+        image, profile = images.to_srgb(image), None
+    profile, grey = spaces.fitting(profile, mode in ("1", "L", "LA", "La"))
+    transparent = "transparency" in image.info or mode in TRANSPARENT
+    pixels = _pixels(image, "RGBA" if transparent else "RGB")
+    alpha = np.ascontiguousarray(pixels[..., 3]) if transparent else None
+    return Picture(np.ascontiguousarray(pixels[..., :3]), alpha, grey, profile, _kept(exif))
+
+
+def _pixels(image: Image.Image, mode: str) -> np.ndarray:
+    image = image if image.mode == mode else image.convert(mode)
+    out = np.empty((image.height, image.width, len(mode)), np.uint8)
+    for top, bottom in bands.spans(image.height, out[0].size):
+        out[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return out
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -156,7 +180,7 @@ def to_pil(picture: Picture) -> Image.Image:
 
     Raises ValueError for 16-bit colour, which Pillow does not support.
     """
-    x = _channels(picture)
+    x = picture.channels()
     if x.dtype == np.uint16 and x.shape[2] > 1:
         raise ValueError("Pillow does not support colour images of 16 bits per channel; pass numpy arrays")
     image = Image.fromarray(x[..., 0] if x.shape[2] == 1 else x)
@@ -165,64 +189,30 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def write(path: Path, picture: Picture) -> None:
+def write(
+    path: Path, picture: Picture, on_rows: Callable[[int, int], None] = lambda done, of: None, overwrite: bool = True
+) -> None:
     """Write the picture atomically, in the format given by the suffix of `path`.
 
-    Raises ValueError if the format cannot hold the picture, and OSError like `write_atomic`.
+    on_rows(done, all): called with the number of rows written. Raises ValueError if the format cannot hold the picture,
+    FileExistsError if the file exists and must not be overwritten, OSError that names the path if it cannot be written.
     """
-    kind = next((name for name, suffix in FORMATS.items() if path.suffix.lower() == suffix), None)
-    kind = {".jpeg": "jpg", ".tiff": "tif"}.get(path.suffix.lower(), kind)
-    if kind is None:
-        raise ValueError(f"{path}: unknown suffix; images are written as {', '.join(FORMATS.values())}")
-    if kind == "jpg" and picture.alpha is not None:
-        raise ValueError(f"{path}: JPEG cannot store transparency; choose png or webp")
-    if picture.rgb.dtype == np.uint16 and kind in ("jpg", "webp"):
-        raise ValueError(f"{path}: {kind} stores 8 bits per channel, but the image has 16; choose png or tif")
-    write_atomic(path, _deep(picture, kind) if picture.rgb.dtype == np.uint16 else _eight(picture, kind))
+    formats.check(path, picture.layout)
+    kind, (height, width) = formats.kind_of(path), picture.rgb.shape[:2]
+    if kind == "tif" and picture.layout.alpha and picture.layout.deep:
+        picture = replace(picture, grey=False)  # few programs read a TIFF of grey and alpha with 16 bits
 
+    def strips(rows: int) -> Iterator[np.ndarray]:
+        for top in range(0, height, rows):
+            yield np.ascontiguousarray(picture.channels(top, top + rows))
+            on_rows(min(height, top + rows), height)
 
-def _channels(picture: Picture) -> np.ndarray:
-    """Return [H, W, C] with the channels to write: grey, grey and alpha, RGB, or RGBA."""
-    x = picture.rgb
-    if picture.grey:
-        x = np.rint(x.mean(2, keepdims=True)).astype(x.dtype)
-    return x if picture.alpha is None else np.concatenate((x, picture.alpha[..., None]), 2)
-
-
-def _eight(picture: Picture, kind: str) -> memoryview:
-    name, extra = {
-        "png": ("PNG", {}),
-        "jpg": ("JPEG", {"quality": QUALITY, "subsampling": 0}),
-        "webp": ("WEBP", {"quality": QUALITY}),
-        "tif": ("TIFF", {"compression": "tiff_lzw"}),
-    }[kind]
     metadata = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
-    out = io.BytesIO()
-    to_pil(picture).save(out, name, **extra, **metadata)
-    return out.getbuffer()
-
-
-def _deep(picture: Picture, kind: str) -> bytes:
-    """Encode 16 bits per channel with OpenCV.
-
-    OpenCV does not support grey with alpha, which is written as RGBA, or metadata, which is added here for PNG only.
-    """
-    x = _channels(picture if picture.alpha is None else replace(picture, grey=False))
-    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[x.shape[2]]
-    good, data = cv2.imencode(FORMATS[kind], np.ascontiguousarray(x[..., order]))
-    if not good:
-        raise OSError(f"OpenCV cannot write {kind}")
-    data = data.tobytes()
-    if kind == "png":
-        chunks = []
-        if picture.profile:
-            chunks.append((b"iCCP", b"ICC\0\0" + zlib.compress(picture.profile)))
-        if picture.exif:
-            chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
-        head = 33  # signature and IHDR
-        encoded = b"".join(
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-            for name, body in chunks
-        )
-        data = data[:head] + encoded + data[head:]
-    return data
+    pixels = Pixels(width, height, picture.channels(0, 1).shape[2], picture.layout.deep, strips, metadata)
+    try:
+        with atomic_file(path, overwrite) as file:
+            ENCODERS[kind](file, pixels)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ from teasr.util.randomness import Draws
 
 WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "restart")
 SPLIT = (("rectify", "mse", "lpips", "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
+Weight = Annotated[float, "[0, inf)"]
 
 
 @dataclass(frozen=True)
 class Ramp:
     """A factor that is zero until `start` and then rises linearly to one over `length`; both are in `unit`."""
 
-    start: float
-    length: float
+    start: Annotated[float, "[0, inf)"]
+    length: Annotated[float, "[0, inf)"]
     unit: Literal["updates", "fraction"] = "updates"  # fraction: of the whole run
 
     def __post_init__(self):
@@ -59,28 +60,32 @@ class Ramp:
 class TeasrConfig:
     """Loss weights and options of TEASR; docs/method.md gives the reasons for choices that the paper leaves open."""
 
-    lambda_flow: float = 1.0
-    lambda_cons: float = 1.0
-    lambda_adv: float = 1.0
-    lambda_rectify: float = 0.5
-    lambda_mse: float = 1.0
-    lambda_lpips: float = 1.0
-    lambda_restart: float = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
+    lambda_flow: Weight = 1.0
+    lambda_cons: Weight = 1.0
+    lambda_adv: Weight = 1.0
+    lambda_rectify: Weight = 0.5
+    lambda_mse: Weight = 1.0
+    lambda_lpips: Weight = 1.0
+    lambda_restart: Weight = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
     s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify, t' of L_adv; near 0, 1/s diverges and +-t look alike
-    score_clamp: float | None = 1.0  # elementwise clamp of v_fake - v_real, before w(s)
-    w_cap: float | None = None  # cap of w(s) = (1 - s)^2 / s
+    # elementwise clamp of v_fake - v_real, before w(s)
+    score_clamp: Annotated[float, "(0, inf)", "or null for none"] | None = 1.0
+    w_cap: Annotated[float, "(0, inf)", "or null for none"] | None = None  # cap of w(s) = (1 - s)^2 / s
     time_aware: bool = True  # false: w = 1 (Table 3, without TAR)
     cons_mix: tuple[float, float, float] = (0.5, 0.25, 0.25)  # (t, s): uniform | (1, 0) | inference grid
-    cons_grid: tuple[int, ...] = (2, 4, 8)  # step counts N of the grid pairs ((k + 1) / N, k / N)
-    cons_midpoint: float = 0.5  # m = s + cons_midpoint (t - s)
+    # step counts N of the grid pairs ((k + 1) / N, k / N)
+    cons_grid: tuple[Annotated[int, "[1, inf)"], ...] = (2, 4, 8)
+    cons_midpoint: Annotated[float, "(0, 1)"] = 0.5  # m = s + cons_midpoint (t - s)
     mode: Literal["all", "alternate_base", "cycle", "split"] = "all"
     # mode split: shares of the micro-batch for the one-step losses and L_adv | L_cons | L_flow | the restart loss
     split: tuple[float, float, float, float] = (0.125, 0.25, 0.5, 0.125)
-    lpips_share: float = 1.0  # share of the images on which LPIPS is computed, which costs more than a small network
-    lpips_shift_px: int = 0  # LPIPS sees the images cut by a random 0 .. shift px, so that its pooling leaves no grid
+    # share of the images on which LPIPS is computed, which costs more than a small network
+    lpips_share: Annotated[float, "(0, 1]"] = 1.0
+    # LPIPS sees the images without a random 0 .. shift rows and columns, so that its pooling leaves no grid
+    lpips_shift_px: Annotated[int, "[0, inf)"] = 0
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.08, 0.5)  # times to which one-step results are re-noised
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump

@@ -7,14 +7,18 @@ until doubling the number of steps changes the result by no more than a toleranc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 
+from teasr.util.scratch import MEMORY, Scratch
+
 MOST = 8
 TOLERANCE = 4.0  # root mean square, in grey levels of 255: 36 dB between the two results
 LOOKED_AT_PX = 512  # longer side of the downscaled picture in which detail is measured
+BAND_BYTES = 2**28  # larger frames are downscaled in bands of rows
 
 
 def choose(restore: Callable[[int], np.ndarray], most: int = MOST, tolerance: float = TOLERANCE) -> tuple[int, float]:
@@ -34,7 +38,7 @@ def choose(restore: Callable[[int], np.ndarray], most: int = MOST, tolerance: fl
     return steps, change
 
 
-def busiest(frame: np.ndarray, side: int, unit: int) -> np.ndarray:
+def busiest(frame: np.ndarray, side: int, unit: int, scratch: Scratch = MEMORY) -> np.ndarray:
     """Return the square of `side` px with most detail, cropped from the frame [H, W, 3].
 
     It is smaller than `side` where the frame is. Its position and size are multiples of `unit`; `side` and the sides of
@@ -43,7 +47,7 @@ def busiest(frame: np.ndarray, side: int, unit: int) -> np.ndarray:
     height, width = frame.shape[:2]
     rows, columns = min(side, height), min(side, width)
     factor = min(1.0, LOOKED_AT_PX / max(height, width))
-    small = cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA).astype(np.float32).mean(2)
+    small = _downscaled(frame, factor, scratch).astype(np.float32).mean(2)
     detail = np.abs(cv2.Laplacian(small, cv2.CV_32F))
     window = (max(1, round(columns * factor)), max(1, round(rows * factor)))
     density = cv2.boxFilter(detail, -1, window, anchor=(0, 0), borderType=cv2.BORDER_CONSTANT)
@@ -52,3 +56,13 @@ def busiest(frame: np.ndarray, side: int, unit: int) -> np.ndarray:
     top = min(int(y / factor) // unit * unit, height - rows)
     left = min(int(x / factor) // unit * unit, width - columns)
     return np.ascontiguousarray(frame[top : top + rows, left : left + columns])
+
+
+def _downscaled(frame: np.ndarray, factor: float, scratch: Scratch) -> np.ndarray:
+    bands = []
+    rows = max(1, round(BAND_BYTES // frame[0].nbytes * factor))  # of the result, in each band but the last
+    edges = [round(top / factor) for top in range(0, max(1, round(len(frame) * factor) - rows // 2), rows)]
+    for top, bottom in itertools.pairwise([*edges, len(frame)]):
+        bands.append(cv2.resize(frame[top:bottom], None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA))
+        scratch.release()
+    return np.concatenate(bands)

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from teasr import assets
@@ -17,7 +16,7 @@ from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
 from teasr.backbones.model import Model
 from teasr.methods.sampler import Sampler
-from teasr.run_config import BACKBONES, RunConfig, parse
+from teasr.run_config import BACKBONES, RunConfig, parse_text
 from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
 
@@ -129,7 +128,7 @@ def _find(model: str | Path) -> Path:
 
 def _config_of_lora(folder: Path) -> RunConfig:
     _, metadata = lora_file.read(folder)
-    return parse(yaml.safe_load(metadata["recipe"]))
+    return parse_text(metadata["recipe"], f"the config in {folder / lora_file.NAME}")
 
 
 def _weights(folder: Path, which: str) -> dict[str, torch.Tensor]:

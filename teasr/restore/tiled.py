@@ -1,4 +1,5 @@
 """Run a model tile by tile: device memory is needed for one tile, while the frame and its latents stay in host memory.
+Given a scratch folder, large ones lie in temporary files there, and host memory is needed for one row of tiles.
 
 Encoder, transformer and decoder use the same tiles, which are planned once. The velocities of all tiles are blended in
 every sampling step, and the noise is drawn for the whole frame, so that neighbouring tiles produce consistent content.
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from teasr.backbones.model import NOTHING, Condition, Model
+from teasr.restore import large
 from teasr.restore.tiling import Plan, Tile
 from teasr.util.meter import Meter, free_memory
+from teasr.util.scratch import MEMORY, Scratch
 
 OVERLAP = 1 / 8  # with each neighbouring tile, as a fraction of a tile's side
 MARGIN = 1 / 32  # context at a tile's inner edges that is discarded, as a fraction of its side
@@ -41,9 +44,10 @@ class Tiled:
         device: torch.device,
         say: Callable[[str], None] = print,
         on_tile: Callable[[], None] = lambda: None,
+        scratch: Scratch = MEMORY,
     ):
         """Sides must be multiples of `model.pixel_multiple`. `on_tile` is called after each tile of each stage."""
-        self.model, self.device, self.say, self.on_tile = model, device, say, on_tile
+        self.model, self.device, self.say, self.on_tile, self.scratch = model, device, say, on_tile, scratch
         self.unit = model.pixel_multiple
         self.places = self.unit // model.backbone.downsample  # latent pixels per unit, along a side
         self.height, self.width = height_px // self.unit, width_px // self.unit
@@ -91,7 +95,8 @@ class Tiled:
         def all_tiles() -> Tensor:
             whole = self._latents()
             for tile in self.plan:
-                self._add(whole, tile, of_tile(tile), self.places)
+                self._add(large.plain(whole), tile, of_tile(tile), self.places)
+                self._after(tile)
             return whole
 
         return self._with_room(all_tiles)
@@ -106,17 +111,23 @@ class Tiled:
                 x = self.model.decode(self._part(z, tile))[0]
                 inside = slice(tile.left * self.unit, (tile.left + tile.width) * self.unit)
                 band[:, :, inside] += x.float().cpu() * self.plan.weight(tile, self.unit)
-                self.on_tile()
-                if tile.column == len(self.plan.columns.starts) - 1:  # rows above the next tiles are now complete
+                if self.plan.ends_row(tile):  # rows above the next tiles are now complete
                     done = (tops[tile.row + 1] - tile.top) * self.unit
                     start = tile.top * self.unit
                     out[start : start + done] = self._to_integers(band[:, :done], out.dtype)
                     band = torch.cat((band[:, done:], torch.zeros_like(band[:, :done])), dim=1)
+                self._after(tile)
 
         self._with_room(all_tiles)
 
     def _latents(self) -> Tensor:
-        return torch.zeros(1, self.model.backbone.latent_channels, self.height * self.places, self.width * self.places)
+        channels = self.model.backbone.latent_channels
+        return large.zeros((1, channels, self.height * self.places, self.width * self.places), self.scratch)
+
+    def _after(self, tile: Tile) -> None:
+        if self.plan.ends_row(tile):
+            self.scratch.release()
+        self.on_tile()
 
     def _pixels(self, frame: np.ndarray, tile: Tile) -> np.ndarray:
         rows = slice(tile.top * self.unit, (tile.top + tile.height) * self.unit)
@@ -125,7 +136,6 @@ class Tiled:
 
     def _add(self, whole: Tensor, tile: Tile, part: Tensor, factor: int) -> None:
         tile.of(whole, factor).add_(part.float().cpu() * self.plan.weight(tile, factor))
-        self.on_tile()
 
     def _with_room(self, act: Callable[[], T]) -> T:
         """Call `act`, and repeat it with smaller tiles while memory does not suffice.

@@ -105,6 +105,10 @@ class Plan:
             for j, left in enumerate(self.columns.starts):
                 yield Tile(i, j, top, left, self.rows.size, self.columns.size)
 
+    def ends_row(self, tile: Tile) -> bool:
+        """Whether the tile is the last of its row."""
+        return tile.column == len(self.columns.starts) - 1
+
     def weight(self, tile: Tile, factor: int = 1) -> Tensor:
         """Return the blending weights of a tile, [height * factor, width * factor]."""
         return self.rows.weights(factor)[tile.row][:, None] * self.columns.weights(factor)[tile.column]

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from teasr import assets
 from teasr.backbones.model import Model
-from teasr.imaging import color, images
+from teasr.imaging import bands, color
 from teasr.imaging.picture import Picture, from_pil, to_pil
 from teasr.methods.sampler import AnyStep, Dial, Sampler
-from teasr.restore import auto_steps, pretrained
+from teasr.restore import auto_steps, frames, large, pretrained
 from teasr.restore.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
 from teasr.run_config import DEFAULT_SCALE, RunConfig
+from teasr.util.scratch import MEMORY, Scratch
 
-MAX_SCALE = 16.0
-LATENT_COPIES = 6  # the most copies of a frame's latents in host memory during sampling
+LATENT_COPIES = 6  # the most copies of a frame's latents at once during sampling
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Upscaler:
         on_progress: Callable[[int, int], None] | None = None,
         on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
         say: Callable[[str], None] = print,
+        scratch: Scratch = MEMORY,
     ) -> Image.Image | np.ndarray | Tensor | Picture:
         """Restore a picture in `steps` steps.
 
@@ -148,11 +149,13 @@ class Upscaler:
         tile_px: side of the tiles of large pictures (default: the backbone's, or what fits in free memory). Device
         memory is needed for one tile, host memory for the picture and six times its latents.
         on_progress(done, all): called with the number of tiles. on_step: as in `Sampler.sample`, with latents
-        [1, C, h, w] of the whole frame in host memory. say: receives a message when tiles shrink and when `auto` has
-        chosen a number of steps.
+        [1, C, h, w] of the whole frame. say: receives a message when tiles shrink and when `auto` has chosen a number
+        of steps.
+        scratch: with Scratch(folder), a large picture, its latents and its result lie in temporary files there rather
+        than in memory: 18 bytes for each restored pixel with the small model.
 
         Raises ValueError for invalid arguments and for pictures that cannot be restored, MemoryError if not even a
-        small tile fits.
+        small tile fits, OSError if there is no room for temporary files.
         """
         if isinstance(picture, Image.Image):
             given = from_pil(picture)
@@ -165,8 +168,8 @@ class Upscaler:
                 "color_fix": color_fix,
                 "tile_px": tile_px,
             }
-            how |= {"on_progress": on_progress, "on_step": on_step, "say": say}
-            return self._tensor(picture, lambda frame: self(frame, steps, seed, **how))
+            how |= {"on_progress": on_progress, "on_step": on_step, "say": say, "scratch": scratch}
+            return frames.each_of_tensor(picture, lambda frame: self(frame, steps, seed, **how))
         else:
             given = picture if isinstance(picture, Picture) else Picture(np.ascontiguousarray(picture))
         array = given.rgb
@@ -176,71 +179,36 @@ class Upscaler:
             )
         if color_fix not in color.KINDS:
             raise ValueError(f"color_fix = {color_fix}: use one of {', '.join(color.KINDS)}")
-        frame = images.resize(array, *self._size(array, scale, size))
-        source = frame.copy() if color_fix != "none" else None
         dials = dict(dials or {}) | ({} if fidelity is None else {"fidelity": fidelity})
         if steps == "auto" and self.sampler.step_counts is not None:
             raise ValueError(f"steps = auto: this model supports only these step counts: {self.sampler.step_counts}")
         self.sampler.check(2 if steps == "auto" else steps, dials)
-        restored = self._restore(frame, steps, seed, dials, tile_px, on_progress, on_step, say)
+        height, width = frames.size_of_result(*array.shape[:2], frames.factor(self.scale, scale, size), size)
+        scratch.require(self._bytes_of_frame(height, width, array.itemsize))
+        frame = frames.enlarged(array, height, width, self.backbone.pixel_multiple, scratch)
+        source = bands.copy(frame[:height, :width], scratch) if color_fix != "none" else None
+        restored = self._restore(frame, steps, seed, dials, tile_px, on_progress, on_step, say, scratch)
+        restored = restored[:height, :width]
         if source is not None:
-            color.correct(color_fix, restored, source)
+            color.correct(color_fix, restored, source, scratch)
         if isinstance(picture, np.ndarray):
             return restored
-        made = given.restored(restored)
+        made = given.restored(restored, scratch)
         return to_pil(made) if isinstance(picture, Image.Image) else made
 
-    def _size(self, array: np.ndarray, scale: float | None, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Return the height and width of the result.
-
-        Raises ValueError if scale and size are both given, or if sides would shrink or grow too much.
-        """
-        height, width = array.shape[:2]
-        if size is not None:
-            if scale is not None:
-                raise ValueError("scale and size both determine the size of the result: give one of them")
-            wanted = (size[1], size[0])
-        else:
-            factor = self.scale if scale is None else scale
-            wanted = (round(height * factor), round(width * factor))
-        factors = (wanted[0] / height, wanted[1] / width)
-        if not (min(factors) >= 1 and max(factors) <= MAX_SCALE):
-            raise ValueError(
-                f"{width}x{height} px cannot be restored to {wanted[1]}x{wanted[0]}: "
-                f"sides must grow by a factor of 1 to {MAX_SCALE:g}"
-            )
-        return wanted
-
-    @staticmethod
-    def _tensor(x: Tensor, act: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-        """Apply `act` to a tensor [3, H, W] or [B, 3, H, W] in [0, 1], converted to uint16 and back."""
-        batch = x[None] if x.ndim == 3 else x
-        if batch.ndim != 4 or batch.shape[1] != 3 or not x.is_floating_point():
-            raise ValueError(
-                f"expected a tensor [3, H, W] or [B, 3, H, W] in [0, 1], got {tuple(x.shape)} in {x.dtype}"
-            )
-        frames = (batch.detach().float().clamp(0, 1).cpu() * 65535).round().permute(0, 2, 3, 1).numpy()
-        made = np.stack([act(frame) for frame in frames.astype(np.uint16)])
-        out = torch.from_numpy(made.astype(np.float32) / 65535).permute(0, 3, 1, 2).to(x)
-        return out[0] if x.ndim == 3 else out
-
     @torch.no_grad()
-    def _restore(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
-        """Restore a frame [H, W, 3] that already has the size of the result; the frame may be overwritten."""
-        height, width = frame.shape[:2]
+    def _restore(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say, scratch) -> np.ndarray:
+        """Restore a frame [H, W, 3] whose sides are multiples of `pixel_multiple`; the result overwrites it."""
         m = self.backbone.pixel_multiple
-        if height % m or width % m:
-            frame = np.pad(frame, ((0, -height % m), (0, -width % m), (0, 0)), mode="edge")
-        side = tile_px or self._fitting_tile(frame.shape[:2])
+        side = tile_px or self._fitting_tile(*frame.shape[:2], scratch)
         if steps == "auto":
-            part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m)
+            part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m, scratch)
             steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
             say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change the result by {change:.1f} levels")
             dials = dials if steps > 1 else {}
-        return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say)[:height, :width]
+        return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say, scratch)
 
-    def _frame(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say) -> np.ndarray:
-        """Restore a frame whose sides are multiples of `pixel_multiple`; the result overwrites it."""
+    def _frame(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say, scratch=MEMORY) -> np.ndarray:
         done = 0
 
         def on_tile() -> None:
@@ -249,21 +217,27 @@ class Upscaler:
             if on_progress:
                 on_progress(done, len(tiled.plan) * (steps + 2))
 
-        tiled = Tiled(self.model, *frame.shape[:2], tile_px, self.device, say, on_tile)
+        def look(i: int, of: int, z: Tensor) -> Tensor | None:
+            return on_step(i, of, large.plain(z))
+
+        tiled = Tiled(self.model, *frame.shape[:2], tile_px, self.device, say, on_tile, scratch)
         z_lq = tiled.encode(frame)
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        eps = torch.randn(z_lq.shape, generator=generator, device=generator.device).cpu()
-        z = self.sampler.sample(tiled, z_lq, eps, steps, dials, on_step)
+        eps = large.noise(z_lq.shape, generator, scratch)
+        z = self.sampler.sample(tiled, z_lq, eps, steps, dials, look if on_step else None)
         del z_lq, eps
         tiled.decode(z, frame)
         return frame
 
-    def _fitting_tile(self, size: tuple[int, int]) -> int:
+    def _bytes_of_frame(self, height: int, width: int, item_bytes: int) -> int:
+        """Bytes of a frame of this size and of its latents during sampling."""
+        places = height * width // self.backbone.downsample**2
+        return 3 * item_bytes * height * width + LATENT_COPIES * 4 * self.backbone.latent_channels * places
+
+    def _fitting_tile(self, height: int, width: int, scratch: Scratch) -> int:
         """Return the side in px of tiles that fit in free memory, for a frame of this size."""
-        kept = 0
-        if self.device.type == "cpu":
-            places = size[0] * size[1] // self.backbone.downsample**2
-            kept = LATENT_COPIES * 4 * self.backbone.latent_channels * places
+        in_memory = self.device.type == "cpu" and scratch.folder is None
+        kept = self._bytes_of_frame(height, width, 0) if in_memory else 0
         if self._unit_bytes == float("inf"):
             self._unit_bytes = bytes_of_unit(self.model, self.device)
         units = units_that_fit(self._unit_bytes, self.device, kept)

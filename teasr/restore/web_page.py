@@ -6,9 +6,12 @@ the machine.
 
 from __future__ import annotations
 
+import html
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -18,10 +21,16 @@ import cv2
 import gradio as gr
 import numpy as np
 
-from teasr.imaging import color, picture
+from teasr.imaging import color, formats, picture
+from teasr.restore import frames
 from teasr.restore.upscaler import Upscaler
+from teasr.util.scratch import Scratch
 
 MOST_STEPS = 30
+MOST_PIXELS = 200 * 10**6  # of a result: more would keep everybody else waiting
+MOST_BYTES = "200mb"  # of an upload
+KEPT_S = 3600  # how long uploads and results are kept
+RESULT = "result-"
 SHOWN_PX = 2048  # longer side of the pictures in the slider; the download has full size
 PROGRESS = gr.Progress()  # gradio recognises it as the default value of a parameter
 FONTS = ["system-ui", "sans-serif"]  # gradio's default fonts would be downloaded
@@ -31,38 +40,24 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
     """Build the page for a model; results are written to `folder`."""
 
     def restore(path: str | None, steps: float, fidelity: float, color_fix: str, seed: float, progress=PROGRESS):
-        if path is None:
-            raise gr.Error("Choose an image first.")
-        began, steps = time.monotonic(), int(steps)
         try:
-            before = picture.read(Path(path))
-            after = upscaler(
-                before,
-                steps,
-                int(seed),
-                fidelity=fidelity if steps > 1 else None,
-                color_fix=color_fix,
-                on_progress=lambda done, of: progress(done / of),
-            )
+            if path is None:
+                raise ValueError("Choose an image first.")
+            steps = int(_number(steps, 1, MOST_STEPS, "steps"))
+            how = {"steps": steps, "seed": int(_number(seed, 0, 2**53, "seed")), "color_fix": color_fix}
+            how["fidelity"] = _number(fidelity, 0, 1, "fidelity") if steps > 1 else None
+            return _restored(upscaler, Path(path), folder, how, lambda done, of: progress(done / of))
         except (ValueError, OSError, MemoryError) as error:
-            raise gr.Error(str(error)) from None
-        target = (
-            Path(tempfile.mkdtemp(dir=folder))
-            / f"{Path(path).stem}_x{upscaler.scale}{picture.stored_suffix(Path(path))}"
-        )
-        picture.write(target, after)
-        height, width = after.rgb.shape[:2]
-        seconds = time.monotonic() - began
-        summary = f"{before.rgb.shape[1]}x{before.rgb.shape[0]} → {width}x{height} px in {seconds:.1f} s"
-        return (_shown(before.rgb, width, height), _shown(after.rgb, width, height)), str(target), summary
+            text = str(error).replace(f"{path}", Path(path or "").name).replace(f"{folder}", "the server's disk")
+            raise gr.Error(html.escape(text, quote=False), print_exception=False) from None
 
-    with gr.Blocks(title="TEASR") as page:
+    with gr.Blocks(title="TEASR", delete_cache=(KEPT_S, KEPT_S)) as page:
         gr.Markdown("## TEASR\nOne step is fastest and most faithful; more steps add more detail.")
         with gr.Row():
             with gr.Column(scale=1):
-                source = gr.Image(
-                    label="Image", type="filepath", image_mode=None, height=260, sources=["upload", "clipboard"]
-                )
+                source = gr.Image(label="Image", type="filepath", height=260, sources=["upload", "clipboard"])
+                # gradio would open the file, and fail for some of ours and for damaged ones, without a reason
+                source.preprocess = lambda upload: None if upload is None else upload.path
                 steps = gr.Slider(1, MOST_STEPS, value=1, step=1, label="Steps")
                 fidelity = gr.Slider(
                     0, 1, value=0, step=0.05, label="Fidelity", info="0: result of all steps, 1: one-step result"
@@ -82,6 +77,50 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
     return page
 
 
+def _number(value: object, low: int, high: int, name: str) -> float:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} = {value}: must be a number from {low} to {high}")
+    return value
+
+
+def _restored(upscaler: Upscaler, path: Path, folder: Path, how: dict, on_progress: Callable) -> tuple:
+    """Restore a file; return the two pictures to show, the path of the result, and a summary."""
+    began, given = time.monotonic(), picture.layout(path)
+    size = frames.size_of_result(given.height, given.width, upscaler.scale, None)
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(
+            f"{given.width}x{given.height} px is too large for this page, whose results have at most "
+            f"{MOST_PIXELS // 10**6} million pixels: use teasr upscale"
+        )
+    _forget_old(folder)
+    work = Path(tempfile.mkdtemp(dir=folder, prefix=RESULT))
+    before, scratch = picture.read(path), Scratch(work)
+    after = upscaler(before, on_progress=on_progress, scratch=scratch, **how)
+    target = work / f"{path.stem[:100]}_x{upscaler.scale}{_suffix(path, after)}"
+    picture.write(target, after)
+    shown = _shown(before.rgb, size[1], size[0]), _shown(after.rgb, size[1], size[0])
+    seconds = time.monotonic() - began
+    summary = f"{given.width}x{given.height} → {size[1]}x{size[0]} px in {seconds:.1f} s"
+    return shown, str(target), summary
+
+
+def _suffix(path: Path, result: picture.Picture) -> str:
+    """Return the suffix of the source, or .png if its format cannot hold the result or is not ours to write."""
+    suffix = formats.stored_suffix(path)
+    try:
+        formats.check(Path(f"x{suffix}"), result.layout)
+    except ValueError:
+        return ".png"
+    return suffix
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete results that gradio has copied and nobody has asked for since."""
+    for old in folder.glob(f"{RESULT}*"):
+        if time.time() - old.stat().st_mtime > KEPT_S:
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the page until Ctrl-C. Raises OSError if the port is in use."""
     with tempfile.TemporaryDirectory(prefix="teasr-") as folder:
@@ -89,7 +128,8 @@ def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None
         page = build(upscaler, Path(folder))
         theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
         print(f"open http://{host}:{port} in a browser; press Ctrl-C to stop", flush=True)
-        page.launch(server_name=host, server_port=port, allowed_paths=[folder], theme=theme, quiet=True, share=False)
+        places = {"server_name": host, "server_port": port, "allowed_paths": [folder]}
+        page.launch(**places, max_file_size=MOST_BYTES, theme=theme, quiet=True, share=False)
 
 
 def _shown(x: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -20,8 +20,7 @@ class CsvLog:
     def __init__(self, path: Path, resume_from: int = 0):
         """Keep the existing rows up to update `resume_from`; 0 starts an empty file."""
         self.path = path
-        rows = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and resume_from else []
-        rows = [row for row in rows if row["update"] and int(row["update"]) <= resume_from]
+        rows = [row for row in read_rows(path) if int(row["update"]) <= resume_from] if resume_from else []
         self.columns = list(rows[0]) if rows else ["update"]
         self._rewrite(rows)
         self._waiting: list[dict] = []
@@ -50,7 +49,7 @@ class CsvLog:
     def _write(self) -> None:
         new = dict.fromkeys(name for row in self._waiting for name in row if name not in self.columns)
         if new:
-            rows = list(csv.DictReader(io.StringIO(self.path.read_text())))
+            rows = read_rows(self.path)
             columns, self.columns = self.columns, [*self.columns, *new]
             try:
                 self._rewrite(rows)
@@ -66,6 +65,31 @@ class CsvLog:
         except OSError:
             os.truncate(self.path, size)  # leave no partial row
             raise
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return all complete rows of a log; none if the file does not exist. Raises ValueError when it is damaged."""
+    if not path.is_file():
+        return []
+    text = path.read_bytes()
+    text = text[: text.rfind(b"\n") + 1].decode(errors="replace")  # the last line may be incomplete after a crash
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        wrong = [i for i, row in enumerate(rows, 2) if None in row or None in row.values() or not _is_update(row)]
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged ({error}): repair it, or move it to another folder") from None
+    if wrong:
+        raise ValueError(f"{path} is damaged (line {wrong[0]}): repair it, or move it to another folder")
+    return rows
+
+
+def last_update(path: Path) -> int:
+    """Return the newest update of a log; 0 without one. Raises ValueError when the file is damaged."""
+    return max((int(row["update"]) for row in read_rows(path)), default=0)
+
+
+def _is_update(row: dict[str, str]) -> bool:
+    return row.get("update", "").isdecimal()
 
 
 class Tail:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from teasr.config.settings import TrackingConfig
-from teasr.tracking.mlflow_run import fail_fast, open_run, tracking_uri
+from teasr.tracking.mlflow_run import open_run
+from teasr.tracking.mlflow_store import connect, tracking_uri
 from teasr.util.files import sha256_of
 
 
@@ -20,12 +21,9 @@ def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> It
 
     Raises ValueError naming the store when this fails.
     """
-    fail_fast()
-    from mlflow import MlflowClient
-
     uri = tracking_uri(run_dir, config)
     try:
-        client = MlflowClient(uri)
+        client = connect(uri)
         yield client, uri, open_run(client, run_dir, uri, config, params)
     except Exception as error:
         raise ValueError(f"MLflow at {uri} did not accept the {what} ({' '.join(str(error).split())[:300]})") from error
@@ -100,12 +98,10 @@ def download_results(uri: str, experiment: str | None, place: Path) -> list[tupl
 
     Returns (run name, folder) pairs, newest run first. Raises ValueError when there are none.
     """
-    fail_fast()
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
-        client = MlflowClient(uri)
+        client = connect(uri)
         found = client.get_experiment_by_name(experiment) if experiment else None
         if found is None:
             names = ", ".join(e.name for e in client.search_experiments())

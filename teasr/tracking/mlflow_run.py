@@ -8,7 +8,6 @@ sync-mlflow RUN` sends what is missing at the end.
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ from teasr.config.settings import TrackingConfig
 from teasr.config.strict_yaml import flatten
 from teasr.tracking.csv_log import Tail
 from teasr.tracking.environment import git_commit
+from teasr.tracking.mlflow_store import connect, tracking_uri
 from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
 from teasr.util.files import write_atomic
 
@@ -78,7 +78,6 @@ class Mirror:
     """Mirrors a run folder to its MLflow run; it needs only the folder, since the store reports what it already has."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, resumed_from: int = 0):
-        fail_fast()
         self.run_dir, self.config, self.resumed_from = run_dir, config, resumed_from
         self.uri = tracking_uri(run_dir, config)
         self.run_id: str | None = None
@@ -117,9 +116,7 @@ class Mirror:
             self.client.set_terminated(self.run_id, status)
 
     def _connect(self) -> None:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri)
+        client = connect(self.uri)
         path = self.run_dir / PARAMS_FILE
         params = json.loads(path.read_text()) if path.is_file() else {}
         self.run_id = open_run(client, self.run_dir, self.uri, self.config, params, self.resumed_from)
@@ -186,18 +183,6 @@ def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
             f"MLflow at {mirror.uri} did not accept the run ({' '.join(str(error).split())[:300]})"
         ) from error
     return f"{mirror.uri}, run {mirror.run_id}", sent
-
-
-def fail_fast() -> None:
-    """Make MLflow give up on an unreachable server quickly; by default it blocks every call for minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
-    """Return the config's URI, else MLFLOW_TRACKING_URI, else a SQLite file next to the run folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent}/mlflow.db"
 
 
 def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resumed_from: int = 0) -> str:

@@ -1,9 +1,15 @@
-"""Write the checkpoints of a run and keep the last k and the best. A full disk never destroys an older checkpoint."""
+"""Write the checkpoints of a run; keep the last k, the best, and the newest that is proven to be good.
+
+A checkpoint is proven when the losses and gradients of an update after it were finite. A full disk or a run that
+diverges never destroys an older checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teasr.util.checkpoint_folder import commit, name_of
+from teasr.util.checkpoint_folder import commit, name_of, problem, updates_of
 
-BEST = "best"
+BEST, PROVEN = "best", "proven"  # symbolic links to checkpoints
 
 
 class Writer:
@@ -35,7 +41,7 @@ class Writer:
         self.temporary.mkdir(parents=True)
         free = shutil.disk_usage(root).free
         if free < needed_bytes:
-            raise OSError(errno.ENOSPC, f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+            raise OSError(errno.ENOSPC, f"{needed_bytes / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Add a safetensors file."""
@@ -52,7 +58,7 @@ class Writer:
         self._try((self.temporary / name).write_text, text)
 
     def commit(self, keep: int) -> None:
-        """Publish the checkpoint, then remove all checkpoints except the newest `keep` and the best."""
+        """Publish the checkpoint, then remove all checkpoints that `prune` does not keep."""
         self._try(commit, self.temporary, self.final)
         if self.problem is None:
             self._try(prune, self.final.parent, keep)
@@ -67,27 +73,50 @@ class Writer:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all checkpoints except the newest `keep` and the best, and the leftovers of interrupted saves.
+    """Remove all checkpoints except the newest `keep`, the best and the proven one, and leftovers of killed saves.
 
-    The symbolic link `best` is updated to point to the best checkpoint.
+    Damaged checkpoints do not count and are not removed. The link `best` is updated.
     """
-    folders = sorted(root.glob("step-*"))
+    folders = [folder for folder in updates_of(root).values() if problem(folder, hashes=False) is None]
     scores = {folder: score for folder in folders if (score := score_of(folder)) is not None}
     best = max(scores, key=scores.get, default=None)
     for old in folders[:-keep]:
-        if old != best:
-            shutil.rmtree(old)
+        if old not in (best, proven(root)):
+            os.rename(old, root / f".tmp-old-{old.name}")  # at once: a kill does not leave half a checkpoint
     for leftover in root.glob(".tmp-*"):
-        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+        folder = leftover.is_dir() and not leftover.is_symlink()
+        shutil.rmtree(leftover) if folder else leftover.unlink()
     if best is not None:
-        link = root / ".tmp-best"
-        link.symlink_to(best.name)
-        os.replace(link, root / BEST)
+        _link(root, BEST, best.name)
+
+
+def prove(root: Path, update: int, keep: int) -> None:
+    """Record that the checkpoint of `update` is good, and remove those that `prune` no longer keeps.
+
+    If that is not possible, for example on a full disk, the older record stays until the next checkpoint is proven.
+    """
+    with contextlib.suppress(OSError):
+        _link(root, PROVEN, name_of(update))
+        prune(root, keep)
+
+
+def proven(root: Path) -> Path | None:
+    """The newest checkpoint that is recorded as good, or None."""
+    link = root / PROVEN
+    return root / link.readlink() if link.is_symlink() and link.is_dir() else None
+
+
+def _link(root: Path, name: str, target: str) -> None:
+    new = root / f".tmp-{name}"
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, root / name)
 
 
 def score_of(folder: Path) -> float | None:
-    """Preview score of a checkpoint, or None if it has none."""
+    """Preview score of a checkpoint, or None if it has none or it is not finite."""
     try:
-        return json.loads((folder / "state.json").read_text()).get("score")
+        score = json.loads((folder / "state.json").read_text()).get("score")
     except (OSError, ValueError):
         return None
+    return score if isinstance(score, float) and math.isfinite(score) else None

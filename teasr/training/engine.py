@@ -6,7 +6,6 @@ checkpoint works with any ZeRO stage, offload and number of ranks, and nothing i
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from teasr.backbones.base import Backbone
 from teasr.backbones.roles import Role, places
+from teasr.config.reading import read_json
 from teasr.config.settings import TrainConfig
 from teasr.util.distributed import World
 
@@ -66,16 +66,17 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
     """
     path = Path(train.deepspeed)
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        settings = read_json(path)
+    except ValueError as error:
         raise ValueError(
             f"train.deepspeed = {path} cannot be read ({error}): set it to a file such as ds_configs/zero3.json"
         ) from None
     duplicates = [key for key in RUN_OWNS if key in settings]
     if duplicates:
         raise ValueError(f"{path} sets {duplicates[0]}, which is set by the run config: remove it from this file")
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ValueError(
             f"{path} has zero_optimization.stage = {stage}: it must be 1, 2 or 3 (1 has no overhead on one GPU)"
         )
@@ -88,6 +89,22 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         **({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if train.dtype == "bf16" else {}),
     }
+
+
+def check_zero(settings: dict, path: str) -> None:
+    """Raise ValueError when DeepSpeed does not know a key of `zero_optimization` in the file `path`, or its value."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    zero = settings["zero_optimization"]
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path}: zero_optimization.{key} = {first['input']!r} is not accepted by DeepSpeed ({first['msg']})"
+        ) from None
 
 
 def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:

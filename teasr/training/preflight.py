@@ -6,7 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
+
+from teasr.util import checkpoint_folder
 
 
 def writable(run_dir: Path) -> None:
@@ -35,7 +38,7 @@ def room(folder: Path, checkpoint_bytes: int, keep: int) -> str | None:
             f"a checkpoint takes {checkpoint_bytes / gb:.2f} GB and the disk of {folder} has {free / gb:.2f} GB free: "
             "free disk space or choose another run_dir"
         )
-    existing = len(list((folder / "checkpoints").glob("step-*")))
+    existing = len(checkpoint_folder.updates_of(folder / "checkpoints"))
     wanted = checkpoint_bytes * max(1, keep + 2 - existing)  # plus the one being written and the best one
     if free < wanted:
         return (
@@ -43,6 +46,22 @@ def room(folder: Path, checkpoint_bytes: int, keep: int) -> str | None:
             "free disk space, lower train.keep_checkpoints or choose another run_dir"
         )
     return None
+
+
+def batch_fits(images: int, height: int, width: int, device: torch.device) -> None:
+    """Raise ValueError unless the pairs of one update on this rank (`images` of them) fit into the device's memory.
+
+    They are all read before the update, as uint8 and as float32.
+    """
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    needed = images * height * width * 3 * 2 * (1 + 4)
+    if needed > total:
+        raise ValueError(
+            f"train.batch: the {images:,} pairs of {height}x{width} px that each rank reads for one update take "
+            f"{needed / 1e9:,.0f} GB, and {'the GPU' if on_gpu else 'this machine'} has {total / 1e9:,.0f} GB of "
+            "memory: lower train.batch or use more ranks"
+        )
 
 
 def precision(*dtypes: str | None) -> None:

@@ -97,7 +97,7 @@ def _spread(shards: ShardSet, pictures: int) -> list[Sample]:
         first += count
         try:
             raw = read_shard(url) if inside else []
-            samples += [decode_near(raw, min(position, len(raw) - 1), url) for position in inside]
+            samples += [decode_near(raw, min(position, len(raw) - 1), url, shards.decode) for position in inside]
         except ValueError as error:
             problem = error
     if not samples:

@@ -1,7 +1,8 @@
 """Save and load the state of a run as checkpoints: weights, AdamW's moments, the EMA and fixed tensors (the codec).
 
-Random generator states and data positions are not saved: both are functions of the update. Every rank must call every
-method; only rank 0 writes.
+A checkpoint that turns out to be damaged, or after which no update was finite, is renamed and kept, and the run goes
+back to an older one. Random generator states and data positions are not saved: both are functions of the update. Every
+rank must call every method; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from teasr.backbones.roles import FIRST
+from teasr.config.reading import read_yaml
 from teasr.config.strict_yaml import diff
 from teasr.run_config import RunConfig, load
 from teasr.tracking.environment import git_commit
@@ -40,22 +42,24 @@ class RunState:
         self.config, self.world, self.networks, self.say = config, world, networks, say
         self.root = Path(config.run_dir) / "checkpoints"
         self.found: Path | None = None
-        self.update = self.steps = self.saved = 0  # saved: the update of the newest checkpoint
+        self.update = self.steps = 0
+        self.saved = self.proven = 0  # updates of the newest checkpoint, and of the newest that is proven to be good
         self.roles = [role.name for role in networks.trained_roles]
         self.bytes = self._bytes()
 
-    @property
-    def newest(self) -> Path:
-        """The newest checkpoint's folder."""
-        return self.root / checkpoint_folder.name_of(self.saved)
+    def folder(self, update: int) -> Path:
+        """The folder of the checkpoint after `update` updates."""
+        return self.root / checkpoint_folder.name_of(update)
 
     def find(self, accept_changes: bool) -> None:
-        """Find the newest complete checkpoint and print what was found.
+        """Find the newest complete checkpoint and print what was found. Newer ones, which are damaged, are renamed.
 
-        Raises ValueError when it was written by an older version of teasr, or with another config and without
-        `accept_changes`.
+        Raises ValueError when all are damaged, or when the newest was written by an older version of teasr, or with
+        another config and without `accept_changes`.
         """
-        self.found = self.world.from_main(checkpoint_folder.latest(self.root) if self.world.main else None)
+        problem, self.found, self.proven = self.world.from_main(self._look() if self.world.main else None)
+        if problem:
+            raise ValueError(problem)
         if self.found is None:
             return
         try:
@@ -66,7 +70,7 @@ class RunState:
                 f"{self.found} was written by an older version of teasr ({error} is missing): choose another run_dir"
             ) from None
         changes = diff(load(self.found / "config.yaml").to_dict(), self.config.to_dict())
-        fatal = [line for line in changes if not line.startswith(MAY_CHANGE)]
+        fatal = _fatal(changes)
         if fatal and not accept_changes:
             raise ValueError(
                 f"{self.root.parent} holds a run of another config ({'; '.join(fatal)}): undo these changes, "
@@ -78,6 +82,32 @@ class RunState:
             self.say(f"  ranks: {state['world_size']} -> {self.world.size}")
         for line in changes:
             self.say(f"  changed: {line}")
+
+    def same_as_last_start(self) -> bool:
+        """Whether the run was last started with a config that gives the same results."""
+        try:
+            last = read_yaml(self.root.parent / "config.yaml")
+        except ValueError:
+            return False
+        return not _fatal(diff(last, self.config.to_dict()))
+
+    def _look(self) -> tuple[str | None, Path | None, int]:
+        """Return a problem, the newest intact checkpoint and the update of the proven one."""
+        found, damaged = checkpoint_folder.newest_intact(self.root)
+        if damaged and found is None:
+            reasons = "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged.items())
+            text = (
+                f"every checkpoint in {self.root} is damaged ({reasons}): put back a copy of one, or choose another "
+                "run_dir to start from the beginning; nothing was changed here"
+            )
+            return text, None, 0
+        for folder, wrong in damaged.items():
+            aside = checkpoint_folder.set_aside(folder, "damaged")
+            self.say(
+                f"checkpoint {folder} is damaged ({wrong}): it is now named {aside.name}, and an older one is used"
+            )
+        good = checkpoint.proven(self.root)
+        return None, found, checkpoint_folder.update_of(good) if good else 0
 
     def load_weights(self) -> None:
         """Load weights and fixed tensors of the checkpoint that was found. Call it before the engines are built."""
@@ -102,12 +132,35 @@ class RunState:
         if ema and average.is_file():  # if there is none (train.ema was null), the EMA starts from the current weights
             ema.load(load_file(average))
 
+    def prove(self) -> None:
+        """Record that the newest checkpoint is good, since an update after it was finite."""
+        if self.proven == self.saved:
+            return
+        self.proven = self.saved
+        if self.world.main:
+            checkpoint.prove(self.root, self.saved, self.config.train.keep_checkpoints)
+
+    def after_divergence(self) -> str:
+        """Say which checkpoint is good. A newer one, after which no update was finite, is renamed."""
+        good, newest = self.folder(self.proven), self.folder(self.saved)
+        if not self.saved:
+            return "there is no checkpoint yet"
+        if not self.proven:
+            return f"no finite update followed the only checkpoint, {newest}, so it may be bad"
+        if self.proven == self.saved:
+            return f"the last good checkpoint is {good}"
+        aside = self.world.from_main(checkpoint_folder.set_aside(newest, "diverged") if self.world.main else None)
+        return (
+            f"the last good checkpoint is {good}, from which the run resumes; no finite update followed {newest.name}, "
+            f"which is now named {aside.name}"
+        )
+
     def save(self, score: float | None = None) -> None:
         """Write checkpoints/step-XXXXXXXX; all files are safetensors, JSON or YAML.
 
         `score`: preview score at this update; the checkpoint with the highest score is kept as well as the newest.
-        When it cannot be written, raises OSError, or prints a warning if train.on_full_disk = continue; older
-        checkpoints are kept. Does nothing before the first optimiser step.
+        When it cannot be written, raises OSError, or prints a warning if train.on_full_disk = continue and it is not
+        the last one of the run; older checkpoints are kept. Does nothing before the first optimiser step.
         """
         if not self.steps:
             return  # the weights have not changed
@@ -125,11 +178,11 @@ class RunState:
             self.saved = self.update
             return
         message = (
-            f"checkpoint {self.root / checkpoint_folder.name_of(self.update)} cannot be written ({problem}); "
+            f"checkpoint {self.folder(self.update)} cannot be written ({problem}); "
             f"{'the newest checkpoint is of update ' + str(self.saved) if self.saved else 'no checkpoint exists yet'}: "
             "free space on that disk, lower train.keep_checkpoints, or choose a run_dir on another disk"
         )
-        if self.config.train.on_full_disk == "stop":
+        if self.config.train.on_full_disk == "stop" or self.update >= self.config.train.updates:
             raise OSError(message)
         self.say(f"warning: {message}")
 
@@ -153,6 +206,10 @@ class RunState:
             for p in self.networks.base(role).exported(role).values():
                 total += p.numel() * (p.element_size() * copies + 8 * p.requires_grad)
         return total
+
+
+def _fatal(changes: list[str]) -> list[str]:
+    return [line for line in changes if not line.startswith(MAY_CHANGE)]
 
 
 def file_of(kind: str, role: str) -> str:

@@ -21,24 +21,18 @@ from teasr.data.stream import PairStream, batches, check_scale, check_shards, ch
 from teasr.imaging.images import to_tensor
 from teasr.methods.base import Method
 from teasr.run_config import RunConfig
-from teasr.tracking.environment import git_commit
-from teasr.tracking.run_files import BAD_FILE, SKIPPED_FILE
-from teasr.tracking.system_metrics import Machine
-from teasr.tracking.tracker import Tracker
 from teasr.training import preflight
 from teasr.training.ema import Ema
-from teasr.training.engine import check_nvme, engine_settings, start_engine, start_ranks
+from teasr.training.engine import check_nvme, check_zero, engine_settings, start_engine, start_ranks
 from teasr.training.networks import Networks
 from teasr.training.preview import Preview
+from teasr.training.recording import Recording
 from teasr.training.run_state import RunState
 from teasr.training.stopping import Stopping
 from teasr.training.update import Update
 from teasr.util.distributed import World
-from teasr.util.files import write_atomic
-from teasr.util.progress import ProgressLine
+from teasr.util.lock import FolderLock, locked
 
-# parts of torch's error messages when another rank has died
-LOST = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
 FIT_PAIRS = 1024  # number of pairs that a codec is fitted to
 
 
@@ -58,11 +52,12 @@ class Trainer:
         check_scale(self.shards, config.scale, "data.shards")
         check_streams(self.shards, config.data, self.world.size)
         latents = latent_cache(self.shards, config.data)
-        settings = engine_settings(self.train, self.world.size)
+        self.settings = engine_settings(self.train, self.world.size)
+        check_zero(self.settings, self.train.deepspeed)
         preflight.precision(self.train.dtype, to_dict(config.backbone).get("dtype"))
         self.method: Method = config.build_method()
         self.method.check(self.accumulation)
-        check_nvme(settings, self.world, self.method.roles())
+        check_nvme(self.settings, self.world, self.method.roles())
         if config.preview.every_updates != 0:
             for steps in config.preview.steps:
                 self.method.sampler().check(steps)
@@ -73,12 +68,32 @@ class Trainer:
         self._set_autocast()
         self.state = RunState(config, self.world, self.networks, self._say)
         self.preview = Preview.of(config.preview, self.train.save_every_updates, self.shards, config.seed)
-        if self.world.main:
-            warnings = check_shards(self.shards, self.networks.student.check_size, config.data.max_bad_share)
-            preflight.writable(self.run_dir)
-            warnings.append(preflight.room(self.run_dir, self.state.bytes, self.train.keep_checkpoints))
-            for problem in filter(None, warnings):
-                self._say(f"warning: {problem}")
+        with contextlib.ExitStack() as held:
+            if self.world.main:
+                self._check_files(held)
+            self._start(accept_changes)
+            self.held = held.pop_all()
+
+    def _check_files(self, held: contextlib.ExitStack) -> None:
+        """Check shards and disk, and lock the run folder until `held` is closed.
+
+        Raises ValueError when something prevents the run.
+        """
+
+        def check_size(height: int, width: int) -> None:
+            self.networks.student.check_size(height, width)
+            preflight.batch_fits(self.train.batch // self.world.size, height, width, self.world.device)
+
+        warnings = check_shards(self.shards, check_size, self.config.data.max_bad_share)
+        preflight.writable(self.run_dir)
+        held.enter_context(locked(FolderLock(self.run_dir, "training"), self._say))
+        warnings.append(preflight.room(self.run_dir, self.state.bytes, self.train.keep_checkpoints))
+        for problem in filter(None, warnings):
+            self._say(f"warning: {problem}")
+
+    def _start(self, accept_changes: bool) -> None:
+        """Connect the ranks, load the checkpoint (if any) and build the engines."""
+        settings = self.settings
         start_ranks(self.train, self.world)
         self.state.find(accept_changes)
         self._fit_codec()
@@ -90,7 +105,7 @@ class Trainer:
             place: start_engine(base, self.train, settings, self.world)
             for place, base in self.networks.trained_bases.items()
         }
-        self.run_update = Update(self.method, self.networks, engines, self.train, config.seed, self.world)
+        self.run_update = Update(self.method, self.networks, engines, self.train, self.config.seed, self.world)
         # the EMA is stored with the optimiser states: in host memory if they are offloaded
         away = torch.device("cpu") if "offload_optimizer" in settings["zero_optimization"] else None
         averaged = self.networks.student.trained("student")
@@ -106,16 +121,20 @@ class Trainer:
         """Train to the last update and save checkpoints; if the run is already finished, report so and return.
 
         On SIGTERM, SIGINT or when train.max_hours has passed, the current update is finished and saved, and `fit`
-        returns. Raises FloatingPointError after more than train.max_skipped consecutive non-finite updates, and OSError
-        when a checkpoint cannot be written; both messages name the last good checkpoint.
+        returns. Raises FloatingPointError when too many updates in a row were not finite, and OSError when a checkpoint
+        cannot be written; both messages name the last good checkpoint. Unlocks the run folder at the end.
         """
+        with self.held:
+            self._fit()
+
+    def _fit(self) -> None:
         updates, stop = self.train.updates, False
         if self.update >= updates:
             self._say(f"already trained: {self.update}/{updates} updates in {self.run_dir}")
             return
         self._say(self._headline())
         with Recording(self) as record, Stopping(self.train.max_hours) as stopping:
-            data = self._batches()
+            data, due = self._batches(), False  # due: a checkpoint, which waits for a finite update
             if self.preview and not self.update:
                 record.log({}, {}, self._show(record))
             while self.update < updates and not stop:
@@ -128,17 +147,20 @@ class Trainer:
                 self._count(stepped=not logs["skipped"])
                 stop = logs.pop("stop") > 0
                 logs["bad_samples"] *= self.world.size
-                saves = self.update % self.train.save_every_updates == 0 or self.update == updates or stop
+                due = due or self.update % self.train.save_every_updates == 0 or self.update == updates or stop
+                saves = due and not logs["skipped"]
                 timing = self._timing(started, waited)
                 shown = self._show(record) if self.preview and self.preview.due(self.update, saves) else ({}, {})
                 record.log(logs, timing, shown)
                 record.check_skipped()
                 if saves:
                     self.state.save(shown[0].get(self.preview.score) if self.preview else None)
+                    due = False
             reason = stopping.reason or "another rank"
             record.finished = not stop or self.update == updates
         if not record.finished:
-            self._say(f"stopped by {reason} after update {self.update}; run the same command to resume")
+            skipped = f", which was skipped, so that nothing was saved after update {self.state.saved}" if due else ""
+            self._say(f"stopped by {reason} after update {self.update}{skipped}; run the same command to resume")
 
     def _headline(self) -> str:
         """One line that describes the run."""
@@ -152,6 +174,7 @@ class Trainer:
     def _count(self, stepped: bool) -> None:
         """Count one update. `stepped`: the weights changed, so the optimiser steps and the EMA advance too."""
         if stepped:
+            self.state.prove()
             self.state.steps += 1
             if self.ema:
                 self.ema.update(self.update)
@@ -206,93 +229,6 @@ class Trainer:
             print(text, flush=True)
 
 
-class Recording:
-    """Records a run while it trains: metrics, previews, status, bad samples and skipped updates."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.finished = trainer, False
-        self.named: set[str] = set()
-        self.skipped = 0  # consecutive skipped updates
-
-    def __enter__(self) -> Recording:
-        trainer = self.trainer
-        self.line = ProgressLine("train", trainer.train.updates, "updates", trainer.update, enabled=trainer.world.main)
-        self.tracker = self._start_tracker() if trainer.world.main else None
-        self.machine = Machine(trainer.run_dir, trainer.world.device)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Close everything with the final status of the run. Raises ConnectionError when another rank was lost."""
-        self.line.close()
-        if self.tracker:
-            failed = isinstance(error, Exception)
-            self.tracker.close("FAILED" if failed else "FINISHED" if self.finished else "KILLED")
-        if isinstance(error, Exception) and self.trainer.world.size > 1 and any(name in str(error) for name in LOST):
-            raise ConnectionError(
-                f"another rank is gone ({' '.join(str(error).split())[:150]}): the reason is in its own log; run the "
-                f"same command to resume from update {self.trainer.state.saved}"
-            ) from error
-
-    def _start_tracker(self) -> Tracker:
-        config, run_dir, world = self.trainer.config, self.trainer.run_dir, self.trainer.world
-        write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
-        write_atomic(run_dir / "commit", (git_commit() + "\n").encode())
-        trained = [p for own in self.trainer.run_update.parameters.values() for p in own.values()]
-        params = config.to_dict() | {
-            "world_size": world.size, "commit": git_commit(), "torch": torch.__version__, "device": str(world.device),
-            "samples": len(self.trainer.shards),
-            "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
-        }  # fmt: skip
-        return Tracker(run_dir, config.tracking, params, resume_from=self.trainer.update)
-
-    def log(self, logs: dict, timing: dict, shown: tuple[dict, dict]) -> None:
-        """Log the metrics of the last update. `shown`: scores and timing of its preview."""
-        self.skipped = self.skipped + 1 if logs.get("skipped") else 0
-        scores, preview_s = shown
-        if self.tracker:
-            sampled = self.machine.sample() if timing else {}
-            self.tracker.log(self.trainer.update, logs | scores, timing | sampled | preview_s)
-        if timing:
-            self.line.show(self.trainer.update, loss=logs.get("loss", math.nan))
-
-    def preview(self, sheet: bytes) -> None:
-        """Store the comparison sheet of a preview."""
-        if self.tracker:
-            self.tracker.preview(self.trainer.update, sheet)
-
-    def bad_samples(self, bad: list[str]) -> int:
-        """Record skipped samples in bad_samples.txt, each once, and return the length of `bad`.
-
-        The file is uploaded to MLflow at the end of the run.
-        """
-        if new := sorted(set(bad) - self.named):
-            self._note(BAD_FILE, [f"skipped {name}" for name in new])
-        self.named |= set(bad)
-        return len(bad)
-
-    def skipped_update(self, text: str) -> None:
-        """Record in skipped_updates.txt why an update was skipped."""
-        self._note(SKIPPED_FILE, [text])
-
-    def check_skipped(self) -> None:
-        """Raise FloatingPointError after more than train.max_skipped consecutive non-finite updates."""
-        if self.skipped > self.trainer.train.max_skipped:
-            raise FloatingPointError(
-                f"{self.skipped} updates in a row were not finite (listed in skipped_updates.txt); the last good "
-                f"checkpoint is {self.trainer.state.newest}; lower train.learning_rate, or reduce the weights of the "
-                "diverging losses at the start of training"
-            )
-
-    def _note(self, file: str, lines: list[str]) -> None:
-        """Print a problem in the current update on this rank, and append it to a file in the run folder."""
-        head = f"update {self.trainer.update + 1}, rank {self.trainer.world.rank}"
-        lines = [f"{head}: {line}" for line in lines]
-        print(*lines, sep="\n", flush=True)
-        # a full disk is handled where checkpoints are written
-        with contextlib.suppress(OSError), open(self.trainer.run_dir / file, "a") as out:
-            out.write("\n".join(lines) + "\n")
-
-
 def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the first readable pairs (x_hq, x_lq) of each readable shard, about `limit` in all.
 
@@ -302,7 +238,7 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
     for url in shards.urls:
         try:
             raw = read_shard(url)
-            samples = [decode_near(raw, place, url) for place in range(min(each, len(raw)))]
+            samples = [decode_near(raw, place, url, shards.decode) for place in range(min(each, len(raw)))]
         except ValueError:
             continue  # the training stream reports it, and stops if too many are broken
         for sample in samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -22,11 +23,21 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK. Without a launcher, set the variables for a single process first."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK. Without a launcher, set the variables for a single process first.
+
+        Raises ValueError when only some of them are set.
+        """
         if "RANK" not in os.environ:
             single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(single | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(free_port()))})
-        return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        found = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        for key, value in found.items():
+            if value is None or not value.isdecimal():
+                raise ValueError(
+                    f"the environment variable RANK is set, but {key} = {value} is not a whole number: start the ranks "
+                    "with deepspeed, torchrun or launch/slurm.sbatch, or unset RANK"
+                )
+        return cls(*map(int, found.values()))
 
     @property
     def main(self) -> bool:
@@ -70,8 +81,9 @@ def leave(code: int) -> NoReturn:
     exception", exit code -6).
     """
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

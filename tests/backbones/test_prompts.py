@@ -83,6 +83,13 @@ def test_the_same_command_keeps_the_file_and_another_replaces_it(model, tmp_path
     assert [p.name for p in path.parent.iterdir()] == ["prompt.safetensors"]
 
 
+def test_another_file_is_not_overwritten(model, tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert run(f"model={model}", f"out={path}") == 2
+    assert f"out = {path} exists and is no prompt file" in capsys.readouterr().err and path.read_text() == "mine"
+
+
 def test_damage_is_seen_wherever_it_is(tmp_path):
     path = tmp_path / "prompt.safetensors"
     tensors = {"prompt_embeds": torch.randn(5, 8).bfloat16(), "prompt_mask": torch.ones(5, dtype=torch.long)}

@@ -39,6 +39,30 @@ def test_data_presets_load(path):
         ("train.ema=true", "train.ema = True: expected float"),
         ("nonsense", "not of the form"),
         ("seed.x=1", "seed is a value"),
+        ("train.updates=[", "override 'train.updates=[': the value is not valid YAML"),
+        ("train.updates=" + "[" * 5000, "the value is not valid YAML"),
+        ("train={updates: 1, updates: 2}", "the key updates is given twice"),
+        ("train.learning_rate=.nan", "train.learning_rate = nan: must be a finite number"),
+        ("train.learning_rate=1e999", "train.learning_rate = inf: must be a finite number"),
+        ("train.learning_rate=1" + "0" * 400, "train.learning_rate = inf: must be a finite number"),
+        ("train.learning_rate=0", "train.learning_rate = 0.0: must be > 0, such as 5e-5"),
+        ("train.betas=[0.9, 1]", "train.betas[1] = 1.0: must be in [0, 1)"),
+        ("train.clip_norm=0", "train.clip_norm = 0.0: must be > 0"),
+        ("train.warmup_updates=-1", "train.warmup_updates = -1: must be >= 0"),
+        ("train.cpu_threads=0", "train.cpu_threads = 0: must be in [1, 1024], or null"),
+        ("train.max_hours=0", "train.max_hours = 0.0: must be > 0, such as 23.5, or null for no limit"),
+        ("method.w_cap=.nan", "method.w_cap = nan: must be a finite number"),
+        ("method.ramps.rectify.start=.inf", "method.ramps.rectify.start = inf: must be a finite number"),
+        ("method.score_clamp=-1", "method.score_clamp = -1.0: must be > 0, or null for none"),
+        ("method.s_range=[.nan, 1]", "method.s_range[0] = nan: must be a finite number"),
+        ("backbone.heads=0", "backbone.heads = 0: must be in [1, 1024]"),
+        ("backbone.name=[tiny]", "backbone.name = ['tiny']: allowed are"),
+        ("data.streams=0", "data.streams = 0: must be >= 1"),
+        ("data.max_bad_share=2", "data.max_bad_share = 2.0: must be in [0, 1]"),
+        ("preview.steps=[1, 0]", "preview.steps[1] = 0: must be in [1, 1000]"),
+        ("preview=0", "preview must be a section"),
+        ("seed=-1", "seed = -1: must be in [0, 9223372036854775807]"),
+        ("run_dir=''", "run_dir = '': must be the path of a folder"),
     ],
 )
 def test_mistakes_are_named(override, message, tmp_path):
@@ -69,6 +93,70 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="key: value"):
         recipe.load(tmp_path / "list.yaml")
+
+
+def test_every_error_names_the_file_or_the_override(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tmp_path, train__update=3)))
+    with pytest.raises(ValueError, match=rf"^{path}: config key train.update does not exist: did you mean updates"):
+        recipe.load(path)
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tmp_path)))
+    with pytest.raises(ValueError, match=rf"^{path} with seed=-1: config key seed = -1"):
+        recipe.load(path, ["run_dir=x", "seed=-1"])
+    for text, message in (("{}", "config key run_dir is missing"), ("5", "a config has `key: value` lines")):
+        with pytest.raises(ValueError, match=f"^some source: {message}"):
+            recipe.parse_text(text, "some source")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: {c: 1, c: 2}\n", "the key c is given twice"),
+        ("a: &a {b: *a}\n", "recursive"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: 2020-13-01\n", "not valid YAML"),
+        ("? [1, 2]\n: 3\n", "unhashable"),
+        ("\x00", "not allowed"),
+        (b"a: \xff\n", "invalid start byte"),
+    ],
+)
+def test_strange_yaml_is_named(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"^config {path} cannot be read: .*{message}"):
+        cfg.read_yaml(path)
+    with pytest.raises(ValueError, match="/dev/zero cannot be read: it has more than"):
+        cfg.read_yaml("/dev/zero")
+    path.write_text("base: &base {c: 1}\nd: {<<: *base, e: 2}\n")
+    assert cfg.read_yaml(path)["d"] == {"c": 1, "e": 2}
+
+
+def test_other_files_are_read_as_strictly(tmp_path):
+    from teasr.config.reading import read_json
+    from teasr.data.pairs import read_datasets
+    from teasr.data.prep.plan import PrepConfig
+
+    path, good = tmp_path / "file", "X: {hq: a, lq: b, scale: 4, count: 5, get: there}\n"
+    path.write_text(good)
+    assert read_datasets(path)["X"].count == 5 and len(read_datasets(ROOT / "eval/datasets.yaml")) == 5
+    for wrong, message in (
+        ("scale: 9", r"X\.scale = 9: must be in \[1, 4\]"),
+        ("scales: 4", r"X\.scales does not exist"),
+    ):
+        path.write_text(good.replace("scale: 4", wrong))
+        with pytest.raises(ValueError, match=f"^{path}: config key {message}"):
+            read_datasets(path)
+    for text, message in (
+        ('{"a": 1, "a": 2}', "a is given twice"),
+        ('{"a": NaN}', "NaN is not"),
+        ("[]", "must contain"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_json(path)
+    for given, message in ((["photos=x", "out=y", "seed=-1"], "seed = -1"), (["out=y"], "photos is missing")):
+        with pytest.raises(ValueError, match=f"^command line: config key {message}"):
+            cfg.load(PrepConfig, None, given)
 
 
 def test_floats_that_yaml_reads_as_text_and_numbers_in_general(tmp_path):

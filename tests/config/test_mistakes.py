@@ -54,7 +54,7 @@ def config(tmp_path, shards, **changes) -> str:
             "preview={every_updates: 7}",
             "preview.every_updates = 7 and train.save_every_updates = 500: one must be a multiple",
         ),
-        ("preview={steps: [0]}", "must be >= 1"),
+        ("preview={steps: [0]}", "preview.steps[0] = 0: must be in [1, 1000]"),
         ("preview={shards: /nowhere}", "/nowhere holds no index.json"),
         (f"train.deepspeed={ROOT}/ds_configs/zero3_nvme.json", "nvme_path = /local_nvme is not a folder: copy"),
     ],
@@ -74,6 +74,22 @@ def test_train_refuses_ranks_that_do_not_divide_the_batch(tmp_path, shards, caps
         monkeypatch.setenv(name, value)
     assert verb("launch/train.py")(["--config", config(tmp_path, shards)]) == 2
     assert "3 rank(s) x train.micro_batch = 2: use a batch that is a multiple of 6" in one_line(capsys)
+
+
+def test_a_launcher_that_sets_half_of_the_ranks_variables_is_named(tmp_path, shards, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert verb("launch/train.py")(["--config", config(tmp_path, shards)]) == 2
+    assert "RANK is set, but WORLD_SIZE = None is not a whole number" in one_line(capsys)
+
+
+def test_a_rank_reports_what_it_alone_has_found(tmp_path, shards, capsys, monkeypatch):
+    """The launcher ends the waiting ranks if rank 0 fails too; a rank that is still alive then tells its own error."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    assert verb("launch/train.py")(["--config", config(tmp_path, shards), "train.batch=3"]) == 2
+    assert capsys.readouterr().err.startswith("error (rank 3): ") and waited == [60]
 
 
 def test_the_launcher_passes_the_failure_on(tmp_path, shards):

@@ -21,6 +21,7 @@ from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.data import latents
 from teasr.data.config import DataConfig
 from teasr.data.latents import LatentCache
+from teasr.data.prep.folder import claimed
 from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents
 from teasr.data.shards import ShardSet, decode, read_shard
 from teasr.data.stream import PairStream, batches
@@ -46,11 +47,11 @@ def vae(tmp_path_factory):
     return tiny_vae(tmp_path_factory.mktemp("model"))
 
 
-def cache(*settings, **more):
+def cache(*settings, overwrite=False, **more):
     """Cache latents as data_prep/cache_latents.py does."""
     config = LatentsConfig(*settings, **more)
     codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae")
-    cache_latents(config, codec, torch.device("cpu"))
+    cache_latents(config, codec, torch.device("cpu"), overwrite=overwrite)
 
 
 def read_latents(path):
@@ -85,7 +86,7 @@ def tars(out):
 def copied(source, target):
     target.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file():
+        if path.is_file() and path.suffix in (".tar", ".json"):
             (target / path.name).write_bytes(path.read_bytes())
     return target
 
@@ -168,14 +169,39 @@ def test_two_parts_make_what_one_makes(shards, vae, whole, tmp_path, monkeypatch
     assert tars(tmp_path) == tars(whole) and set_hash(tmp_path) == set_hash(whole)
 
 
-def test_other_weights_or_settings_make_the_sidecars_again(shards, vae, whole, tmp_path):
+def test_other_weights_settings_or_shards_replace_the_latents_only_when_asked_to(
+    photos, shards, vae, whole, tmp_path, capsys
+):
+    out, other = copied(whole, tmp_path / "out"), tiny_vae(tmp_path / "other", seed=1)
+    more = make_shards(photos, tmp_path / "more", crops_per_photo=2)
+    for source, weights, dtype, named in (
+        (shards, other, "fp32", "(codec_sha256: "),
+        (shards, vae, "bf16", "(dtype: fp32 -> bf16)"),
+        (more, vae, "fp32", "(shards_sha256: "),
+    ):
+        arguments = [f"shards={source}", f"vae={weights}", f"out={out}", f"dtype={dtype}"]
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert f"{out} holds a set of other settings {named}" in error and "or add --overwrite" in error
+        assert tars(out) == tars(whole) and set_hash(out) == set_hash(whole)
+        assert run(*arguments, "--overwrite") == 0
+        assert set_hash(out) != set_hash(whole)
+        assert run(f"shards={shards}", f"vae={vae}", f"out={out}", "dtype=fp32", "--overwrite") == 0
+        assert set_hash(out) == set_hash(whole)
+
+
+def test_a_folder_of_other_files_is_left_alone(shards, vae, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(f"shards={shards}", f"vae={vae}", f"out={tmp_path}") == 2
+    assert "is not empty (notes.txt), and no set was begun in it: choose another out=" in capsys.readouterr().err
+
+
+def test_a_second_job_on_the_same_part_is_refused(shards, vae, whole, tmp_path, capsys):
     out = copied(whole, tmp_path / "out")
-    cache(str(shards), tiny_vae(tmp_path / "other", seed=1), str(out), dtype="fp32")
-    assert all(a != b for a, b in zip(tars(out).values(), tars(whole).values(), strict=True))
-    cache(str(shards), vae, str(out))
-    assert read_latents(f"{out}/shard-000000.tar")["000000000"]["hq"].dtype == torch.bfloat16
-    cache(str(shards), vae, str(out), dtype="fp32")
-    assert set_hash(out) == set_hash(whole)
+    settings = json.loads((out / "index.json").read_text())["settings"]
+    with claimed(out, settings, "caching latents", 0, 1, False):
+        assert run(f"shards={shards}", f"vae={vae}", f"out={out}", "dtype=fp32") == 2
+    assert f"in use by pid {os.getpid()}" in capsys.readouterr().err
 
 
 def test_killed_it_goes_on(shards, vae, whole, tmp_path):
@@ -217,7 +243,7 @@ def test_a_shard_that_ends_early_or_is_another_one_is_an_error(shards, vae, tmp_
         path.write_bytes((shards / "shard-000001.tar").read_bytes())
     with pytest.raises(ValueError, match=r"shard-000000\.tar is not the shard that index\.json lists"):
         cache(str(broken), vae, str(tmp_path / "out"))
-    assert not list((tmp_path / "out").iterdir())
+    assert not tars(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
 
 
 def stream(shards, cached, first=0, **settings):
@@ -257,7 +283,7 @@ def test_several_sets_and_variants_are_read_with_their_latents(photos, vae, tmp_
             torch.testing.assert_close(batch.z_lq, codec.encode(batch.x_lq), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"names 1 folder\(s\) and data.shards 2"):
         LatentCache.open((f"{names[0]}/latents",), shards, "none")
-    cache(names[1], tiny_vae(tmp_path / "other", seed=1), dtype="fp32", augment="none")
+    cache(names[1], tiny_vae(tmp_path / "other", seed=1), dtype="fp32", augment="none", overwrite=True)
     with pytest.raises(ValueError, match="come from different VAEs"):
         LatentCache.open(config.latents, shards, "none")
 
@@ -356,7 +382,7 @@ def test_mistakes_are_one_line_with_the_cure(shards, vae, tmp_path, monkeypatch,
         assert run(*(f"{key}={value}" for key, value in (good | change).items())) == 2, change
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and "\n" not in error and message in error, error
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("shard-*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

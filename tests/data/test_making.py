@@ -23,7 +23,7 @@ from teasr.data.prep.job import make_set
 from teasr.data.prep.making import process_shard
 from teasr.data.prep.plan import PrepConfig, make_plan
 from teasr.data.shards import ShardSet, decode, read_shard
-from teasr.imaging import images
+from teasr.imaging import finding, images
 
 COFFEE = skimage.data.coffee()
 
@@ -44,6 +44,12 @@ def records(folder):
 def samples(folder, variant=0):
     names = [s["shard"] for s in index(folder)["shards"]]
     return [decode(raw, variant) for name in names for raw in read_shard(f"{folder}/{name}")]
+
+
+def config_of(photos, out, **settings):
+    """The config that `command` and `make_shards` of conftest.py use."""
+    defaults = {"crop_px": 64, "crops_per_photo": 16, "shard_samples": 12}
+    return PrepConfig(photos=str(photos), out=str(out), **(defaults | settings))
 
 
 def plan_of(photos, out, **settings):
@@ -113,20 +119,6 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_hash(photo
     assert set_hash(tmp_path / "out") == set_hash(shards) and set_hash(shards)[:12] in said
 
 
-def test_two_jobs_at_once_do_no_harm(photos, shards, tmp_path):
-    jobs = [subprocess.Popen(command(photos, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [job.wait() for job in jobs] == [0, 0]
-    assert set_hash(tmp_path / "out") == set_hash(shards)
-    assert all(p.name == "shard-000000.tar" or p.suffix != ".tmp" for p in (tmp_path / "out").iterdir())
-
-
-def test_new_settings_replace_the_old_set(photos, tmp_path):
-    out = make_shards(photos, tmp_path / "a", crops_per_photo=16)
-    assert len(list(out.glob("*.tar"))) == 4
-    make_shards(photos, out, crops_per_photo=4)
-    assert len(list(out.glob("*.tar"))) == 1 and len(ShardSet.open(str(out))) == 12
-
-
 def test_a_full_disk_leaves_nothing_half_written_and_what_is_finished_stays(photos, tmp_path, monkeypatch):
     plan = plan_of(photos, tmp_path, shard_samples=3)
     process_shard(plan.shards[0])
@@ -136,7 +128,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_what_is_finished_stays(phot
         process_shard(plan.shards[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     monkeypatch.undo()
-    make_set(plan.config)
+    make_set(plan.config, overwrite=True)
     assert len(ShardSet.open(str(tmp_path))) == 6
 
 
@@ -202,9 +194,15 @@ def test_a_part_that_kills_every_worker_is_given_up_with_a_reason():
         engines.run(_die_always, [1, 2], "local", 2, lambda n: None)
 
 
+def _stumble(spec, on_done):
+    return {}[spec]
+
+
 def test_an_error_in_a_worker_reaches_the_user():
     with pytest.raises(ValueError, match="spec 1 is no good"):
         engines.run(_complain, [1, 1], "local", 2, lambda n: None)
+    with pytest.raises(RuntimeError, match="KeyError: 7"):  # and not "a worker process died"
+        engines.run(_stumble, [7, 7], "local", 2, lambda n: None)
 
 
 def test_ray_gives_the_same_set_and_survives_a_killed_worker(photos, shards, tmp_path):
@@ -287,6 +285,40 @@ def test_a_jpeg_photo_is_cut_without_a_second_loss(tmp_path, subsampling):
         whole = photo[top : top + n, left : left + n]
         assert np.array_equal(sample.hq[2:-2, 2:-2], whole[2:-2, 2:-2])
         assert np.abs(sample.hq.astype(int) - whole).max() <= 40
+
+
+def test_a_damaged_jpeg_that_decoders_accept_is_skipped_and_named(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    Image.fromarray(COFFEE[::-1]).save(folder / "bad.jpg", quality=90)
+    data = bytearray((folder / "bad.jpg").read_bytes())
+    at = data.index(b"\xff\xda") + 2000  # in the coefficients
+    data[at : at + 2] = b"\xff\xc9"
+    (folder / "bad.jpg").write_bytes(data)
+    assert images.read_rgb(folder / "bad.jpg").shape == COFFEE.shape
+    out = make_shards(folder, tmp_path / "out", hq_format="jpeg98", crops_per_photo=4)
+    reasons = {row["name"]: row["reason"] for row in index(out)["skipped"]}
+    assert reasons == {"bad.jpg": "broken: its JPEG data is damaged"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damage_to_a_picture_ends_the_job(photos, tmp_path, seed):
+    """Whatever Pillow and OpenCV raise for a picture with wrong bytes, it is skipped and named."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(photos / "coffee.png", folder)
+    rng, small = np.random.default_rng(seed), Image.fromarray(COFFEE[:64, :80])
+    kinds = [("png", {}), ("jpg", {}), ("webp", {}), ("tif", {}), ("tif", {"compression": "tiff_lzw"}), ("bmp", {})]
+    for n in range(120):
+        kind, how = kinds[n % len(kinds)]
+        path = folder / f"{n}.{kind}"
+        small.save(path, **how)
+        data = bytearray(path.read_bytes())
+        for at in rng.integers(0, 200, rng.integers(1, 4)):
+            data[(at if rng.random() < 0.7 else -at - 1) % len(data)] = rng.choice([0, 1, 127, 128, 255])
+        path.write_bytes(data)
+    out = make_shards(folder, tmp_path / "out", crops_per_photo=1, min_sharpness=0, min_contrast=0)
+    assert len(index(out)["sources"]) + len(index(out)["skipped"]) == 121
 
 
 def test_a_jpeg_photo_that_must_change_is_encoded_anew(tmp_path):
@@ -485,7 +517,7 @@ def test_unreadable_folders_are_named(photos, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert images.walk_pictures(folder) == (
+    assert finding.walk_pictures(folder) == (
         ["chelsea.png", "coffee.png", "rocket.jpg"],
         [("secret", "folder cannot be read: Permission denied")],
     )

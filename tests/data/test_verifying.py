@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, make_shards
 from PIL import Image
 
-from teasr.data.prep.verifying import contact_sheet, read_index, verify_set
+from teasr.data.prep.sheet import contact_sheet
+from teasr.data.prep.verifying import read_index, verify_set
 from teasr.imaging import images
 
 KEY = "000000013"  # the second sample of shard-000001.tar

@@ -1,5 +1,6 @@
 """`teasr demo` with a real server and a headless browser: upload, restore, move the slider, download."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 import skimage.data
 from conftest import ROOT
 from PIL import Image
+
+sys.path.insert(0, str(ROOT / "bench"))
+import attack_page
 
 from teasr import Upscaler, cli
 from teasr.util.distributed import free_port
@@ -100,3 +104,45 @@ def test_a_port_that_is_taken_is_named(address, untrained, capsys):
     port = address.rpartition(":")[2]
     assert cli.main(["demo", "--model", str(untrained), "--port", port]) == 2
     assert port in capsys.readouterr().err
+
+
+def test_hostile_uploads_are_refused_and_the_server_keeps_answering(untrained, tmp_path):
+    """Cut pictures, bombs, other types, names that lead elsewhere: bench/attack_page.py, here with 44 uploads."""
+    outcomes = attack_page.serve_and_attack(tmp_path, 44, str(untrained))
+    assert "refused" in outcomes and "restored" in outcomes and "without a reason" not in outcomes
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((1e9, 0, "none", 0), "greater than maximum"),
+        ((2, float("nan"), "none", 0), "fidelity = nan: must be a number from 0 to 1"),
+        ((1, 0, "none", None), "seed = None: must be a number"),
+        ((1, 0, "none", -1), "less than minimum"),
+        ((1, 0, "sepia", 0), "not in the list of choices"),
+    ],
+)
+def test_values_that_the_page_cannot_send_are_refused(address, values, told):
+    page = attack_page.Page(address)
+    _, path = page.upload("photo.png", attack_page.pictures()[0])
+    status, said = page.restore(path, *values)
+    assert status == 200 and "event: error" in said and told in said
+
+
+def test_the_result_has_a_format_that_can_hold_it_whatever_the_file_is_called(address):
+    """A file of 16 bits called .jpg, and one called .php: the results are PNG files."""
+    page = attack_page.Page(address)
+    deep = io.BytesIO()
+    Image.fromarray(PHOTO[..., 0].astype(np.uint16) * 257).save(deep, "PNG")
+    for name in ("deep.jpg", "photo.php"):
+        _, path = page.upload(name, deep.getvalue())
+        said = page.restore(path)[1]
+        assert "event: complete" in said and f"{name.partition('.')[0]}_x4.png" in said
+
+
+def test_too_large_a_picture_for_the_page_is_refused_from_its_header(address):
+    page = attack_page.Page(address)
+    _, path = page.upload("large.png", attack_page.png_claiming(4000, 3200))
+    said = page.restore(path)[1]
+    assert "4000x3200 px is too large for this page, whose results have at most 200 million pixels" in said
+    assert "/tmp" not in said and "use teasr upscale" in said

@@ -3,21 +3,26 @@
 import csv
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import small_recipe
 from test_resume import begin, updates, wait_for
 
 from teasr import cli
 from teasr.config.settings import TrackingConfig
-from teasr.tracking.csv_log import CsvLog, Tail
+from teasr.tracking.csv_log import CsvLog, Tail, read_rows
+from teasr.tracking.history import keep_history
 from teasr.tracking.mlflow_run import Mirror
+from teasr.tracking.mlflow_store import connect
 from teasr.tracking.tracker import Tracker
 from teasr.util.distributed import free_port
+from teasr.util.files import write_atomic
 
 
 def rows(path):
@@ -60,6 +65,57 @@ def test_rows_wait_while_the_file_cannot_be_written(tmp_path, capsys):
     assert [(r["update"], r["a"], r["b"]) for r in rows(log.path)] == [
         ("1", "1", ""), ("2", "2", ""), ("3", "", "3"), ("4", "4", ""),
     ]  # fmt: skip
+
+
+def test_a_log_with_half_a_line_is_read_up_to_it_and_a_damaged_one_is_named(tmp_path):
+    log = CsvLog(tmp_path / "m.csv")
+    for update in (1, 2):
+        log.append(update, {"a": 1.0})
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + b"1")  # the begin of "10,.." when the power failed
+    assert [r["update"] for r in read_rows(log.path)] == ["1", "2"]
+    for text in (whole + b"three,1\n", whole + b"3\n", whole + b"3,1,5\n", whole + b"\x00\xff,1\n"):
+        log.path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"m\.csv is damaged \(line 4"):
+            CsvLog(log.path, resume_from=2)
+        assert log.path.read_bytes() == text
+
+
+def test_what_an_earlier_start_logged_is_kept_unless_it_comes_again(tmp_path):
+    def run(updates: int) -> Path:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        log = CsvLog(tmp_path / "run/metrics.csv")
+        for update in range(1, updates + 1):
+            log.append(update, {"a": 1.0})
+        for name in ("mlflow_run.json", "config.yaml", "previews/update-00000001.png"):
+            write_atomic(tmp_path / "run" / name, b"{}")
+        return tmp_path / "run"
+
+    assert keep_history(run(0), 0, same_config=False, save_every=5) is None
+    assert keep_history(run(5), 5, same_config=False, save_every=5) is None
+    assert keep_history(run(5), 0, same_config=True, save_every=5) is None  # killed before its first checkpoint
+    for resumed_from, same in ((0, True), (0, False), (3, False)):
+        folder = keep_history(run(6), resumed_from, same, save_every=5)
+        assert folder == tmp_path / "run/earlier-1" and len(rows(folder / "metrics.csv")) == 6
+        assert (folder / "previews/update-00000001.png").is_file() and (folder / "mlflow_run.json").is_file()
+        assert (tmp_path / "run/metrics.csv").exists() == (resumed_from == 3)
+        assert not (tmp_path / "run/mlflow_run.json").exists()
+    assert keep_history(tmp_path / "run", 3, same_config=False, save_every=5) == tmp_path / "run/earlier-2"
+
+
+def test_an_mlflow_store_whose_creation_fails_on_a_full_disk_is_created_later(tmp_path):
+    """MLflow itself leaves half a database, with which it cannot continue even when there is space again."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+    try:
+        with pytest.raises(Exception, match="disk"):
+            connect(uri)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
+    assert connect(uri).search_experiments()[0].name == "Default"
+    assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def tracker(run_dir, **changes):

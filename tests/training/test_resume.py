@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import signal
 import subprocess
 import time
@@ -193,16 +194,19 @@ def test_a_poisoned_batch_is_skipped_and_named(shards, tmp_path, ranks):
     for stage in ("zero2", "zero3", "zero3_offload"):
         close(rows(tmp_path / stage), reference)
     for stage in ("zero1", "zero3"):
-        states = [load_file(tmp_path / stage / f"checkpoints/step-{n:08d}/weights.safetensors") for n in (2, 4, 5)]
-        assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
-        assert any(not torch.equal(states[1][n], states[2][n]) for n in states[0])
-        assert all(x.isfinite().all() for x in states[2].values())
+        saved = [p.name for p in sorted((tmp_path / stage / "checkpoints").glob("step-*"))]
+        assert saved == [f"step-{n:08d}" for n in (1, 2, 5, 6)]  # skipped updates are not saved
+        states = [load_file(tmp_path / stage / f"checkpoints/step-{n:08d}/weights.safetensors") for n in (2, 5)]
+        assert any(not torch.equal(states[0][n], states[1][n]) for n in states[0])
+        assert all(x.isfinite().all() for x in states[1].values())
+        assert json.loads((tmp_path / stage / "checkpoints/step-00000005/state.json").read_text())["steps"] == 3
     named = (tmp_path / "zero3/skipped_updates.txt").read_text().splitlines()
     assert (
         len(named) == 2 and named[0].startswith("update 3, rank 0: ") and "mse" in named[0] and "gradient" in named[0]
     )
     error = (tmp_path / "endless/error.txt").read_text()
-    assert "3 updates in a row were not finite" in error and "step-00000004" in error
+    assert "3 updates in a row were not finite" in error and "the last good checkpoint is" in error
+    assert last(tmp_path / "endless").name == "step-00000001" and "now named diverged-step-00000002" in error
     with open(tmp_path / "endless/metrics.csv") as file:
         assert [row["skipped"] for row in csv.DictReader(file)] == ["0", "0", "1", "1", "1"]
 
@@ -229,7 +233,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_stops_or_goes_on(shards, tmp_p
     assert "step-00000004 cannot be written" in error and "the newest checkpoint is of update 2: free space" in error
     assert last(tmp_path / "stops").name == "step-00000002" and updates(tmp_path / "stops") == 4
     assert updates(tmp_path / "goes_on") == 6 and last(tmp_path / "goes_on").name == "step-00000002"
-    assert not (tmp_path / "goes_on/error.txt").exists()
+    error = (tmp_path / "goes_on/error.txt").read_text()  # only the last one is an error: the result is not saved
+    assert "step-00000006 cannot be written" in error and "step-00000004" not in error
     start([{k: v for k, v in stops.items() if k != "harm"}], tmp_path, ranks)
     assert last(tmp_path / "stops").name == "step-00000006"
 

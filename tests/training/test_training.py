@@ -23,7 +23,7 @@ from teasr.data.shards import ShardSet
 from teasr.data.stream import PairStream, batches
 from teasr.methods.base import Progress
 from teasr.run_config import parse
-from teasr.training.engine import engine_settings
+from teasr.training.engine import check_zero, engine_settings
 from teasr.util.distributed import free_port
 from teasr.util.randomness import Draws
 
@@ -232,10 +232,14 @@ def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tm
             "gradient_clipping, which is set by the run config",
         ),
         ('{"zero_optimization": {"stage": 0}}', "must be 1, 2 or 3"),
+        ('{"zero_optimization": 3}', "stage = None: it must be 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is given twice"),
+        ('{"zero_optimization": {"stage": 2, "reduce_buckets": 1}}', "zero_optimization.reduce_buckets = 1 is not"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}', "zero_optimization.reduce_bucket_size = -1"),
     ],
 )
 def test_wrong_deepspeed_files_are_named(tmp_path, content, message):
     (tmp_path / "ds.json").write_text(content)
     train = parse(small_recipe(tmp_path, tmp_path, train__deepspeed=str(tmp_path / "ds.json"))).train
     with pytest.raises(ValueError, match=message):
-        engine_settings(train, 1)
+        check_zero(engine_settings(train, 1), train.deepspeed)

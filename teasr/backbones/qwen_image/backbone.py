@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -44,8 +44,8 @@ class QwenImageConfig:
     model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
     prompt: str  # prompt file written by data_prep/cache_prompt.py, or "random"
     lora: str | None = None  # LoRA exported by launch/export.py to start from; null: a new one without effect yet
-    lora_rank: int = 128
-    lora_alpha: int = 128
+    lora_rank: Annotated[int, "[1, 65536]"] = 128
+    lora_alpha: Annotated[int, "[1, inf)"] = 128
     # independent: condition tokens attend only to condition tokens
     cond_attention: Literal["joint", "independent"] = "joint"
     # positions of condition tokens: the same as the noise tokens, or those of the next frame
@@ -53,7 +53,7 @@ class QwenImageConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the computation; the LoRA is stored in fp32
     quantise: Literal["fp8", "nf4"] | None = None  # of the blocks' frozen weights; they compute in `dtype`
     # number of steps of the modulation table (in host memory), which replaces a third of the weights; null: no table
-    modulation_table: int | None = 1000
+    modulation_table: Annotated[int, "[1, 1000000]", "such as 1000, or null for no table"] | None = 1000
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks (not under ZeRO-3, whose hooks break the graphs)
     attention_backend: str | None = None  # a diffusers backend name; default: chosen by PyTorch

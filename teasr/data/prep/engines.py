@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -138,10 +139,14 @@ def _serve(end: Connection, task: Task) -> None:
             spec = end.recv()
             try:
                 message = ("result", task(spec, lambda n: end.send(("done", n))))
+            except BrokenPipeError:
+                raise
             except (ValueError, OSError) as error:
-                if isinstance(error, BrokenPipeError):
-                    raise
                 message = ("error", error)
+            except MemoryError:
+                message = ("error", OSError("memory ran out: use fewer workers"))
+            except Exception:  # our own mistake, which would come again in a new worker: the parent raises it
+                message = ("error", RuntimeError(f"in a worker:\n{traceback.format_exc()}"))
             end.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has exited, so this worker exits too

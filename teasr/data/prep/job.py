@@ -1,33 +1,48 @@
 """Prepare a shard set: inspect the photographs, write the missing shards, then write the index.
 
-Any number of processes and machines may run this on the same folder at once, and any of them may be killed safely.
+Any number of processes and machines may run this on the same folder at once, each on a part of its own, and any of
+them may be killed safely.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from teasr.data.layout import INDEX, read_manifest
-from teasr.data.prep import engines, sources
-from teasr.data.prep.making import finish, libraries, process_shard
+from teasr.data.prep import engines, folder, sources
+from teasr.data.prep.making import finish, libraries, process_shard, settings_of
 from teasr.data.prep.plan import Plan, PrepConfig, make_plan, reasons
 from teasr.util.files import remove_strays
 from teasr.util.progress import ProgressLine
 
 
-def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: int = 0, world: int = 1) -> None:
+def make_set(
+    config: PrepConfig, engine: str = "local", workers: int = 1, rank: int = 0, world: int = 1, overwrite: bool = False
+) -> None:
     """Make the shard set of `config`, or part `rank` of `world` of it, and print a summary with the skipped images.
 
-    Raises OSError when the disk or a worker fails, and ValueError when the photographs cannot be used; finished shards
-    are kept.
+    Raises OSError when the disk or a worker fails, and ValueError when the photographs cannot be used, when another
+    process makes this part, or when the folder holds another set or other files and `overwrite` is not given. Finished
+    shards are kept.
     """
     folders = {
         name: str(Path(path).expanduser()) for name in ("photos", "out", "lq") if (path := getattr(config, name))
     }
     config = replace(config, **folders)
-    out = Path(config.out)
-    plan = _inspect(config, engine, workers, rank, world)
+    out, lq = Path(config.out), Path(config.lq) if config.lq else None
+    found = sources.find(Path(config.photos), out, lq, config.scale, config.keeps_jpeg)
+    with folder.claimed(out, settings_of(config), "making shards", rank, world, overwrite):
+        plan = _inspect(config, found, engine, workers, rank, world)
+        if not overwrite:
+            _check_photographs(plan)
+        _make(plan, engine, workers, rank, world)
+
+
+def _make(plan: Plan, engine: str, workers: int, rank: int, world: int) -> None:
+    """Write the missing shards of this part, and the index if no shard is missing then."""
+    out = Path(plan.config.out)
     remove_strays(out)
     done = {spec.shard: m for spec in plan.shards if (m := read_manifest(spec.path, spec.identity))}
     missing = [spec for spec in engines.my_part(plan.shards, rank, world) if spec.shard not in done]
@@ -49,13 +64,32 @@ def make_set(config: PrepConfig, engine: str = "local", workers: int = 1, rank: 
     _summarise(plan, index)
 
 
-def _inspect(config: PrepConfig, engine: str, workers: int, rank: int, world: int) -> Plan:
-    """Inspect every photograph and make the plan.
+def _check_photographs(plan: Plan) -> None:
+    """Raise ValueError if a finished set in the folder was made of other photographs."""
+    index = folder.finished_set(Path(plan.config.out))
+    if not index or [row.get("identity") for row in index["shards"]] == [spec.identity for spec in plan.shards]:
+        return
+    old = Counter(source["sha256"] for source in index.get("sources", []))
+    new = Counter(photo.sha256 for photo in plan.photos)
+    raise ValueError(
+        f"{plan.config.out} holds a set of other photographs ({(new - old).total()} are new, "
+        f"{(old - new).total()} are gone): {folder.CURE}"
+    )
+
+
+def _inspect(
+    config: PrepConfig,
+    found: tuple[list[sources.Chunk], list[tuple[str, str]]],
+    engine: str,
+    workers: int,
+    rank: int,
+    world: int,
+) -> Plan:
+    """Inspect every photograph that was found and make the plan.
 
     The parts of a job start at different chunks and share the results.
     """
-    lq = Path(config.lq) if config.lq else None
-    chunks, problems = sources.find(Path(config.photos), Path(config.out), lq, config.scale)
+    chunks, problems = found
     start = rank * len(chunks) // world
     order = chunks[start:] + chunks[:start]
     line = ProgressLine("inspect", sum(chunk.photos for chunk in chunks), "photos")

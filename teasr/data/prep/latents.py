@@ -15,7 +15,7 @@ from importlib.metadata import version
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from torch import Tensor
 from teasr.data.latents import MEMBER, tensor_name, turns_of
 from teasr.data.layout import FORMAT, INDEX, commit, commit_shard, read_manifest, set_hash
 from teasr.data.prep.engines import my_part
+from teasr.data.prep.folder import claimed
 from teasr.data.prep.making import add_member
-from teasr.data.shards import ShardSet, decode, read_shard
+from teasr.data.shards import ShardSet, read_shard
 from teasr.util.files import Hashed, atomic_file, remove_strays, sha256_of
 from teasr.util.progress import ProgressLine
 from teasr.util.tensor_file import pack
@@ -55,7 +56,7 @@ class LatentsConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the stored latents
     compute_dtype: Literal["bf16", "fp32"] = "fp32"  # of the VAE
-    batch: int = 8  # images encoded at once
+    batch: Annotated[int, "[1, inf)"] = 8  # images encoded at once
 
     def __post_init__(self):
         if self.batch < 1:
@@ -68,8 +69,10 @@ class _Set:
     def __init__(self, config: LatentsConfig, codec: Codec, device: torch.device):
         self.config, self.codec, self.device = config, codec, device
         self.source = Path(config.shards).expanduser()
-        self.variants = ShardSet.open(str(self.source)).variants
-        self.rows = json.loads((self.source / INDEX).read_text())["shards"]
+        self.shards = ShardSet.open(str(self.source))
+        self.variants = self.shards.variants
+        index = json.loads((self.source / INDEX).read_text())
+        self.rows, self.origin = index["shards"], {"shards_sha256": set_hash(index["shards"])}
         self.out = Path(config.out).expanduser() if config.out else self.source / "latents"
         if (self.out / INDEX).exists() and "codec_sha256" not in (self.out / INDEX).read_text():
             raise ValueError(f"out = {self.out} holds the {INDEX} of a set without latents: choose another folder")
@@ -118,7 +121,7 @@ class _Set:
         """Write index.json, which marks the set as complete, delete leftovers of an earlier set; return the index."""
         index = {
             "format": FORMAT,
-            "settings": {"vae": self.config.vae} | self.settings,
+            "settings": {"vae": self.config.vae} | self.settings | self.origin,
             "set_sha256": set_hash(manifests),
             "shards": manifests,
         }
@@ -140,7 +143,7 @@ class _Set:
         for record in raw:
             for variant in range(self.variants):
                 try:
-                    sample = decode(record, variant)
+                    sample = self.shards.decode(record, variant)
                 except ValueError as error:
                     raise _broken(source, error) from None
                 for turn in range(turns_of(self.config.augment)):
@@ -176,14 +179,23 @@ def _broken(source: Path, error: object) -> ValueError:
     )
 
 
-def cache_latents(config: LatentsConfig, codec: Codec, device: torch.device, rank: int = 0, world: int = 1) -> None:
+def cache_latents(
+    config: LatentsConfig, codec: Codec, device: torch.device, rank: int = 0, world: int = 1, overwrite: bool = False
+) -> None:
     """Encode the shards that have no finished sidecar yet, or those in part `rank` of `world`.
 
     `codec` is on `device`, in `config.compute_dtype`. The process that finds all sidecars finished writes the index.
-    Raises ValueError naming what cannot be used, and OSError when the disk fails; finished sidecars are kept.
+    Raises ValueError naming what cannot be used, also when another process makes this part, or when the folder holds
+    other latents or other files and `overwrite` is not given; and OSError when the disk fails. Finished sidecars are
+    kept.
     """
     work = _Set(config, codec, device)
-    work.out.mkdir(parents=True, exist_ok=True)
+    with claimed(work.out, work.settings | work.origin, "caching latents", rank, world, overwrite):
+        _make(work, rank, world)
+
+
+def _make(work: _Set, rank: int, world: int) -> None:
+    """Write the missing sidecars of this part, and the index if none is missing then."""
     remove_strays(work.out)
     done = {row["shard"]: m for row in work.rows if (m := work.finished(row))}
     missing = [row for row in my_part(work.rows, rank, world) if row["shard"] not in done]
@@ -202,9 +214,9 @@ def cache_latents(config: LatentsConfig, codec: Codec, device: torch.device, ran
         )
         return
     index = work.finish([done[row["shard"]] for row in work.rows])
-    rows = index["shards"]
+    rows, dtype = index["shards"], work.config.dtype
     print(
-        f"{work.out}: latents ({config.dtype}) of {sum(m['nsamples'] for m in rows)} samples in {len(rows)} shards, "
+        f"{work.out}: latents ({dtype}) of {sum(m['nsamples'] for m in rows)} samples in {len(rows)} shards, "
         f"{sum(m['bytes'] for m in rows) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}; to train with them, set "
         f"data.latents={work.out}"
     )

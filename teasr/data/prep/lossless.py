@@ -20,8 +20,32 @@ def check() -> None:
         ) from None
 
 
+def can_read(path: Path) -> bool:
+    """Whether jpeglib reads the head of this JPEG. It refuses damage that other decoders hide."""
+    import jpeglib
+
+    try:
+        jpeglib.read_dct(str(path))
+    except OSError:
+        return False
+    return True
+
+
 def crop(path: Path, left: int, top: int, side: int) -> bytes:
-    """Crop the square at (left, top) as JPEG bytes. All three numbers, in px, must be multiples of `Photo.mcu_px`."""
+    """Crop the square at (left, top) as JPEG bytes. All three numbers, in px, must be multiples of `Photo.mcu_px`.
+
+    Raises ValueError that names the photograph if jpeglib fails.
+    """
+    try:
+        return _crop(path, left, top, side)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be cropped without loss ({error}): it is damaged, or the folder for temporary files is "
+            "full; remove or repair it, or set keep_jpeg=false"
+        ) from None
+
+
+def _crop(path: Path, left: int, top: int, side: int) -> bytes:
     import jpeglib
 
     source = _coefficients(path)

@@ -134,6 +134,11 @@ def _read_photo(path: Path, sha256: str, scale: float) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
+def settings_of(config: PrepConfig) -> dict:
+    """The settings of a set, without those that say where things are on this machine."""
+    return {k: v for k, v in cfg.to_dict(config).items() if k not in ("photos", "out", "licences")}
+
+
 def finish(plan: Plan, manifests: list[dict]) -> dict:
     """Write the data card and index.json, which marks the set as complete, and return the index.
 
@@ -142,7 +147,7 @@ def finish(plan: Plan, manifests: list[dict]) -> dict:
     out = Path(plan.config.out)
     index = {
         "format": FORMAT,
-        "settings": {k: v for k, v in cfg.to_dict(plan.config).items() if k not in ("photos", "out", "licences")},
+        "settings": settings_of(plan.config),
         "sources": [{"name": p.name, "sha256": p.sha256} for p in plan.photos],
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped],
         "libraries": [dict(rows) for rows in sorted({tuple(sorted(m["libraries"].items())) for m in manifests})],

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from teasr import degradation
+from teasr.config.limits import SEED
 from teasr.data.layout import DEFAULT_SCALE, FORMAT, SCALES, shard_name
 from teasr.data.prep import lossless
 from teasr.data.prep.sources import Photo
@@ -38,18 +39,19 @@ class PrepConfig:
     scale: int = 4  # HQ is this many times as large as LQ: 1, 2, 3 or 4; 1 trains restoration without upscaling
     degradation: str = "osediff"
     peer_exact: bool = False  # use the operators that reproduce public code
-    crop_px: int = 512
+    crop_px: Annotated[int, "[1, inf)"] = 512
     layout: Literal["random", "grid"] = "random"  # grid: adjacent crops without overlap, for held-out sets
-    crops_per_photo: int = 1  # for the random layout
+    crops_per_photo: Annotated[int, "[1, inf)"] = 1  # for the random layout
     scales: tuple[float, ...] = (1.0,)  # resize factors of the photo, used in turn; small ones show more structure
-    variants: int = 1  # degraded versions of every crop, stored with one HQ
+    variants: Annotated[int, "[1, inf)"] = 1  # degraded versions of every crop, stored with one HQ
     hq_format: Literal["png", "webp-lossless", "jpeg98"] = "png"
     keep_jpeg: bool = True  # with jpeg98: crop JPEG photographs losslessly, aligned to their block grid
     # Photographs below are skipped as blurred (`Photo.sharpness`; a Gaussian blur of 2 px gives 2 to 7 grey levels).
-    min_sharpness: float = 4.0
-    min_contrast: float = 4.0  # photographs below are skipped as flat (`Photo.contrast`, in grey levels)
-    shard_samples: int = 2048
-    seed: int = 0
+    min_sharpness: Annotated[float, "[0, inf)"] = 4.0
+    # photographs below are skipped as flat (`Photo.contrast`, in grey levels)
+    min_contrast: Annotated[float, "[0, inf)"] = 4.0
+    shard_samples: Annotated[int, "[1, inf)"] = 2048
+    seed: Annotated[int, SEED] = 0
     licences: dict[str, str] = field(default_factory=dict)  # for the data card: sub-folder (or ".") -> licence
 
     def __post_init__(self):

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from teasr.data.layout import FORMAT
-from teasr.imaging import images
+from teasr.data.prep import lossless
+from teasr.imaging import finding, images
 from teasr.util.files import write_atomic
 
 CHUNK = 64  # photographs per chunk
@@ -49,7 +50,8 @@ class Photo:
 class Chunk:
     """Photographs to inspect, as (name, bytes, modification time in ns), and the file for the result.
 
-    In a paired set each photograph is followed by its LQ image, which must be `scale` times smaller.
+    In a paired set each photograph is followed by its LQ image, which must be `scale` times smaller. `jpeg`: JPEG
+    photographs will be cropped losslessly.
     """
 
     folder: str
@@ -57,6 +59,7 @@ class Chunk:
     result: str
     lq_folder: str = ""
     scale: int = 4
+    jpeg: bool = False
 
     @property
     def photos(self) -> int:
@@ -66,11 +69,12 @@ class Chunk:
     @property
     def identity(self) -> str:
         """Hash that changes when one of the files changes."""
-        return hashlib.sha256(json.dumps([FORMAT, self.files, bool(self.lq_folder), self.scale]).encode()).hexdigest()
+        parts = [FORMAT, self.files, bool(self.lq_folder), self.scale, *([self.jpeg] if self.jpeg else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def find(
-    folder: Path, out: Path, lq_folder: Path | None = None, scale: int = 4
+    folder: Path, out: Path, lq_folder: Path | None = None, scale: int = 4, jpeg: bool = False
 ) -> tuple[list[Chunk], list[tuple[str, str]]]:
     """Find all images below a folder, in chunks to inspect, and (name, reason) of those that cannot be inspected.
 
@@ -99,7 +103,7 @@ def find(
     chunks = [
         Chunk(
             str(folder), tuple(file for row in rows[i : i + CHUNK] for file in row),
-            str(out / ".plan" / f"photos-{i // CHUNK:06d}.json"), str(lq_folder or ""), scale,
+            str(out / ".plan" / f"photos-{i // CHUNK:06d}.json"), str(lq_folder or ""), scale, jpeg,
         )
         for i in range(0, len(rows), CHUNK)
     ]  # fmt: skip
@@ -109,7 +113,7 @@ def find(
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
-    names, problems = images.walk_pictures(folder)
+    names, problems = finding.walk_pictures(folder)
     if not names:
         more = f" ({problems[0][0]}: {problems[0][1]})" if problems else ""
         raise ValueError(
@@ -141,6 +145,8 @@ def inspect_chunk(chunk: Chunk, on_photo: Callable[[int], None] = lambda photos:
     for name, lq in zip(names[::2], names[1::2], strict=True) if paired else ((name, "") for name in names):
         try:
             photo = inspect_photo(Path(chunk.folder) / name, name)
+            if chunk.jpeg and photo.mcu_px and not lossless.can_read(Path(chunk.folder) / name):
+                raise ValueError("broken: its JPEG data is damaged")
             rows.append(_with_lq(photo, Path(chunk.lq_folder) / lq, lq, chunk.scale) if paired else photo)
         except ValueError as error:
             rows.append((name, str(error)))
@@ -173,7 +179,8 @@ def inspect_photo(path: Path, name: str) -> Photo:
         x = images.read_rgb(data, name)
         if images.has_transparency(data):
             raise ValueError("transparent: some pixels are not opaque")
-    except ValueError as error:
+        grid = lossless_grid(data)
+    except images.DAMAGED as error:
         if str(error).startswith("transparent"):
             raise
         raise ValueError(f"broken: {str(error).removeprefix(f'{name} ')}") from error
@@ -186,7 +193,7 @@ def inspect_photo(path: Path, name: str) -> Photo:
         height=x.shape[0],
         sharpness=round(sharpness, 2),
         contrast=round(contrast, 2),
-        mcu_px=lossless_grid(data),
+        mcu_px=grid,
     )
 
 
@@ -214,7 +221,7 @@ def lossless_grid(data: bytes) -> int:
 
     Also 0 when the pixels would have to change: EXIF rotation, a colour profile, grey or CMYK.
     """
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=images.FORMATS) as picture:
         if picture.format != "JPEG" or picture.mode != "RGB" or picture.info.get("icc_profile"):
             return 0
         if picture.getexif().get(images.ORIENTATION, 1) != 1 or "adobe_transform" in picture.info:

@@ -1,32 +1,33 @@
-"""Verify a shard set (counts, hashes, decoding, LQ degraded again from its record), and draw a contact sheet.
+"""Verify a shard set: counts, hashes, decoding, LQ degraded again from its record.
 
 This module reads the tars itself and does not import torch, so that every core can check a shard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from teasr import degradation
-from teasr.data.layout import DEFAULT_SCALE, FORMAT, INDEX, lq_field, sample_key, set_hash
+from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, sample_key, set_hash, special_kind
 from teasr.data.prep import engines
 from teasr.data.prep.making import HQ_SUFFIX, libraries
 from teasr.imaging import images
+from teasr.util.files import read_json, unusual
 from teasr.util.progress import ProgressLine
 from teasr.util.seed import seed_of
 
 REMAKE = "delete it and run the same make_shards command again"
-SHEET_SAMPLES, THUMB_PX = 24, 192
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,34 @@ class ShardCheck:
 
 
 def read_index(folder: Path) -> dict:
-    """Read the index of a local set. Raises ValueError when it is missing or has another format."""
+    """Read the index of a local set. Raises ValueError when it is missing, broken, or not that of a set of images."""
     if ":" in folder.parts[0]:  # a URL: `Path` turned s3:// into s3:/
         raise ValueError(f"{folder}: only a local folder can be verified; copy the set to this machine first")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that contains {INDEX}")
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds no {INDEX}: the set is not finished; run its make_shards command again")
     try:
-        index = json.loads((folder / INDEX).read_text())
-    except OSError:
-        raise ValueError(
-            f"{folder} holds no {INDEX}: the set is not finished; run its make_shards command again"
-        ) from None
+        index = parse_index((folder / INDEX).read_bytes())
     except ValueError as error:
         raise ValueError(f"{folder / INDEX} is broken ({error}): run its make_shards command again") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else None
-        raise ValueError(f"{folder / INDEX} has format {found}, this version reads {FORMAT}: make the set again")
+    _check_is_of_images(folder, index)
     return index
+
+
+def _check_is_of_images(folder: Path, index: dict) -> None:
+    settings = index.get("settings", {})
+    if not any(row["nsamples"] for row in index["shards"]):
+        raise ValueError(f"{folder} holds no samples: run its make_shards command again")
+    if "codec_sha256" in settings:
+        raise ValueError(f"{folder} holds cached latents: give the folder of the shards that they were made from")
+    lacking = {"crop_px", "degradation", "hq_format", "peer_exact", "variants"} - set(settings)
+    lacking |= {"libraries", "set_sha256"} - set(index)
+    if lacking or not all(isinstance(row.get("sha256"), str) for row in index["shards"]):
+        what = ", ".join(sorted(lacking)) or "sha256 of a shard"
+        raise ValueError(f"{folder / INDEX} is broken ({what} is missing): run its make_shards command again")
+    if settings["hq_format"] not in HQ_SUFFIX or type(settings["crop_px"]) is not int:
+        raise ValueError(f"{folder / INDEX} is broken (its settings are not known): run its make_shards command again")
 
 
 def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[list[str], list[str], dict]:
@@ -77,7 +89,7 @@ def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[lis
     problems, warnings = _check_index(folder, index)
     specs, first = [], 0
     total = max(1, sum(row["nsamples"] for row in index["shards"]))
-    again = set(np.linspace(0, total - 1, redo).round().astype(int).tolist()) if redo else set()
+    again = set(np.linspace(0, total - 1, min(redo, total)).round().astype(int).tolist()) if redo else set()
     for row in index["shards"]:
         n = row["nsamples"]
         chosen = np.random.default_rng(seed_of("verify", row["shard"])).permutation(n)[: max(1, round(share * n))]
@@ -110,21 +122,19 @@ def _check_index(folder: Path, index: dict) -> tuple[list[str], list[str]]:
 def verify_shard(check: ShardCheck, on_done: Callable[[int], None] = lambda samples: None) -> list[str]:
     """List the problems of one shard, one line each; `on_done(n)` is called each time n more samples are decoded."""
     name, row = check.row["shard"], check.row
-    try:
-        data = check.path.read_bytes()
-    except OSError as error:
+    reason = unusual(check.path)
+    if reason:
         on_done(len(check.decode))
-        return [f"{name} cannot be read ({error.strerror}): run the same make_shards command again"]
-    problems = []
-    if len(data) != row["bytes"]:
-        problems.append(f"{name} has {len(data)} bytes, {INDEX} says {row['bytes']}: {REMAKE}")
+        return [f"{name} cannot be read ({reason.removeprefix('file cannot be read: ')}): {REMAKE}"]
+    size = check.path.stat().st_size
+    with open(check.path, "rb") as file:
+        data = file.read(min(size, 2 * row["bytes"] + 2**16))  # a file that is far too large may not fit into memory
+    problems = [f"{name}/{member} is {kind}, not a plain file: {REMAKE}" for member, kind in special_members(data)]
+    if size != row["bytes"]:
+        problems.append(f"{name} has {size} bytes, {INDEX} says {row['bytes']}: {REMAKE}")
     elif hashlib.sha256(data).hexdigest() != row["sha256"]:
         problems.append(f"{name} is corrupted (its sha256 differs from {INDEX}): {REMAKE}")
-    try:
-        manifest = json.loads(check.path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        manifest = None
-    if manifest != row:
+    if read_json(check.path.with_suffix(".json")) != row:
         problems.append(f"{name}: its manifest {check.path.stem}.json is missing or differs from {INDEX}: {REMAKE}")
     try:
         samples = list(read_samples(data))
@@ -145,12 +155,12 @@ def verify_shard(check: ShardCheck, on_done: Callable[[int], None] = lambda samp
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, members) in the order of the tar.
 
-    A key appears twice when its members are not adjacent. Raises TarError when the tar is truncated or a member appears
-    twice.
+    A key appears twice when its members are not adjacent. Members that are not plain files are left out
+    (`special_members`). Raises TarError when the tar is truncated or a member appears twice.
     """
     key, members = "", {}
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for info in tar:
+        for info in (info for info in tar if not special_kind(info)):
             this, _, field = info.name.partition(".")
             if this != key and key:
                 yield key, members
@@ -165,11 +175,21 @@ def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, members
 
 
+def special_members(data: bytes) -> list[tuple[str, str]]:
+    """(name, kind) of the members of a tar that are not plain files, such as links; those that can be read."""
+    found = []
+    with contextlib.suppress(tarfile.TarError, EOFError), tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for info in tar:
+            if kind := special_kind(info):
+                found.append((info.name, kind))
+    return found
+
+
 def _check_keys(check: ShardCheck, keys: list[str]) -> list[str]:
     wanted = [sample_key(check.first + i) for i in range(check.row["nsamples"])]
     if keys == wanted:
         return []
-    name, twice = check.row["shard"], sorted({key for key in keys if keys.count(key) > 1})
+    name, twice = check.row["shard"], sorted(key for key, times in Counter(keys).items() if times > 1)
     lost, foreign = sorted(set(wanted) - set(keys)), sorted(set(keys) - set(wanted))
     problems = [f"{name}/{key} appears twice: {REMAKE}" for key in twice]
     problems += [f"{name}/{key} is missing: {REMAKE}" for key in lost]
@@ -186,8 +206,8 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
     wanted = {hq_field: side} | dict.fromkeys(lq_fields, side // settings.get("scale", DEFAULT_SCALE))
     try:
         record = json.loads(members["json"])
-        sums = record["crc32"]
-    except (KeyError, ValueError, TypeError):
+        sums = dict(record["crc32"])
+    except (KeyError, ValueError, TypeError, RecursionError):
         return [f"{key}.json is missing or broken"]
     for field, px in wanted.items():
         if field not in members:
@@ -205,7 +225,10 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
         f"{key}.{field} does not belong to this sample" for field in sorted(set(members) - set(wanted) - {"json"})
     ]
     if redo and not problems and hq_field != "hq.jpg":
-        problems += _redo(check, key, pictures[hq_field], [pictures[f] for f in lq_fields], record)
+        try:
+            problems += _redo(check, key, pictures[hq_field], [pictures[f] for f in lq_fields], record)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            problems.append(f"{key}.json has a broken record of the degradation ({error!r})")
     return problems
 
 
@@ -221,32 +244,3 @@ def _redo(check: ShardCheck, key: str, hq: np.ndarray, lq: list[np.ndarray], rec
             why = f" (the shards were made with other library versions: {check.libraries})" if other else ""
             problems.append(f"{key}.{lq_field(variant)} is different when HQ is degraded again{why}")
     return problems
-
-
-def contact_sheet(folder: Path, index: dict) -> np.ndarray:
-    """Up to 24 samples spread over the set, enlarged LQ beside HQ, with key and source: [H, W, 3] uint8."""
-    total = sum(row["nsamples"] for row in index["shards"])
-    chosen = sorted(set(np.linspace(0, total - 1, min(SHEET_SAMPLES, total)).round().astype(int).tolist()))
-    tiles, first = [], 0
-    for row in index["shards"]:
-        mine = [i - first for i in chosen if first <= i < first + row["nsamples"]]
-        if mine:
-            samples = list(read_samples((folder / row["shard"]).read_bytes()))
-            tiles += [_tile(*samples[i]) for i in mine if i < len(samples)]
-        first += row["nsamples"]
-    columns = min(4, len(tiles))
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-
-
-def _tile(key: str, members: dict[str, bytes]) -> np.ndarray:
-    tile = Image.new("RGB", (2 * THUMB_PX + 12, THUMB_PX + 40), "white")
-    hq = next(data for field, data in members.items() if field.startswith("hq."))
-    for i, (data, way) in enumerate(((members["lq.png"], Image.Resampling.NEAREST), (hq, Image.Resampling.LANCZOS))):
-        picture = Image.fromarray(images.decode_rgb(data, key))
-        tile.paste(picture.resize((THUMB_PX, THUMB_PX), way), (4 + i * (THUMB_PX + 4), 4))
-    source = json.loads(members["json"])["source"]
-    draw = ImageDraw.Draw(tile)
-    draw.text((4, THUMB_PX + 7), key, fill="black")
-    draw.text((4, THUMB_PX + 21), source if len(source) < 60 else f"..{source[-58:]}", fill="black")
-    return np.asarray(tile)
