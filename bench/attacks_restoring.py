@@ -97,7 +97,10 @@ def killed_while_a_result_is_written(folder: Path) -> str:
 def two_runs_into_one_folder(folder: Path) -> str:
     """The same command twice at once: every result is whole, and none is replaced."""
     command = [sys.executable, "-m", "teasr.cli", "upscale", str(photos(folder / "in")), "-o", str(folder / "out")]
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=PATIENCE_S)[0] for process in runs]
     for path in (folder / "out").iterdir():
         with Image.open(path) as result:

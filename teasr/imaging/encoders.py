@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -125,17 +126,40 @@ def _with_height(head: bytes, height: int) -> bytes:
 
 
 def webp(file: BinaryIO, pixels: Pixels) -> None:
-    """Write a WebP, which is always RGB: grey with a profile of its own is converted to sRGB."""
-    image = Image.new("RGBA" if pixels.channels % 2 == 0 else "RGB", (pixels.width, pixels.height))
+    """Write a WebP, which is always RGB: grey with a profile of its own is converted to sRGB.
+
+    OpenCV makes the same bits as Pillow from an array of a third less bytes, but knows no metadata.
+    """
+    mode = "RGBA" if pixels.channels in (2, 4) else "RGB"
+    whole = np.empty((pixels.height, pixels.width, len(mode)), np.uint8)
     metadata, top = dict(pixels.metadata), 0
-    grey = pixels.channels < 3 and metadata.pop("icc_profile", None)
+    grey = metadata.pop("icc_profile", None) if pixels.channels < 3 else None
     for strip in pixels.strips(max(1, STRIP_BYTES // pixels.row_bytes)):
-        part = _image(strip)
-        image.paste(spaces.grey_to_srgb(part, grey) if grey else part.convert(image.mode), (0, top))
+        part = spaces.grey_to_srgb(_image(strip), grey) if grey else _image(strip).convert(mode)
+        order = cv2.COLOR_RGB2BGR if mode == "RGB" else cv2.COLOR_RGBA2BGRA
+        whole[top : top + len(strip)] = cv2.cvtColor(np.asarray(part), order)
         top += len(strip)
-    out = io.BytesIO()
-    image.save(out, "WEBP", quality=QUALITY, **metadata)
-    file.write(out.getbuffer())
+    good, data = cv2.imencode(".webp", whole, [cv2.IMWRITE_WEBP_QUALITY, QUALITY])
+    if not good:
+        raise OSError("OpenCV cannot encode it as WebP")
+    file.write(_with_metadata(data.tobytes(), pixels, metadata))
+
+
+def _with_metadata(data: bytes, pixels: Pixels, metadata: dict[str, bytes]) -> bytes:
+    """Add profile and EXIF to a WebP, which then needs a header that announces them."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+
+    image = data[30:] if data[12:16] == b"VP8X" else data[12:]
+    profile, exif = metadata.get("icc_profile"), metadata.get("exif")
+    flags = 32 * bool(profile) + 16 * image.startswith(b"ALPH") + 8 * bool(exif)
+    if not profile and not exif:
+        return data
+    size = (pixels.width - 1).to_bytes(3, "little") + (pixels.height - 1).to_bytes(3, "little")
+    parts = [b"WEBP", chunk(b"VP8X", struct.pack("<I", flags) + size), chunk(b"ICCP", profile) if profile else b""]
+    parts += [image, chunk(b"EXIF", exif.removeprefix(b"Exif\0\0")) if exif else b""]
+    return chunk(b"RIFF", b"".join(parts))
 
 
 def _image(strip: np.ndarray) -> Image.Image:

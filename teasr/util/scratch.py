@@ -34,9 +34,13 @@ class Scratch:
             return np.zeros(shape, dtype)
         size = math.prod(shape) * np.dtype(dtype).itemsize
         self.require(size)
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # without it, a full disk would kill the process later
-            memory = mmap.mmap(file.fileno(), size)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # without it, a full disk would kill the process later
+                memory = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            text = f"{error.strerror} (temporary file of {size / 1e9:.1f} GB)"
+            raise OSError(error.errno, text, str(self.folder)) from None
         self._maps.add(memory)
         return np.frombuffer(memory, dtype).reshape(shape)
 
