@@ -194,7 +194,7 @@ def serve_and_attack(folder: Path, count: int, model: str = "small") -> str:
         own = ("TMPDIR/teasr-", "MPLCONFIGDIR/")  # the temporary folder, and matplotlib's list of fonts
         written = {name for name in files_below(folder) - before if not name.startswith(own)}
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)
         server.wait(PATIENCE_S)
     written |= {name for name in files_below(folder) if name.startswith("TMPDIR/teasr-")}
     assert not written, f"written outside the temporary folder, or left there: {sorted(written)[:5]}"

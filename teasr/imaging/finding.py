@@ -9,7 +9,8 @@ from teasr.imaging.images import MAX_PIXELS, SUFFIXES
 from teasr.util.files import unusual
 
 MAX_BYTES = 10 * MAX_PIXELS  # more than any picture of so many pixels takes: 16 bit, four channels
-HARMLESS = ("link to a folder", "duplicate")  # reasons for leaving something out that lose no picture
+IN_OUTPUT = "it lies in the output folder"
+HARMLESS = ("link to a folder", "duplicate", IN_OUTPUT)  # reasons for leaving something out that lose no picture
 
 
 def walk_pictures(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:

@@ -12,15 +12,16 @@ class Format:
 
     suffixes: tuple[str, ...]  # the first one is used unless the source has another
     side_px: int  # longest side
+    area_px: int  # most pixels
     alpha: bool
     deep: bool  # 16 bits per channel
 
 
 FORMATS = {
-    "png": Format((".png",), 2**31 - 1, alpha=True, deep=True),
-    "jpg": Format((".jpg", ".jpeg"), 65535, alpha=False, deep=False),
-    "webp": Format((".webp",), 16383, alpha=True, deep=False),
-    "tif": Format((".tif", ".tiff"), 2**31 - 1, alpha=True, deep=True),
+    "png": Format((".png",), 2**31 - 1, 2**62, alpha=True, deep=True),
+    "jpg": Format((".jpg", ".jpeg"), 65535, 2**62, alpha=False, deep=False),
+    "webp": Format((".webp",), 16383, 2**27, alpha=True, deep=False),  # beyond, its first partition may overflow
+    "tif": Format((".tif", ".tiff"), 2**31 - 1, 2**62, alpha=True, deep=True),
 }
 
 
@@ -67,7 +68,9 @@ def _problem(kind: str, layout: Layout) -> str | None:
         return "JPEG cannot store transparency"
     if layout.deep and not known.deep:
         return f"{kind} stores 8 bits per channel, but the image has 16"
+    size = f"but the result has {layout.width}x{layout.height} px"
     if max(layout.width, layout.height) > known.side_px:
-        size = f"{layout.width}x{layout.height} px"
-        return f"{kind} stores at most {known.side_px} px along a side, but the result has {size}"
+        return f"{kind} stores at most {known.side_px} px along a side, {size}"
+    if layout.width * layout.height > known.area_px:
+        return f"{kind} stores at most {known.area_px / 1e6:.0f} million pixels for certain, {size}"
     return None

@@ -16,6 +16,7 @@ from pathlib import Path
 from teasr.imaging import finding, formats, picture
 from teasr.restore import outputs
 from teasr.util.files import remove_strays
+from teasr.util.output import lenient_output
 from teasr.util.progress import duration
 from teasr.util.scratch import Scratch
 
@@ -37,7 +38,7 @@ def jobs(inputs: Iterable[str], out: str | Path, suffix: str = "", kind: str | N
     file, `out` may be a file name; with a slash at the end, it is a folder. Raises ValueError if an input matches no
     picture, if two results would have the same path, or for a wrong `out` (`outputs.single_file`).
     """
-    sources, left_out = _once([each for text in inputs for each in _expand(text)])
+    sources, left_out = _once([each for text in inputs for each in _without_results(_expand(text), out)])
     if file := outputs.single_file(out, len(sources), suffix, kind):
         return [Job(sources[0][0], file), *left_out]
     out, by_target = Path(out), {}
@@ -51,6 +52,16 @@ def jobs(inputs: Iterable[str], out: str | Path, suffix: str = "", kind: str | N
             )
         by_target[job.target] = job
     return [*by_target.values(), *left_out]
+
+
+def _without_results(found: list[tuple[Path, Path, str]], out: str | Path) -> list[tuple[Path, Path, str]]:
+    """Leave out what lies in an output folder that is part of the input folder: results of an earlier run."""
+    inside, kept = os.path.realpath(out) + os.sep, []
+    for source, name, problem in found:
+        root = os.path.realpath(source.parents[len(name.parts) - 1]) + os.sep
+        is_result = root != inside and inside.startswith(root) and os.path.realpath(source).startswith(inside)
+        kept.append((source, name, problem or (finding.IN_OUTPUT if is_result else "")))
+    return kept
 
 
 def _once(found: list[tuple[Path, Path, str]]) -> tuple[list[tuple[Path, Path]], list[Job]]:
@@ -100,6 +111,7 @@ Restore = Callable[
 ]  # restore(picture, on_progress, add_note, scratch)
 
 
+@lenient_output()
 def run(todo: list[Job], restore: Restore, skip_existing: bool = False, overwrite: bool = False) -> int:
     """Restore all files and return how many failed. Prints one line per file; failures are reported and skipped.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -122,7 +123,8 @@ def _forget_old(folder: Path) -> None:
 
 
 def serve(upscaler: Upscaler, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serve the page until Ctrl-C. Raises OSError if the port is in use."""
+    """Serve the page until Ctrl-C or SIGTERM. Raises OSError if the port is in use."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="teasr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and previews are deleted with this folder when the server ends
         page = build(upscaler, Path(folder))

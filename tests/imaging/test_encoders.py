@@ -106,6 +106,7 @@ def test_a_picture_of_more_than_4_gb_is_written_as_bigtiff(tmp_path, monkeypatch
             "webp stores 8 bits per channel, but the image has 16; choose png or tif",
         ),
         ("a.webp", Layout(16384, 9, False, False), "at most 16383 px .* 16384x9 px; choose png or jpg or tif"),
+        ("a.webp", Layout(16000, 9000, False, False), "at most 134 million pixels .* 16000x9000 px; choose png or jpg"),
         ("a.jpg", Layout(9, 65536, False, False), "at most 65535 px .* 9x65536 px; choose png or tif"),
         ("a.xyz", Layout(9, 9, False, False), "unknown suffix; images are written as .png, .jpg, .webp, .tif"),
     ],

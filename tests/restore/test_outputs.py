@@ -1,5 +1,6 @@
 """`teasr upscale` says what is wrong with its results before the first picture is restored, and loses none."""
 
+import contextlib
 import errno
 import io
 import os
@@ -63,6 +64,9 @@ def pictures(tmp_path):
         ("plain.png", ["-o", "o.png", "--suffix", "_x4"], "make it part of the file name o.png"),
         ("plain.png", ["-o", "out", "--scale", "0.5"], "scale = 0.5: sides must grow by a factor of 1 to 16"),
         ("plain.png", ["-o", "out", "--scale", "2", "--size", "99x99"], "give one of them"),
+        ("plain.png", ["-o", "out", "--seed", "-1"], "--seed -1: must be a whole number from 0 to 9223372036854775807"),
+        ("plain.png", ["-o", "out", "--tile", "0"], "--tile 0: must be auto or a number of pixels"),
+        ("plain.png", ["-o", "out", "--steps", "\u00b2"], "must be auto or a whole number >= 1"),
         ("plain.png", ["-o", "out", "--suffix", "x" * 300], "a name of more than 255 bytes"),
         ("", ["-o", "o.png"], "o.png is the name of one file, but there are 4 images: give a folder"),
         ("", ["-o", "out", "--format", "jpg"], "JPEG cannot store transparency"),
@@ -100,16 +104,43 @@ def test_existing_results_are_neither_replaced_nor_skipped_without_being_asked(u
 
 
 def test_no_result_replaces_an_image_that_is_still_to_be_read(upscale, tmp_path):
-    """a.png of the folder would be written over sub/a.png, which is restored later."""
-    (tmp_path / "in/sub").mkdir(parents=True)
-    for name in ("in/a.png", "in/sub/a.png"):
+    """The result of in/a.png would be written over there/a_x4.png, which is restored later."""
+    for name in ("in/a.png", "there/a_x4.png"):
+        (tmp_path / name).parent.mkdir()
         Image.fromarray(PHOTO).save(tmp_path / name)
-    code, said, _ = upscale(tmp_path / "in", "-o", tmp_path / "in/sub", "--overwrite")
-    assert code == 2 and "sub/a.png would be overwritten by the result of" in said
+    more = ("--suffix", "_x4", "--overwrite")
+    code, said, _ = upscale(tmp_path / "in", tmp_path / "there", "-o", tmp_path / "there", *more)
+    assert code == 2 and "there/a_x4.png would be overwritten by the result of" in said
     code, said, _ = upscale(tmp_path / "in/a.png", "-o", tmp_path / "in/a.png", "--overwrite")
     assert code == 2 and "would be overwritten by its own result" in said
     (tmp_path / "out/a.png").mkdir(parents=True)
     assert "out/a.png, which is a folder" in upscale(tmp_path / "in/a.png", "-o", tmp_path / "out")[1]
+
+
+def test_results_inside_the_input_folder_are_no_input_of_the_next_run(upscale, tmp_path, monkeypatch):
+    """teasr upscale . -o restored, twice: the second run must not enlarge the results of the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        Image.fromarray(PHOTO).save(tmp_path / name)
+    assert upscale(".", "-o", "restored")[0] == 0
+    Image.fromarray(PHOTO).save(tmp_path / "c.png")
+    code, said, read = upscale(".", "-o", "restored", "--skip-existing")
+    assert code == 0 and read == ["c.png"] and said.count("it lies in the output folder") == 2
+    made = {path.relative_to(tmp_path / "restored").as_posix() for path in (tmp_path / "restored").rglob("*.png")}
+    assert made == {"a.png", "c.png", "sub/b.png"}
+    assert upscale(".", "-o", ".", "--suffix", "_x4")[0] == 0  # here they cannot be told apart, and nothing is left out
+    assert (tmp_path / "sub/b_x4.png").is_file()
+
+
+def test_a_log_on_a_full_disk_does_not_end_a_batch(untrained, pictures, tmp_path):
+    job = batch.Job(pictures / "plain.png", tmp_path / "out.png")
+    full = open("/dev/full", "w")  # noqa: SIM115 - it cannot be closed without an error
+    with contextlib.redirect_stdout(full):
+        assert batch.run([job], lambda given, *_: given) == 0
+    with contextlib.suppress(OSError):
+        full.close()
+    assert job.target.is_file()
 
 
 @pytest.mark.parametrize("out", ["/proc/nowhere", "/dev/null/folder", "/proc/self/status/x"])
