@@ -102,7 +102,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(runs):
     run = runs / "zero1"
     by_update = {update: values["preview/psnr_y_1"] for update, values in scores(run).items() if values and update}
     best = max(by_update, key=by_update.get)
-    names = {f"step-{n:08d}" for n in (best, UPDATES)}
+    proven = UPDATES - 2  # the newest checkpoint after which an update was seen to be finite
+    names = {f"step-{n:08d}" for n in (best, proven, UPDATES)}
     assert {p.name for p in (run / "checkpoints").glob("step-*")} == names
     link = run / "checkpoints/best"
     assert link.resolve().name == f"step-{best:08d}"
@@ -129,6 +130,7 @@ def test_mistakes_are_named(shards, heldout, tmp_path):
         for row in index["shards"][:1]:
             rows.append(row | {"shard": f"{source.name}-{row['shard']}"})
             (mixed / rows[-1]["shard"]).write_bytes((source / row["shard"]).read_bytes())
-    (mixed / "index.json").write_text(json.dumps(index | {"shards": rows}))
+    settings = {key: value for key, value in index["settings"].items() if key != "crop_px"}
+    (mixed / "index.json").write_text(json.dumps(index | {"shards": rows, "settings": settings}))
     with pytest.raises(ValueError, match="images of one size"):
         Preview(PreviewConfig(shards=str(mixed), pictures=100), ShardSet.open(str(shards)), 0)
