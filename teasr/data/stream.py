@@ -253,6 +253,39 @@ def check_shards(shards: ShardSet, check_size, max_bad_share: float = 0.0, limit
     return bad
 
 
+def _samples(stream: PairStream, micro_batch: int) -> Iterator[Pair]:
+    """Yield the samples of the stream in order.
+
+    Each loader process passes on several of its samples at once, because every message between processes takes about
+    as long as the sample itself.
+    """
+    workers = stream.config.workers
+    if not workers:
+        yield from stream
+    size = max(1, micro_batch // workers)
+    prefetch = 4 if size == 1 else 2
+    loader = DataLoader(stream, size, num_workers=workers, prefetch_factor=prefetch, collate_fn=_packed)
+    messages = map(_unpacked, loader)
+    while True:
+        for row in zip(*(next(messages) for _ in range(workers)), strict=True):  # one sample of each worker in turn
+            yield from row
+
+
+def _packed(pairs: list[Pair]) -> list[Pair] | Pair:
+    """Stack samples along a new first dimension, unless they differ in size."""
+    sizes = {tuple(None if x is None else x.shape for x in (p.x_hq, p.z_hq, p.z_lq)) for p in pairs}
+    if len(sizes) > 1:
+        return pairs
+    columns = zip(*pairs, strict=True)
+    return Pair(*(torch.stack(rows) if isinstance(rows[0], Tensor) else rows for rows in columns))
+
+
+def _unpacked(message: list[Pair] | Pair) -> list[Pair]:
+    if not isinstance(message, Pair):
+        return message
+    return [Pair(*values) for values in zip(*message, strict=True)]
+
+
 def batches(
     stream: PairStream, micro_batch: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Batch, list[str]]]:
@@ -262,11 +295,7 @@ def batches(
     micro-batch differ in size.
     """
     config, seen, broken = stream.config, 0, 0
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-    samples = iter(loader)
+    samples = _samples(stream, micro_batch)
     while True:
         hq, lq, keys, bad, *latents = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
         if any(len({None if x is None else x.shape for x in rows}) > 1 for rows in (hq, *latents)):
