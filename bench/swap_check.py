@@ -15,6 +15,7 @@ backward pass.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -71,7 +72,10 @@ class Check:
         arena = HostArena(self.device)
         locked = arena.empty((blocks,), torch.uint8)
         row = {"lock_seconds": self.now() - started, "locked": self.cuda and locked.is_pinned()}
-        ordinary, slot = torch.zeros(blocks, dtype=torch.uint8), torch.empty(blocks, dtype=torch.uint8, device=self.device)
+        ordinary, slot = (
+            torch.zeros(blocks, dtype=torch.uint8),
+            torch.empty(blocks, dtype=torch.uint8, device=self.device),
+        )
         locked.fill_(1)
         for name, source in (("locked", locked), ("ordinary", ordinary)):
             seconds = self.median(lambda source=source: slot.copy_(source, non_blocking=True), 5)
@@ -114,13 +118,14 @@ class Check:
         (v - w).square().mean().backward()
         return [v.detach(), w] + [p.grad for p in network.net.parameters() if p.requires_grad]
 
-    def resident(self, kind: str) -> tuple[dict, list[Tensor]]:
-        """The row of the resident network, and its results."""
+    def resident(self, kind: str, found: list) -> dict:
+        """The row of the resident network; its results and their noise are added to `found`."""
         network = self.build(kind)
         with deterministic():
             results, again = self.run(network), self.run(network)
         row = {"noise": differences(again, results)} | self.measure(network)
-        return row | {"finite": all(bool(torch.isfinite(x).all()) for x in results)}, results
+        found += [results, row["noise"]]
+        return row | {"ok": all(bool(torch.isfinite(x).all()) for x in results)}
 
     def swapped(self, kind: str, ring: int, wanted: list[Tensor], noise: list[float]) -> dict:
         """The row of a network with all blocks swapped."""
@@ -170,7 +175,7 @@ class Check:
         return time.perf_counter()
 
 
-class deterministic:  # noqa: N801 - used like a function
+class deterministic:
     """Context in which PyTorch prefers algorithms that give equal bits."""
 
     def __enter__(self):
@@ -213,19 +218,10 @@ def main() -> int:
     check, good = Check(options), []
     good.append(case("link", check.link))
     for kind in options.kinds:
-        results: list[Tensor] = []
-        noise: list[float] = []
-
-        def resident(kind=kind, results=results, noise=noise) -> dict:
-            row, found = check.resident(kind)
-            results += found
-            noise += row["noise"]
-            return row
-
-        good.append(case(f"resident {kind}", resident))
-        for ring in options.rings if results else ():
-            swapped = lambda kind=kind, ring=ring, results=results, noise=noise: check.swapped(kind, ring, results, noise)  # noqa: E731
-            good.append(case(f"swap {kind} ring {ring}", swapped))
+        found: list = []  # the results of the resident network, and their noise
+        good.append(case(f"resident {kind}", functools.partial(check.resident, kind, found)))
+        for ring in options.rings if found else ():
+            good.append(case(f"swap {kind} ring {ring}", functools.partial(check.swapped, kind, ring, *found)))
     return 0 if all(good) else 1
 
 

@@ -53,9 +53,9 @@ class QwenImageConfig:
     rope: Literal["shared", "frame_offset"] = "shared"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the computation; the LoRA is stored in fp32
     quantise: Literal["fp8", "nf4"] | None = None  # of the blocks' frozen weights; they compute in `dtype`
-    # number of blocks, evenly spaced, whose frozen weights stay in host memory and are copied to the GPU when they compute
+    # number of evenly spaced blocks whose frozen weights stay in host memory and are copied to the GPU to compute
     swap_blocks: Annotated[int, "[0, 65536]"] = 0
-    swap_ring: Annotated[int, "[1, 64]"] = 2  # room for so many of them on the GPU; 2: the next one is copied meanwhile
+    swap_ring: Annotated[int, "[1, 64]"] = 2  # number of them on the GPU; with 2, the next one is copied meanwhile
     # number of steps of the modulation table (in host memory), which replaces a third of the weights; null: no table
     modulation_table: Annotated[int, "[1, 1000000]", "such as 1000, or null for no table"] | None = 1000
     gradient_checkpointing: bool = True
@@ -89,8 +89,8 @@ class QwenImageConfig:
             )
         if self.swap_blocks and not self.gradient_checkpointing:
             raise ValueError(
-                f"backbone.swap_blocks = {self.swap_blocks} needs activation checkpointing, which fetches a block again "
-                "for its backward pass: set backbone.gradient_checkpointing=true, or backbone.swap_blocks=0"
+                f"backbone.swap_blocks = {self.swap_blocks} needs activation checkpointing, which fetches a block "
+                "again for its backward pass: set backbone.gradient_checkpointing=true, or backbone.swap_blocks=0"
             )
         if self.swap_blocks and self.compile:
             raise ValueError(
