@@ -205,7 +205,7 @@ def case(name: str, work: Callable[[], dict]) -> bool:
     return row.get("ok", True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run all cases; returns 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--rings", nargs="+", type=int, default=[2, 3], help="numbers of slots (default: 2 3)")
     parser.add_argument("--blocks", type=int, default=4, help="number of blocks, all swapped (default: 4)")
     parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of the images (default: 512)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check, good = Check(options), []
     good.append(case("link", check.link))
     for kind in options.kinds:
