@@ -1,5 +1,6 @@
 """swapping.py: swapped networks against resident ones, bit for bit, with a copier that is as late as it may be."""
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -116,6 +117,46 @@ def test_copies_are_counted():
     velocity(b, *inputs())
     assert copier.copies == BLOCKS + 3 + 4 + 4
     assert copier.bytes == copier.copies * b.ring.blocks[0].source.nbytes
+
+
+class Stream:
+    """Stands in for a CUDA stream: it writes down what it is asked to do."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for what {other.name} has queued")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records")
+        return f"the copy on {self.name}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_streams_and_events_come_in_the_right_order(monkeypatch):
+    """A copy waits for the computation queued so far, and the computation queued later waits for the copy."""
+    log, stack = [], []
+    stack.append(Stream("main", log))
+    side = Stream("side", log)
+
+    @contextlib.contextmanager
+    def on(stream):
+        stack.append(stream)
+        yield
+        stack.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stack[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    copier = Copier(torch.device("cuda"))
+    monkeypatch.setattr(copier, "_copy", lambda slot, source: log.append(f"copy on {stack[-1].name}"))
+    copier.wait(copier.start(torch.zeros(4), torch.ones(4)))
+    assert log == [
+        "side waits for what main has queued", "copy on side", "side records", "main waits for the copy on side",
+    ]  # fmt: skip
 
 
 def test_a_skipped_visit_raises():
