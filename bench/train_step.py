@@ -61,11 +61,16 @@ def main() -> None:
     parser.add_argument(
         "--predict", action="store_true", help="only predict, by counting on the meta device; runs no update"
     )
+    parser.add_argument(
+        "--measure", action="store_true", help="only measure; skips the counting, which takes a minute at full size"
+    )
     parser.add_argument("--only", choices=LAYOUTS, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config overrides, such as train.micro_batch=1"
     )
     options = parser.parse_intermixed_args()
+    if options.predict and options.measure:
+        parser.error("--predict only counts and --measure only measures: choose one of them")
     if options.only:
         print(json.dumps(one_layout(options)))
         return
@@ -87,13 +92,14 @@ def one_layout(options: argparse.Namespace) -> dict:
     for name, layout in LAYOUTS.items():
         run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
     config = replace(run_config.load(options.config, options.overrides), method_name=options.only).with_random_weights()
-    partitioning = engine_settings(config.train, 1)
-    counted = footprint.count(config, partitioning, options.size)
-    row = {
-        "predicted": counted.gpu_total - footprint.CUDA_BYTES,
-        "host": sum(counted.host.values()),
-        "flops": sum(counted.flops.values()),
-    }
+    partitioning, row = engine_settings(config.train, 1), {}
+    if not options.measure:
+        counted = footprint.count(config, partitioning, options.size)
+        row = {
+            "predicted": counted.gpu_total - footprint.CUDA_BYTES,
+            "host": sum(counted.host.values()),
+            "flops": sum(counted.flops.values()),
+        }
     if options.predict:
         return row
     try:
@@ -201,14 +207,15 @@ def table(rows: dict[str, dict], predicted_only: bool) -> str:
         f"{'TFLOP':>10s}{'s/update':>10s}{'of matmul':>11s}"
     ]
     for name, row in rows.items():
-        if "predicted" not in row:
+        if "predicted" not in row and "seconds" not in row:
             lines.append(f"{name:8s} {row['failed']}")
             continue
         line = f"{name:8s}" + "".join(gib(row, key) for key in ("predicted", "host", "allocated", "reserved"))
-        line += f"    {row['flops'] / 1e12:10.3f}"
+        line += f"    {row['flops'] / 1e12:10.3f}" if "flops" in row else f"    {'-':>10s}"
         if "seconds" in row:
             total = sum(row["seconds"].values())
-            line += f"{total:10.3f}{row['flops'] / total / row['matmul']:11.1%}"
+            line += f"{total:10.3f}"
+            line += f"{row['flops'] / total / row['matmul']:11.1%}" if "flops" in row else f"{'-':>11s}"
         lines.append(line + ("" if "failed" not in row else f"  {row['failed']}"))
     for name, row in rows.items():
         if "seconds" in row:

@@ -173,6 +173,16 @@ class Backbone(ABC):
         """Return the config of a network of the same size with random weights, which needs no files."""
         return config
 
+    @property
+    def swapped_blocks(self) -> int:
+        """Number of blocks whose frozen weights stay in host memory and are copied to the device when they compute."""
+        return 0
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of swapped blocks that have been copied to the device so far."""
+        return 0
+
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         """Return the frozen tensors grouped by purpose, for the memory table of a dry run.
 

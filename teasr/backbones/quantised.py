@@ -15,6 +15,9 @@ from torch import Tensor, nn
 class QuantisedLinear(nn.Module):
     """A frozen Linear [in] -> [out]; subclasses define how the weight is stored."""
 
+    moves = False  # the weight is readable only while its block computes (swapping.py)
+    stored: tuple[str, ...] = ("packed",)  # names of the buffers that hold the weight
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -23,6 +26,10 @@ class QuantisedLinear(nn.Module):
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantised weight [out, in] in this dtype."""
         raise NotImplementedError
+
+    def rebind(self, tensors: dict[str, Tensor]) -> None:
+        """Read the weight from these tensors from now on; they are copies of the buffers named by `stored`."""
+        self._buffers.update(tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the same as a Linear; only the input receives a gradient."""
@@ -33,11 +40,29 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantisedLinear) -> Tensor:
         ctx.layer = layer
+        if layer.moves:
+            ctx.save_for_backward(x.new_empty(0))
         return F.linear(x, layer.weight_in(x.dtype), layer.bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        # In a checkpointed block, reading any saved tensor first recomputes the block, which fetches its weights again.
+        # Without a saved tensor, this product could come before the recomputation.
+        _ = ctx.saved_tensors
         return gradient @ ctx.layer.weight_in(gradient.dtype), None
+
+
+class FullLinear(QuantisedLinear):
+    """Weight in its own dtype."""
+
+    stored = ("weight",)
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.register_buffer("weight", linear.weight.detach(), persistent=False)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
 
 
 class Fp8Linear(QuantisedLinear):
@@ -46,6 +71,8 @@ class Fp8Linear(QuantisedLinear):
     The scale preserves the precision of small weights. 8 bits per weight; rounding error of 2 to 3 % rms, independent
     of the magnitude of the weights.
     """
+
+    stored = ("packed", "unscale")
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
@@ -66,6 +93,8 @@ class Nf4Linear(QuantisedLinear):
     missing.
     """
 
+    stored = ("packed", "scales", "scales_of_scales")
+
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         library = _bitsandbytes()
@@ -82,8 +111,15 @@ class Nf4Linear(QuantisedLinear):
     def _apply(self, fn, recurse: bool = True) -> Nf4Linear:
         super()._apply(fn, recurse)
         self.state.to(self.packed.device)
-        self.state.absmax, self.state.state2.absmax = self.scales, self.scales_of_scales
+        self._link()
         return self
+
+    def _link(self) -> None:
+        self.state.absmax, self.state.state2.absmax = self.scales, self.scales_of_scales
+
+    def rebind(self, tensors: dict[str, Tensor]) -> None:
+        super().rebind(tensors)
+        self._link()
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         return _bitsandbytes().dequantize_4bit(self.packed, self.state).to(dtype)

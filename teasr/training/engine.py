@@ -139,6 +139,16 @@ def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:
         )
 
 
+def check_swap(settings: dict, backbone: Backbone) -> None:
+    """Raise ValueError when the backbone swaps blocks and `settings` partition weights as well (ZeRO-3)."""
+    if backbone.swapped_blocks and settings["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            f"backbone.swap_blocks = {backbone.swapped_blocks} keeps frozen weights in host memory, and so does ZeRO-3 "
+            "in its own way: set train.deepspeed=ds_configs/zero1.json or ds_configs/zero2_offload.json, or "
+            "backbone.swap_blocks=0"
+        )
+
+
 def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: World):
     """Wrap a base in a DeepSpeed engine on the rank's device, replacing `backbone.net`.
 
@@ -147,6 +157,7 @@ def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: 
     """
     import deepspeed
 
+    check_swap(settings, backbone)
     backbone.to(world.device, each=_cutter(settings))
     roles = [role for role in backbone.roles if role.is_trained]
     groups = [

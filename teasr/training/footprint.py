@@ -19,6 +19,7 @@ from teasr.backbones.roles import FIRST
 from teasr.data.batch import Batch
 from teasr.methods.base import Method, Progress
 from teasr.run_config import RunConfig
+from teasr.training.engine import check_swap
 from teasr.training.networks import Networks
 from teasr.training.update import backpropagate
 from teasr.util.meter import Meter
@@ -57,6 +58,7 @@ class Footprint:
     host: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)  # summed over all micro-batches of the update
     peaks: dict[str, int] = field(default_factory=dict)  # of activations and temporary tensors alone
+    copied: int = 0  # bytes of swapped blocks copied to the GPU in one update
 
     @property
     def gpu_total(self) -> int:
@@ -79,6 +81,8 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     method.to(meta)
     networks, result = Networks(config, method), Footprint(size_px)
     for place, base in networks.bases.items():
+        if place in networks.trained_bases:
+            check_swap(settings, base)
         for group, tensors in base.memory_groups().items():
             _put(result.parameters, group, sum(x.numel() for x in tensors))
         base.to(meta)
@@ -178,6 +182,7 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
         backpropagate(
             method, networks.models, batches, config.seed, progress, lambda role, value: value.backward(), freed=freed
         )
+    result.copied = sum(base.copied_bytes for base in networks.bases.values()) * accumulation // method.cycle
 
 
 def table(result: Footprint) -> str:
@@ -191,6 +196,8 @@ def table(result: Footprint) -> str:
         if items:
             lines += ["", title] + [f"  {name:44s}{n / GIB:12.2f} GiB" for name, n in items.items()]
             lines.append(f"  {'total':44s}{sum(items.values()) / GIB:12.2f} GiB")
+    if result.copied:
+        lines += ["", f"{'swapped blocks copied to the GPU in one update':46s}{result.copied / GIB:12.2f} GiB"]
     lines += ["", f"{'loss':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
     for name, n in result.flops.items():
         lines.append(f"  {name:44s}{n / 1e12:14,.1f} TFLOP{result.peaks[name] / GIB:12.2f} GiB")

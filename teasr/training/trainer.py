@@ -23,7 +23,7 @@ from teasr.methods.base import Method
 from teasr.run_config import RunConfig
 from teasr.training import preflight
 from teasr.training.ema import Ema
-from teasr.training.engine import check_nvme, check_zero, engine_settings, start_engine, start_ranks
+from teasr.training.engine import check_nvme, check_swap, check_zero, engine_settings, start_engine, start_ranks
 from teasr.training.networks import Networks
 from teasr.training.preview import Preview
 from teasr.training.recording import Recording
@@ -63,6 +63,8 @@ class Trainer:
                 self.method.sampler().check(steps)
         self.method.load()
         self.networks = Networks(config, self.method)
+        for base in self.networks.trained_bases.values():
+            check_swap(self.settings, base)
         if latents is not None:
             latents.check_codec(self.networks.student.codec_sha256())
         self._set_autocast()

@@ -27,11 +27,12 @@ from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linear
 from teasr.backbones.offloading import offload_blocks
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
-from teasr.backbones.quantised import KINDS
+from teasr.backbones.quantised import KINDS, FullLinear
 from teasr.backbones.qwen_image.modulation import ModulationTable
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
+from teasr.backbones.swapping import Ring, spaced
 from teasr.util.seed import seed_of
 
 PROMPT = "prompt.safetensors"  # file name in the folder of a saved model
@@ -52,6 +53,9 @@ class QwenImageConfig:
     rope: Literal["shared", "frame_offset"] = "shared"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the computation; the LoRA is stored in fp32
     quantise: Literal["fp8", "nf4"] | None = None  # of the blocks' frozen weights; they compute in `dtype`
+    # number of evenly spaced blocks whose frozen weights stay in host memory and are copied to the GPU to compute
+    swap_blocks: Annotated[int, "[0, 65536]"] = 0
+    swap_ring: Annotated[int, "[1, 64]"] = 2  # number of them on the GPU; with 2, the next one is copied meanwhile
     # number of steps of the modulation table (in host memory), which replaces a third of the weights; null: no table
     modulation_table: Annotated[int, "[1, 1000000]", "such as 1000, or null for no table"] | None = 1000
     gradient_checkpointing: bool = True
@@ -77,6 +81,21 @@ class QwenImageConfig:
             raise ValueError(
                 f"backbone.lora = {self.lora} needs the model that it was trained on: set backbone.model to that model "
                 "instead of random"
+            )
+        if self.swap_blocks < 0 or self.swap_ring < 1:
+            raise ValueError(
+                f"backbone.swap_blocks = {self.swap_blocks} and backbone.swap_ring = {self.swap_ring}: they must be >= "
+                "0 and >= 1"
+            )
+        if self.swap_blocks and not self.gradient_checkpointing:
+            raise ValueError(
+                f"backbone.swap_blocks = {self.swap_blocks} needs activation checkpointing, which fetches a block "
+                "again for its backward pass: set backbone.gradient_checkpointing=true, or backbone.swap_blocks=0"
+            )
+        if self.swap_blocks and self.compile:
+            raise ValueError(
+                f"backbone.swap_blocks = {self.swap_blocks} does not work with compiled blocks: set "
+                "backbone.compile=false, or backbone.swap_blocks=0"
             )
         if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
             raise ValueError("backbone.quantise = nf4 needs bitsandbytes: install it with pip install 'teasr[nf4]'")
@@ -156,6 +175,12 @@ class QwenImage(Backbone):
         self.net = QwenNet(transformer, embeds[None].to(dtype), config)
         if seen := blocks_seen(roles):
             transformer.transformer_blocks = transformer.transformer_blocks[:seen]
+        if config.swap_blocks > len(transformer.transformer_blocks):
+            raise ValueError(
+                f"backbone.swap_blocks = {config.swap_blocks}: this network has only "
+                f"{len(transformer.transformer_blocks)} blocks"
+            )
+        self.ring: Ring | None = None
         with torch.random.fork_rng():
             for role in roles:
                 self._add_role(role)
@@ -229,6 +254,7 @@ class QwenImage(Backbone):
             prompt=str(prompt) if prompt.is_file() else config.prompt,
             lora=str(folder) if lora.is_file() else None,
         )
+        config = replace(config, swap_blocks=0)  # restoring has its own way to keep blocks in host memory: `offload`
         if dtype in ("fp8", "nf4"):
             return replace(config, dtype="bf16", quantise=dtype)
         return config if dtype is None else replace(config, dtype=dtype, quantise=None)
@@ -268,6 +294,14 @@ class QwenImage(Backbone):
         if self.config.model == "random" and not self.prepared:
             self.pending_weights |= state  # no memory is allocated yet: `_place` copies these later
 
+    @property
+    def swapped_blocks(self) -> int:
+        return self.config.swap_blocks
+
+    @property
+    def copied_bytes(self) -> int:
+        return self.ring.copier.bytes if self.ring else 0
+
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
@@ -276,11 +310,19 @@ class QwenImage(Backbone):
         groups["VAE"] = [*self.codec.parameters(), *self.codec.buffers()]
         if table := self.net.transformer.modulation:
             groups["host: modulation table"] = [table.image, table.text]
+        if self.ring:
+            groups["host: swapped blocks"] = [block.source for block in self.ring.blocks]
+            groups["slots for swapped blocks"] = self.ring.slots
         return groups
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
         """Move to the device. The first call also tabulates modulation and quantises weights, block by block."""
         if self.prepared:
+            if self.ring and device.type != self.ring.device.type:
+                raise ValueError(
+                    f"a network with backbone.swap_blocks = {self.config.swap_blocks} computes on "
+                    f"{self.ring.device.type} and cannot be moved to {device.type}: build it again"
+                )
             self.net.to(device)
             self.codec.to(device)
         else:
@@ -302,13 +344,19 @@ class QwenImage(Backbone):
             table = ModulationTable(config.modulation_table, blocks, width, self.net.prompt.dtype, device)
             with torch.no_grad():
                 temb = transformer.time_embedding(table.times.to(device))
+        swapped, kind = spaced(config.swap_blocks, len(transformer.transformer_blocks)), KINDS.get(config.quantise)
+        self.ring = Ring(config.swap_ring, device) if swapped else None
         for i, block in enumerate(transformer.transformer_blocks):
             self._place(f"block {i}", block, device, f"transformer.transformer_blocks.{i}.")
             if table:
                 table.take(i, block, temb)
-            if config.quantise:
-                replace_linears(block, KINDS[config.quantise])
+            if i in swapped:
+                block.fetch = self.ring.take(block, kind or FullLinear)
+            elif kind:
+                replace_linears(block, kind)
             each(block)
+        if self.ring:
+            self.ring.allocate()
         transformer.modulation, self.prepared, self.pending_weights = table, True, {}
         if config.compile:
             transformer.compile_repeated_blocks()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teasr.backbones.lora import base, replace_linears
+from teasr.backbones.swapping import HostArena
 
 # modulation of one block, each [B, 6 D]: noise and text tokens at t_cur, condition tokens at t_tar
 Rows = tuple[Tensor, Tensor, Tensor | None]
@@ -43,10 +44,9 @@ class ModulationTable:
         `device` is the device on which the network computes.
         """
         self.size = size
-        place = torch.device("meta") if device.type == "meta" else torch.device("cpu")
-        pinned = device.type == "cuda"
-        self.image = torch.empty(2 * size + 1, blocks, 6 * width, dtype=dtype, device=place, pin_memory=pinned)
-        self.text = torch.empty(size + 1, blocks, 6 * width, dtype=dtype, device=place, pin_memory=pinned)
+        self.arena = HostArena(device)
+        self.image = self.arena.empty((2 * size + 1, blocks, 6 * width), dtype)
+        self.text = self.arena.empty((size + 1, blocks, 6 * width), dtype)
 
     @property
     def times(self) -> Tensor:

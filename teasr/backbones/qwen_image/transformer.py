@@ -12,6 +12,7 @@ H heads, E head width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -94,6 +95,8 @@ def _heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
 class DualBranchBlock(QwenImageTransformerBlock):
     """One block over noise, text and condition tokens."""
 
+    fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
+
     def forward(
         self,
         x_BLD: Tensor,
@@ -112,6 +115,8 @@ class DualBranchBlock(QwenImageTransformerBlock):
         rows: the block's modulation, if it comes from a table. last: only the resulting noise tokens will be used, so
         the computation of the others is skipped and they are returned unchanged.
         """
+        if self.fetch is not None:
+            self.fetch()
         lx, lc = adapters.noise, adapters.condition
         if rows is None:
             y_cur = F.silu(temb_cur_BD)
