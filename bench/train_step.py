@@ -138,8 +138,8 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
     step = Update(method, networks, engines, config.train, config.seed, world)
     batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []
-    for update in range(updates + 2):
-        counting = not cuda and update == updates + 1  # counting is slow, so it has its own update
+    for update in range(updates + 1 if cuda else updates + 2):
+        counting = update == updates + 1  # on a CPU; counting is slow, so it has its own update
         with meter if counting else nullcontext():
             phases.append(one_update(step, batches, config.train.updates - 1, x.device))
         if cuda and update == 0:
