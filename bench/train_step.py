@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -110,8 +111,9 @@ def one_layout(options: argparse.Namespace) -> dict:
 
 def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -> dict:
     """Return median seconds by phase and peak bytes of real updates on this machine's device."""
-    world = World.from_environment()
+    world, start = World.from_environment(), {"begin": time.perf_counter()}
     start_ranks(config.train, world)
+    start["ranks"] = now(world.device)
     cuda = world.device.type == "cuda"
     method = config.build_method()
     method.load()
@@ -120,6 +122,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
     x = torch.rand(config.train.micro_batch, 3, size_px, size_px, device=world.device) * 2 - 1
     if networks.student.needs_fit:
         networks.student.fit([(p, p) for p in x.cpu()] * 8)
+    start["build"] = now(world.device)
     networks.share_codec()
     networks.place_frozen(world.device)
     meter, held = nullcontext(), {}
@@ -135,6 +138,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
             place: start_engine(base, config.train, partitioning, world)
             for place, base in networks.trained_bases.items()
         }
+    start["place, engines"] = now(world.device)
     step = Update(method, networks, engines, config.train, config.seed, world)
     batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []
@@ -146,6 +150,8 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
             torch.cuda.reset_peak_memory_stats()
     timed = phases[1 : updates + 1]
     row = {"seconds": {name: statistics.median(p[name] for p in timed) for name in timed[0]}}
+    row["start"] = {name: at - before for (_, before), (name, at) in itertools.pairwise(start.items())}
+    row["start"]["first update"] = sum(phases[0].values())
     if cuda:
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     else:

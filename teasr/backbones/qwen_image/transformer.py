@@ -31,7 +31,6 @@ from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
 from teasr.backbones.roles import DEFAULT_SET, Adapters
 
 STUDENT_SETS = Adapters(condition=DEFAULT_SET)
-Rope = tuple[Tensor, Tensor, Tensor]  # complex: noise [L, E / 2], text [T, E / 2], condition tokens [L, E / 2]
 
 
 class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
@@ -43,49 +42,51 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         x_BLD: Tensor,
         text_BTD: Tensor,
         cond_BLD: Tensor | None,
-        rope: Rope,
+        rope: Tensor,
         independent: bool,
         last: bool,
         adapters: Adapters,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the attention outputs of noise, text and condition tokens.
 
-        The text and condition outputs are None in the last block.
+        rope: complex [T + 2 L, E / 2], for text, noise and condition tokens. The text and condition outputs are None
+        in the last block.
         """
         heads = functools.partial(_heads, attn)
         lx, lc = adapters.noise, adapters.condition
-        q_x, k_x, v_x = (heads(with_lora(layer, x_BLD, lx)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        q_t, k_t, v_t = (heads(layer(text_BTD)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        q_x, k_x = (apply_rotary_emb_qwen(y, rope[0], use_real=False) for y in (attn.norm_q(q_x), attn.norm_k(k_x)))
-        q_t, k_t = (
-            apply_rotary_emb_qwen(y, rope[1], use_real=False) for y in (attn.norm_added_q(q_t), attn.norm_added_k(k_t))
-        )
-        q, k, v = [q_t, q_x], [k_t, k_x], [v_t, v_x]
-        q_c = None
-        if cond_BLD is not None:
-            k_c, v_c = (heads(with_lora(layer, cond_BLD, lc)) for layer in (attn.to_k, attn.to_v))
-            k_c = apply_rotary_emb_qwen(attn.norm_k(k_c), rope[2], use_real=False)
-            k, v = [*k, k_c], [*v, v_c]
-            if not last:
-                q_c = attn.norm_q(heads(with_lora(attn.to_q, cond_BLD, lc)))
-                q_c = apply_rotary_emb_qwen(q_c, rope[2], use_real=False)
-        if q_c is not None and not independent:
-            q = [*q, q_c]
-        out = self._attend(torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1))
-        t, n = text_BTD.shape[1], x_BLD.shape[1]
-        out_x = with_lora(attn.to_out[0], out[:, t : t + n].contiguous(), lx)
+        q = [_rms(attn.norm_added_q, heads(attn.add_q_proj(text_BTD)))]
+        k = [_rms(attn.norm_added_k, heads(attn.add_k_proj(text_BTD)))]
+        v = [heads(attn.add_v_proj(text_BTD))]
+        for tokens, name in ((x_BLD, lx), (cond_BLD, lc)):
+            if tokens is not None:
+                k.append(_rms(attn.norm_k, heads(with_lora(attn.to_k, tokens, name))))
+                v.append(heads(with_lora(attn.to_v, tokens, name)))
+                if tokens is x_BLD or not last:
+                    q.append(_rms(attn.norm_q, heads(with_lora(attn.to_q, tokens, name))))
+        q, k, v = torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1)
+        q, k = (apply_rotary_emb_qwen(y, rope[: y.shape[1]], use_real=False) for y in (q, k))
+        t, n = text_BTD.shape[1], text_BTD.shape[1] + x_BLD.shape[1]
+        has_cond = q.shape[1] > n
+        if has_cond and independent:
+            out, out_c = self._attend(q[:, :n], k, v), self._attend(q[:, n:], k[:, n:], v[:, n:])
+        else:
+            out = self._attend(q, k, v)
+            out_c = out[:, n:].contiguous()
+        out_x = with_lora(attn.to_out[0], out[:, t:n].contiguous(), lx)
         if last:
             return out_x, None, None
         out_t = attn.to_add_out(out[:, :t].contiguous())
-        if q_c is None:
-            return out_x, out_t, None
-        out_c = self._attend(q_c, k_c, v_c) if independent else out[:, t + n :].contiguous()
-        return out_x, out_t, with_lora(attn.to_out[0], out_c, lc)
+        return out_x, out_t, with_lora(attn.to_out[0], out_c, lc) if has_cond else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Map q, k and v, each [B, *, H, E], to [B, queries, D]."""
         out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
         return out.flatten(2, 3).to(q.dtype)
+
+
+def _rms(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply diffusers' RMSNorm as one fused operation: equal in fp32, and rounded once instead of twice in bf16."""
+    return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
 
 
 def _heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class DualBranchBlock(QwenImageTransformerBlock):
         x_BLD: Tensor,
         text_BTD: Tensor,
         temb_cur_BD: Tensor,
-        rope: Rope,
+        rope: Tensor,
         cond_BLD: Tensor | None = None,
         temb_tar_BD: Tensor | None = None,
         independent: bool = False,
@@ -229,7 +230,7 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
         frames = [(1, *grid)] * (2 if rope == "frame_offset" else 1)
         image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
         n = x.shape[1]
-        ropes = (image_rope[:n], text_rope, image_rope[-n:])
+        ropes = torch.cat((text_rope, image_rope[:n], image_rope[-n:]))
         n_blocks = len(self.transformer_blocks) if blocks is None else blocks
         tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
         for i in range(n_blocks):
