@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -37,6 +41,8 @@ class Meter(TorchDispatchMode):
         self.bytes = self.peak = self.flops = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._ignored: dict[int, torch.UntypedStorage] = {}
+        self._shapes: dict[tuple, Any] = {}  # results of functions on the meta device, as `_Shape`
+        self._functional: dict[Any, bool] = {}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
         """Do not count these existing tensors, whose views may appear as outputs."""
@@ -45,18 +51,46 @@ class Meter(TorchDispatchMode):
 
     def now(self) -> int:
         """Bytes of the tensors alive now."""
-        for key in [k for k, (storage, _) in self._live.items() if storage.expired()]:
-            self.bytes -= self._live.pop(key)[1]
+        self._forget(list(self._live))
         return self.bytes
 
+    def _forget(self, keys: Iterable[int]) -> None:
+        """Take those of the tensors that have been freed out of the sum."""
+        for key in keys:
+            storage, size = self._live[key]
+            if storage.expired():
+                del self._live[key]
+                self.bytes -= size
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        call = self._call_on_meta if self.device_type == "meta" else _call
+        out = call(func, args, kwargs or {})
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for x in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.device.type == self.device_type:
                 self._add(x.untyped_storage())
         return out
+
+    def _call_on_meta(self, func, args: tuple, kwargs: dict) -> Any:
+        """Call a function whose tensors have no memory; its result is computed once for arguments of each shape.
+
+        PyTorch derives these shapes in Python, which takes most of the time of a dry run.
+        """
+        functional = self._functional.get(func)
+        if functional is None:
+            schema = func._schema
+            functional = not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
+            self._functional[func] = functional
+        if not functional:
+            return func(*args, **kwargs)
+        key = (func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items()))
+        shapes = self._shapes.get(key)
+        if shapes is None:
+            out = func(*args, **kwargs)
+            self._shapes[key] = tree_map_only(torch.Tensor, lambda x: _Shape(x.shape, x.stride(), x.dtype), out)
+            return out
+        return _empty(shapes) if isinstance(shapes, _Shape) else tree_map_only(_Shape, _empty, shapes)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._ignored:
@@ -69,7 +103,33 @@ class Meter(TorchDispatchMode):
         self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.bytes += storage.nbytes()
         if self.bytes > self.peak * (1 + self.slack):
-            self.peak = max(self.peak, self.now())
+            self._forget(list(islice(reversed(self._live), 32)))  # most tensors are freed soon
+            if self.bytes > self.peak * (1 + self.slack):
+                self.peak = max(self.peak, self.now())
+
+
+@dataclass(frozen=True)
+class _Shape:
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _empty(shape: _Shape) -> torch.Tensor:
+    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device="meta")
+
+
+def _call(func, args: tuple, kwargs: dict) -> Any:
+    return func(*args, **kwargs)
+
+
+def _key(value: Any) -> Any:
+    """Return a hashable description of an argument: of a tensor its shape, of anything else its type and value."""
+    if isinstance(value, torch.Tensor):
+        return _Shape(value.shape, value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
 
 
 def free_memory(device: torch.device) -> int:

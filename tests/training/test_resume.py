@@ -115,7 +115,7 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(shards, tmp_path, stag
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path, ranks):
     """SIGTERM to every process, as Slurm and launchers send it, twice in a row; then the same command continues."""
-    common = {"train__updates": 60, "train__save_every_updates": 1000}
+    common = {"train__updates": 24, "train__save_every_updates": 1000}
     process = begin(small_recipe(shards, tmp_path / "stopped", **common), tmp_path, ranks, real=ranks == 2)
     run = tmp_path / "stopped"
     wait_for(process, lambda: updates(run) >= 3)
@@ -126,7 +126,7 @@ def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path,
         assert process.returncode == 0
     done = updates(run)
     assert f"stopped by SIGTERM after update {done}; run the same command to resume" in out or ranks == 2
-    assert 3 <= done < 60 and last(run).name == f"step-{done:08d}"
+    assert 3 <= done < 24 and last(run).name == f"step-{done:08d}"
     assert f"resuming from {last(run)} at update {done}" in finish(
         begin(small_recipe(shards, run, **common), tmp_path, ranks)
     )
