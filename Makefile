@@ -17,7 +17,7 @@ $(READY): constraints.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt setuptools wheel
-	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 demo: $(READY)

@@ -1,71 +1,14 @@
-"""Check the counts, hashes and images of a shard set, and optionally write a contact sheet.
+"""Check a shard set: the same as `teasr verify`, for a checkout.
 
-    python data_prep/verify_shards.py data/train
-    python data_prep/verify_shards.py data/train --share 0.05 --redo 50 --sheet contact.png
-
-Exit code 0: no problems; 1: the set has problems, and each bad shard and member is named with its fix; 2: nothing to
-check.
+`python data_prep/verify_shards.py --help` shows all options.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from pathlib import Path
+from functools import partial
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
+from teasr.commands import verify
 
-from teasr.data.prep import engines
-from teasr.data.prep.sheet import contact_sheet
-from teasr.data.prep.verifying import verify_set
-from teasr.imaging import images
-from teasr.util.files import write_atomic
-
-MAX_SHOWN = 50  # the most problems that are printed
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Check the set and report problems; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, help="folder of the shard set")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="fraction of the samples to decode, at most 1 (default: 1)"
-    )
-    parser.add_argument(
-        "--redo",
-        type=int,
-        default=0,
-        help="number of samples to degrade again from their recorded parameters and compare (default: 0)",
-    )
-    parser.add_argument("--sheet", type=Path, help="path of a contact sheet (PNG) to write (default: none)")
-    parser.add_argument(
-        "--workers", type=int, default=engines.cores(), help="number of local processes (default: one per core)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        if not 0 < options.share <= 1:
-            raise ValueError(f"--share {options.share}: must be greater than 0 and at most 1")
-        problems, warnings, index = verify_set(options.shards, options.share, options.redo, options.workers)
-        for line in [f"warning: {w}" for w in warnings] + problems[:MAX_SHOWN]:
-            print(line)
-        if len(problems) > MAX_SHOWN:
-            print(f".. and {len(problems) - MAX_SHOWN} more problems")
-        if options.sheet and not problems:
-            write_atomic(options.sheet, images.png_bytes(contact_sheet(options.shards, index)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    shards = index["shards"]
-    if options.redo and index["settings"].get("lq"):
-        print("--redo had no effect: the set holds real pairs, whose LQ images were not made by a degradation")
-    print(
-        f"{options.shards}: {sum(s['nsamples'] for s in shards)} samples in {len(shards)} shards, "
-        f"{sum(s['bytes'] for s in shards) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}: "
-        + (f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
-    )
-    return 1 if problems else 0
-
+main = partial(verify.main, prog="python data_prep/verify_shards.py")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
 from teasr.data.config import DataConfig
 from teasr.data.layout import DEFAULT_SCALE, SCALES
 from teasr.methods.base import Method
+from teasr.util.optional import needed_for
 
 
 def _tiny() -> tuple[type, type[Backbone]]:
@@ -30,7 +31,8 @@ def _tiny() -> tuple[type, type[Backbone]]:
 
 
 def _qwen_image() -> tuple[type, type[Backbone]]:
-    from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
+    with needed_for("the backbone qwen_image"):
+        from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
 
     return QwenImageConfig, QwenImage
 

@@ -34,8 +34,8 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
 FOLDERS = {  # folder or file of the package -> what it may import from teasr: folders (with /) or modules
     "util/": {"util/"},
     "config/": {"config/"},
-    "diffusion/": {"diffusion/"},
-    "degradation/": {"degradation/"},
+    "diffusion/": {"diffusion/", "util.optional"},
+    "degradation/": {"degradation/", "util.optional"},
     "assets/": {"assets/"},
     "imaging/": {"imaging/", "util/"},
     "data/prep/": {
@@ -48,15 +48,22 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
     "methods/teasr.py": {
         "backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.sampler", "util/",
     },
-    "run_config.py": {"backbones/", "config/", "data.config", "data.layout", "methods/"},
+    "run_config.py": {"backbones/", "config/", "data.config", "data.layout", "methods/", "util.optional"},
     "restore/": {"assets/", "backbones/", "diffusion/", "imaging/", "methods/", "restore/", "run_config", "util/"},
-    "evaluation/": {"data/", "diffusion/", "evaluation/", "imaging/", "util/"},
+    "evaluation/": {
+        "assets/", "config/", "data/", "diffusion/", "evaluation/", "imaging/", "restore/", "run_config", "tracking/",
+        "util/",
+    },
+    "commands/": {
+        "backbones/", "cli", "commands/", "config/", "data/", "evaluation/", "imaging/", "restore/", "run_config",
+        "tracking/", "training/", "util/",
+    },
     "tracking/": {"config/", "tracking/", "util/"},
     "training/": {
         "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/",
         "run_config", "tracking/", "training/", "util/",
     },
-    "cli.py": {"config/", "evaluation.weights", "methods/", "restore/", "tracking/"},
+    "cli.py": {"commands/"},
 }  # fmt: skip
 FILES_AT_MOST = {"": 6}  # directly in the package folder; 15 in every other folder
 

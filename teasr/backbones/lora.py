@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teasr.backbones.roles import DEFAULT_SET, Adapters
+from teasr.util.optional import needed_for
 
 
 class LoraLinear(nn.Linear):
@@ -61,7 +62,8 @@ def add_branch_lora(net: nn.Module, targets: str, rank: int, alpha: float, name:
 
 def inject_peft_lora(net: nn.Module, targets: str, rank: int, alpha: float, name: str = DEFAULT_SET) -> None:
     """Do the same as `add_branch_lora` with peft's layers."""
-    from peft import LoraConfig, inject_adapter_in_model  # takes 5 s, as it imports transformers and bitsandbytes
+    with needed_for("LoRA"):
+        from peft import LoraConfig, inject_adapter_in_model  # takes 5 s, as it imports transformers and bitsandbytes
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are intended

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from teasr.util.optional import needed_for
+
 
 def offload_blocks(network: nn.Module, device: torch.device) -> None:
     """Add hooks to a network in host memory so that it computes on `device`.
@@ -15,7 +17,8 @@ def offload_blocks(network: nn.Module, device: torch.device) -> None:
     The blocks in its module list are moved one at a time, all other modules as one group. On a GPU the next block is
     copied while the current one computes.
     """
-    from diffusers.hooks import apply_group_offloading
+    with needed_for("offloading"):
+        from diffusers.hooks import apply_group_offloading
 
     apply_group_offloading(
         network,

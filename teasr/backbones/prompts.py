@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from teasr.util.files import unusual, write_atomic
+from teasr.util.optional import needed_for
 from teasr.util.tensor_file import pack, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -89,8 +90,9 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
 
     Only the tokenizer and the text encoder are loaded. Raises ValueError if one is missing or incomplete.
     """
-    from diffusers import QwenImagePipeline
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    with needed_for("embedding a prompt"):
+        from diffusers import QwenImagePipeline
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
     name = model_name(model, "model")
     try:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teasr.util.optional import needed_for
+
 
 class QuantisedLinear(nn.Module):
     """A frozen Linear [in] -> [out]; subclasses define how the weight is stored."""
@@ -89,8 +91,7 @@ class Fp8Linear(QuantisedLinear):
 class Nf4Linear(QuantisedLinear):
     """Weight in 4-bit NormalFloat (NF4) with blocks of 64 and double quantisation (QLoRA, arXiv 2305.14314).
 
-    4.13 bits per weight; rounding error of about 9 % rms. Raises ImportError with the pip command if bitsandbytes is
-    missing.
+    4.13 bits per weight; rounding error of about 9 % rms. Raises MissingPackage if bitsandbytes is not installed.
     """
 
     stored = ("packed", "scales", "scales_of_scales")
@@ -126,12 +127,8 @@ class Nf4Linear(QuantisedLinear):
 
 
 def _bitsandbytes():
-    try:
+    with needed_for("backbone.quantise = nf4"):
         import bitsandbytes.functional as functional
-    except ImportError as error:
-        raise ImportError(
-            "backbone.quantise = nf4 needs bitsandbytes: install it with pip install 'teasr[nf4]'"
-        ) from error
     return functional
 
 

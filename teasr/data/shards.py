@@ -16,11 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import webdataset as wds
-from webdataset import tariterators
 
 from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, special_kind
 from teasr.imaging import images
+from teasr.util.optional import needed_for
+
+with needed_for("reading shards"):
+    import webdataset as wds
+    from webdataset import tariterators
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,9 +2,12 @@
 
 Most callers only need `degrade(hq, settings, rng)`. pipeline.py holds the presets, the random parameters and the order
 of the operators; kernels.py the blur kernels; fast.py the fast operators; reference.py the operators as implemented in
-public code. This folder imports nothing else from teasr.
+public code. This folder imports `util.optional` alone from teasr.
 """
 
-from teasr.degradation.pipeline import PRESETS, Degradation, Stage, apply, degrade, draw, preset, sharpen
+from teasr.util.optional import needed_for
+
+with needed_for("degrading images"):
+    from teasr.degradation.pipeline import PRESETS, Degradation, Stage, apply, degrade, draw, preset, sharpen
 
 __all__ = ["PRESETS", "Degradation", "Stage", "apply", "degrade", "draw", "preset", "sharpen"]

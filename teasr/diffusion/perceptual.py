@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from teasr.util.optional import needed_for
+
 DEFAULT_FOLDER = "~/.cache/teasr/metric_weights"
 BACKBONES = {  # network -> its files, the preferred one first: convolutions alone, or torchvision's whole network
     "alex": ("alexnet-features.safetensors", "alexnet-owt-7be5be79.pth"),
@@ -73,7 +75,8 @@ def load_lpips(net: str = "vgg", weights: bool = True, folder: Path | None = Non
     """
     without = ", or train without LPIPS (method.lambda_lpips=0)"
     state = read_weights(BACKBONES[net], f"LPIPS ({net})", folder, without) if weights else None
-    import lpips
+    with needed_for("LPIPS"):
+        import lpips
 
     with warnings.catch_warnings():  # lpips calls a deprecated torchvision API
         warnings.simplefilter("ignore")

@@ -276,16 +276,16 @@ def table(scores: dict) -> str:
         lines.append(f"{name:>14s}" + "".join(cells))
     for name, row in scores["methods"].items():
         if "gain_low" in row.get(names[0], {}):
-            told = row[names[0]]
+            first = row[names[0]]
             unit = METRICS[names[0]].label
             lines.append(
-                f"{name} - {scores.get('baseline', BICUBIC)}: {told['gain_mean']:+.3f} {unit}, "
-                f"95 % interval {told['gain_low']:+.3f} to {told['gain_high']:+.3f}"
+                f"{name} - {scores.get('baseline', BICUBIC)}: {first['gain_mean']:+.3f} {unit}, "
+                f"95 % interval {first['gain_low']:+.3f} to {first['gain_high']:+.3f}"
             )
             break
-    for name, told in scores["metrics"].items():
-        if told["status"] != "ok":
-            lines.append(f"{METRICS[name].label} {told['status']}")
+    for name, metric in scores["metrics"].items():
+        if metric["status"] != "ok":
+            lines.append(f"{METRICS[name].label} {metric['status']}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from teasr.diffusion.perceptual import find_weights, weight_folder
 from teasr.evaluation.registry import GRID_PX, METRICS, PROTOCOLS, File, Metric
 from teasr.imaging.exact_metrics import detail_ratio, frechet_distance, psnr, seam_ratio, ssim
 from teasr.util.files import sha256_of
+from teasr.util.optional import has, how_to_install
 
 
 class Scorer:
@@ -67,7 +67,7 @@ class Scorer:
         found = {}
         for name in self.names:
             metric = METRICS[name]
-            code = metadata.version(metric.package) if metric.package and find_spec(metric.package) else None
+            code = metadata.version(metric.package) if metric.package and has(metric.package) else None
             found[name] = {
                 "status": self.status[name], "label": metric.label, "better": metric.better,
                 "protocol": f"{self.protocol.name}: {self.protocol.text}" if name in ("psnr", "ssim") else metric.about,
@@ -97,8 +97,8 @@ class Scorer:
         return {"fid": frechet_distance(np.stack(a), np.stack(b))} if a and b and min(len(a), len(b)) > 1 else {}
 
     def _status_of(self, metric: Metric) -> str:
-        if metric.package and find_spec(metric.package) is None:
-            return f"skipped: run `pip install {metric.package}`"
+        if metric.package and not has(metric.package):
+            return f"skipped: run {how_to_install(metric.package)}"
         for file in metric.files:
             path = self._find(file)
             if path is None:

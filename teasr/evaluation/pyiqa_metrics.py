@@ -11,10 +11,12 @@ from unittest import mock
 
 import numpy as np
 
+from teasr.util.optional import needed_for
+
 
 def load(name: str, paths: dict[str, Path], device: str) -> Callable:
     """Return the function that computes a metric of LOADERS; paths: its weight files by their published names."""
-    with ExitStack() as stack:
+    with needed_for(f"the metric {name}"), ExitStack() as stack:
         stack.enter_context(_local_files_only(paths))
         return LOADERS[name](paths, device)
 

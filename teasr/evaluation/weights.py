@@ -20,6 +20,7 @@ from teasr.diffusion.perceptual import find_weights, weight_folder
 from teasr.evaluation.packages import Package, Packages, Unavailable, arrays_of, compare
 from teasr.evaluation.registry import ALEX, ALPHA_BETA, NIQE_TABLE, VGG, File
 from teasr.util.files import sha256_of, write_atomic
+from teasr.util.optional import needed_for
 
 CONVOLUTIONS = {"alex": (0, 3, 6, 8, 10), "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)}  # in `features`
 NIQE_SHA256 = "f6284a2b53fd40bbc960472b76ec55b67a299a0270294b804c847e99b8cc1e30"  # of the two arrays, see _niqe_digest
@@ -110,7 +111,9 @@ def _downloaded(weights: str) -> Path:
     import socket
 
     import torch
-    import torchvision
+
+    with needed_for("fetching weight files"):
+        import torchvision
 
     enumeration, _, member = weights.partition(".")
     choice, before = getattr(getattr(torchvision.models, enumeration), member), socket.getdefaulttimeout()
@@ -165,7 +168,8 @@ def _alpha_beta(data: bytes) -> bytes:
 
 def _niqe_table(data: bytes) -> bytes:
     """BasicSR's archive of arrays -> a MATLAB file with the names of NIQE's authors, as pyiqa reads it."""
-    import scipy.io
+    with needed_for("the file of NIQE"):
+        import scipy.io
 
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         table = {f"{name}_prisparam": arrays[f"{name}_pris_param"] for name in ("mu", "cov")}
@@ -176,7 +180,8 @@ def _niqe_table(data: bytes) -> bytes:
 
 def _niqe_digest(data: bytes) -> str:
     """SHA-256 of the two arrays of the table; the file itself holds the date on which it was written."""
-    import scipy.io
+    with needed_for("the file of NIQE"):
+        import scipy.io
 
     try:
         table = scipy.io.loadmat(io.BytesIO(data))

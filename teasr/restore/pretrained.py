@@ -19,6 +19,7 @@ from teasr.methods.sampler import Sampler
 from teasr.run_config import BACKBONES, RunConfig, parse_text
 from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
+from teasr.util.optional import needed_for
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # for backbones that do not set their own dtype
 STORED = {"fp32": torch.float32} | AUTOCAST  # dtypes in which the weights of a model can be saved
@@ -114,8 +115,9 @@ def _find(model: str | Path) -> Path:
         raise ValueError(
             f"model {model}: no such folder exists; the models shipped with teasr are {', '.join(assets.names())}"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    with needed_for(f"loading {name} from the hub"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))

@@ -19,13 +19,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import cv2
-import gradio as gr
 import numpy as np
 
 from teasr.imaging import color, formats, picture
 from teasr.restore import frames
 from teasr.restore.upscaler import Upscaler
+from teasr.util.optional import needed_for
 from teasr.util.scratch import Scratch
+
+with needed_for("the web page"):
+    import gradio as gr
 
 MOST_STEPS = 30
 MOST_PIXELS = 200 * 10**6  # of a result: more would keep everybody else waiting

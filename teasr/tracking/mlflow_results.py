@@ -13,6 +13,7 @@ from teasr.config.settings import TrackingConfig
 from teasr.tracking.mlflow_run import open_run
 from teasr.tracking.mlflow_store import connect, tracking_uri
 from teasr.util.files import sha256_of
+from teasr.util.optional import check_installed, needed_for
 
 
 @contextlib.contextmanager
@@ -21,6 +22,7 @@ def _store(run_dir: Path, config: TrackingConfig, params: dict, what: str) -> It
 
     Raises ValueError naming the store when this fails.
     """
+    check_installed("mlflow", f"storing the {what}")
     uri = tracking_uri(run_dir, config)
     try:
         client = connect(uri)
@@ -98,7 +100,8 @@ def download_results(uri: str, experiment: str | None, place: Path) -> list[tupl
 
     Returns (run name, folder) pairs, newest run first. Raises ValueError when there are none.
     """
-    from mlflow.exceptions import MlflowException
+    with needed_for("reading results from MLflow"):
+        from mlflow.exceptions import MlflowException
 
     try:
         client = connect(uri)

@@ -19,6 +19,7 @@ from teasr.tracking.environment import git_commit
 from teasr.tracking.mlflow_store import connect, tracking_uri
 from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
 from teasr.util.files import write_atomic
+from teasr.util.optional import check_installed
 
 SEND_EVERY_S, RETRY_S = 2.0, 5.0
 BATCH = 1000  # metrics that MLflow accepts in one call
@@ -78,6 +79,7 @@ class Mirror:
     """Mirrors a run folder to its MLflow run; it needs only the folder, since the store reports what it already has."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, resumed_from: int = 0):
+        check_installed("mlflow", "tracking.mlflow=true")
         self.run_dir, self.config, self.resumed_from = run_dir, config, resumed_from
         self.uri = tracking_uri(run_dir, config)
         self.run_id: str | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from teasr.config.settings import TrackingConfig
+from teasr.util.optional import needed_for
 
 SQLITE = "sqlite:///"
 
@@ -22,7 +23,8 @@ def tracking_uri(run_dir: Path, config: TrackingConfig) -> str:
 def connect(uri: str) -> Any:
     """Return an MLflow client of a store; a new SQLite file is created. MLflow's exceptions are passed on."""
     fail_fast()
-    from mlflow import MlflowClient
+    with needed_for("tracking with MLflow"):
+        from mlflow import MlflowClient
 
     path = Path(uri.removeprefix(SQLITE))
     if uri.startswith(SQLITE) and not path.exists():

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from teasr.backbones.base import Backbone
 from teasr.backbones.roles import Role, places
+from teasr.config import presets
 from teasr.config.reading import read_json
 from teasr.config.settings import TrainConfig
 from teasr.util.distributed import World
+from teasr.util.optional import needed_for
 
 RUN_OWNS = (  # keys set from the run config; setting them in a ds_configs file is an error
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -34,8 +36,9 @@ def start_ranks(train: TrainConfig, world: World) -> None:
 
     Raises ValueError when this rank has no GPU or when the ranks cannot connect to each other.
     """
-    import deepspeed
-    import deepspeed.ops
+    with needed_for("training"):
+        import deepspeed
+        import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
@@ -62,10 +65,13 @@ def start_ranks(train: TrainConfig, world: World) -> None:
 def engine_settings(train: TrainConfig, world_size: int) -> dict:
     """Build DeepSpeed's config: sharding from the file `train.deepspeed`, everything else from the run config.
 
+    The files of ds_configs come with teasr, so that their names work in any folder.
+
     Raises ValueError when the file cannot be read, has no valid ZeRO stage, or sets a key that the run config sets.
     """
     path = Path(train.deepspeed)
     try:
+        path = presets.find(path, presets.ZERO)
         settings = read_json(path)
     except ValueError as error:
         raise ValueError(
@@ -93,8 +99,9 @@ def engine_settings(train: TrainConfig, world_size: int) -> dict:
 
 def check_zero(settings: dict, path: str) -> None:
     """Raise ValueError when DeepSpeed does not know a key of `zero_optimization` in the file `path`, or its value."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
+    with needed_for("training"):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from pydantic import ValidationError
 
     zero = settings["zero_optimization"]
     try:

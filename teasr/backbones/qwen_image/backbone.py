@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +32,7 @@ from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_t
 from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
 from teasr.backbones.swapping import Ring, spaced
+from teasr.util.optional import check_installed
 from teasr.util.seed import seed_of
 
 PROMPT = "prompt.safetensors"  # file name in the folder of a saved model
@@ -97,8 +97,8 @@ class QwenImageConfig:
                 f"backbone.swap_blocks = {self.swap_blocks} does not work with compiled blocks: set "
                 "backbone.compile=false, or backbone.swap_blocks=0"
             )
-        if self.quantise == "nf4" and find_spec("bitsandbytes") is None:
-            raise ValueError("backbone.quantise = nf4 needs bitsandbytes: install it with pip install 'teasr[nf4]'")
+        if self.quantise == "nf4":
+            check_installed("bitsandbytes", "backbone.quantise = nf4")
 
 
 class QwenNet(RoleNet):

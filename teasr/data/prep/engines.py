@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from teasr.util.optional import needed_for
+
 S = TypeVar("S")
 R = TypeVar("R")
 Task = Callable[[S, Callable[[int], None]], R]
@@ -157,10 +159,8 @@ def _run_ray(task: Task, specs: Sequence[S], on_done: Callable[[int], None]) -> 
 
     Ray itself retries the tasks of lost workers and nodes.
     """
-    try:
+    with needed_for("--engine ray"):
         import ray
-    except ImportError:
-        raise ValueError("--engine ray needs Ray: run pip install 'teasr[ray]', or use --engine local") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level="error")
     remote = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_ray_task)

@@ -9,15 +9,13 @@ import functools
 import tempfile
 from pathlib import Path
 
+from teasr.util.optional import needed_for
+
 
 def check() -> None:
-    """Raise ValueError, saying how to fix it, when jpeglib is not installed."""
-    try:
+    """Raise MissingPackage, which says what to type, when jpeglib is not installed."""
+    with needed_for("keep_jpeg=true"):
         import jpeglib  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "keep_jpeg=true needs jpeglib: run pip install 'teasr[jpeg]', or set keep_jpeg=false"
-        ) from None
 
 
 def can_read(path: Path) -> bool:

@@ -1,0 +1,68 @@
+"""`teasr cache-prompt`: compute the text embedding of the prompt once, into one file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from teasr.util import command_line
+from teasr.util.optional import needed_for
+
+SUMMARY = "compute the text embedding of the prompt once, into one file that training and inference read"
+EXAMPLES = """examples:
+  {prog} model=Qwen/Qwen-Image out=data/train/prompt.safetensors prompt=""
+  {prog} model=~/models/qwen-image out=prompt.safetensors device=cpu
+
+settings:
+  model     local folder of a diffusers Qwen-Image model (text_encoder/ and tokenizer/ are read), or its hub name
+  out       output file; kept if prompt, model and library versions are unchanged, otherwise computed again
+  prompt    everything after prompt= is the text (default: the empty prompt)
+  device    auto (a GPU if there is one), cpu, cuda
+  dtype     dtype of the text encoder and of the embedding: bf16 (default) or fp32
+
+Exit code 2: an error that the message explains.
+"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the options; prog: how the program was called."""
+    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings listed above, such as model=Qwen/Qwen-Image out=prompt.safetensors",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -> int:
+    """Write the embedding file unless it is up to date; returns the exit code."""
+    options = parser(prog).parse_intermixed_args(arguments)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: errors are reported in one line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    try:
+        with needed_for("embedding a prompt"):
+            _cache(options.settings)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _cache(settings: list[str]) -> None:
+    from teasr.backbones.prompts import PromptConfig, cache_prompt
+    from teasr.config import strict_yaml
+
+    # the prompt is plain text and not parsed as YAML, which would turn an empty prompt into null
+    texts = [setting.removeprefix("prompt=") for setting in settings if setting.startswith("prompt=")]
+    others = [setting for setting in settings if not setting.startswith("prompt=")]
+    data = strict_yaml.override({}, others) | ({"prompt": texts[-1]} if texts else {})
+    with strict_yaml.named(None):
+        config = strict_yaml.build(PromptConfig, data)
+    cache_prompt(config)

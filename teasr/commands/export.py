@@ -1,0 +1,125 @@
+"""`teasr export`: a trained run as one LoRA file in diffusers' layout, or in full.
+
+It is exported in full where more than a LoRA was trained.
+
+The LoRA file comes with a model card; a full export holds everything that restoring needs. fp32 keeps every bit of the
+trained weights; bf16 halves the file size. `teasr upscale --model exported/teasr` restores with the export (the base
+model is loaded from where the config names it), and `backbone.lora=exported/teasr` starts another run from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from teasr.util import checkpoint_folder, command_line
+from teasr.util.optional import needed_for
+
+SUMMARY = "export a trained run as one LoRA file in diffusers' layout, or in full where more than a LoRA was trained"
+EXAMPLES = """examples:
+  {prog} runs/qwen_teasr --out exported/teasr
+  {prog} runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr --weights weights --dtype bf16
+  {prog} runs/demo --out exported/demo --register teasr-demo    also a version in MLflow's model registry
+"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the options; prog: how the program was called."""
+    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+    parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for the weights and the model card")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "weights"),
+        default="ema",
+        help="ema: moving average of the weights; weights: those of the last update (default: ema)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="dtype of the exported weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--register", metavar="NAME", help="also register the export as a version of this model in MLflow's registry"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = "teasr export") -> int:
+    """Export; returns the exit code: 0 on success, 2 for an error that the message explains."""
+    options = parser(prog).parse_args(arguments)
+    try:
+        with needed_for("exporting"):
+            folder = checkpoint_folder.resolve(options.model)
+            path = export(options, folder)
+            print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+            if options.register:
+                print(register(options, folder))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def register(options: argparse.Namespace, folder: Path) -> str:
+    """Register the exported folder as a version of a registered model, linked to the run.
+
+    Raises ValueError when the store does not accept it.
+    """
+    from teasr import run_config
+    from teasr.tracking.mlflow_results import register_model
+
+    settings = run_config.load(folder / "config.yaml")
+    state = json.loads((folder / "state.json").read_text())
+    tags = {"backbone": settings.backbone_name, "updates": str(state["update"]), "commit": state["commit"]}
+    return register_model(
+        checkpoint_folder.run_folder(folder), settings.tracking, settings.to_dict(), options.out, options.register, tags
+    )
+
+
+def export(options: argparse.Namespace, folder: Path) -> Path:
+    """Export a checkpoint to files below --out and return the path of the weight file.
+
+    Raises ValueError when the weights are missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    from teasr import run_config
+    from teasr.backbones import lora_file
+    from teasr.restore import pretrained
+
+    file = folder / f"{options.weights}.safetensors"
+    if not file.is_file():
+        other = "ema" if options.weights == "weights" else "weights"
+        raise ValueError(f"{folder} contains no {file.name}: use --weights {other}")
+    settings = run_config.load(folder / "config.yaml")
+    lora = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
+    if lora is None:
+        model, *_ = pretrained.load(folder, options.weights, "cpu")
+        pretrained.save(model.backbone, list(model.backbone.exported()), settings, options.out, options.dtype)
+        return options.out / "ema.safetensors"
+    state = json.loads((folder / "state.json").read_text())
+    peft, metadata = lora
+    metadata |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
+    metadata |= {
+        "weights": options.weights,
+        "updates": state["update"],
+        "commit": state["commit"],
+        "recipe": settings.to_yaml(),
+    }
+    weights = {name: x.to(pretrained.STORED[options.dtype]) for name, x in load_file(file).items()}
+    path = lora_file.write(options.out, weights, peft, metadata)
+    backbone_class = run_config.BACKBONES[settings.backbone_name]()[1]
+    for name, used in backbone_class.files(settings.backbone).items():
+        if used.is_file():
+            shutil.copyfile(used, options.out / name)
+        else:
+            print(
+                f"warning: {used} was not found and is missing in the export: copy it to {options.out / name}, "
+                "otherwise the model cannot be used on other machines"
+            )
+    return path

@@ -1,0 +1,146 @@
+"""`teasr train`: train a model from a YAML config; running the same command again resumes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from teasr.config import presets
+from teasr.config.presets import RUNS
+from teasr.util import command_line
+from teasr.util.optional import needed_for
+
+SUMMARY = "train a model from a YAML config; running the same command again resumes"
+EXAMPLES = """examples:
+  {prog} --config tiny_teasr data.shards=data/train run_dir=runs/mine   a preset with two changes; continues if stopped
+  {prog} --config mine.yaml --print                                     the whole config with all defaults
+  {prog} --config qwen_teasr --dry-run                                  memory and FLOPs, without a GPU
+
+key=value arguments (dotted key, YAML value) override the config. `teasr presets` lists the configs that come
+with teasr.
+
+This command starts one process. The launcher of DeepSpeed starts one for each GPU:
+  deepspeed --num_gpus 8 --module teasr.commands.train --config tiny_teasr run_dir=runs/mine
+  deepspeed --num_gpus 8 launch/train.py --config tiny_teasr run_dir=runs/mine      the same in a checkout
+"""
+# What all ranks found, such as a wrong setting, rank 0 reports. Then the launcher stops the others while they wait.
+WAIT_FOR_RANK_0_S = 60
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the options; prog: how the program was called."""
+    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML config: a file, or the name of a preset"
+    ).presets = RUNS
+    parser.add_argument("--print", action="store_true", help="print the whole config with all defaults, then exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory and FLOPs of one update, then exit; needs no GPU"
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="side of the images in --dry-run, in pixels (default: 512)"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of ranks in --dry-run (default: 1)")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the config has changed, provided that the tensors of the checkpoint fit",
+    )
+    parser.add_argument(
+        "--random-init",
+        action="store_true",
+        help="start from random weights without reading weight files; for benchmarks only",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, such as train.updates=100")
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = "teasr train") -> int:
+    """Parse, check and train; returns the exit code: 0 on success, 2 for an error that the message explains."""
+    options = _options(arguments, prog)
+    try:
+        with needed_for("training"):
+            return _train(options)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return report(error)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to continue", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        from teasr.training.endings import out_of_memory
+
+        explained = out_of_memory(error)
+        if explained is None:
+            raise
+        return report(explained)
+
+
+def _options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
+    checked = parser(prog)
+    options = checked.parse_intermixed_args(arguments)
+    if (options.size or options.ranks) and not options.dry_run:
+        checked.error(
+            "--size and --ranks require --dry-run; in a training, the shards set the size and the launcher the ranks"
+        )
+    for name in ("size", "ranks"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            checked.error(f"--{name} {given}: must be >= 1")
+    return options
+
+
+def _train(options: argparse.Namespace) -> int:
+    from teasr import run_config
+    from teasr.util.output import lenient_output
+
+    settings = run_config.load(presets.find(options.config, RUNS), options.overrides)
+    if options.print:
+        print(settings.to_yaml(), end="")
+        return 0
+    if options.dry_run:
+        from teasr.training import footprint
+        from teasr.training.engine import check_zero, engine_settings
+
+        ranks = options.ranks or 1
+        partitioning = engine_settings(settings.train, ranks)
+        check_zero(partitioning, settings.train.deepspeed)
+        print(footprint.table(footprint.count(settings, partitioning, options.size or 512, ranks)))
+        return 0
+    if options.random_init:
+        settings = settings.with_random_weights()
+    from teasr.training.trainer import Trainer
+
+    with lenient_output():
+        Trainer(settings, options.accept_changes).fit()
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Print an error in one line; returns the exit code. Other ranks first wait whether rank 0 prints the same."""
+    from torch import distributed
+
+    from teasr.util.output import lenient_output
+
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not distributed.is_initialized():
+        time.sleep(WAIT_FOR_RANK_0_S)
+    with lenient_output():
+        who, text = "" if rank == "0" else f" (rank {rank})", " ".join(str(error).split("\n"))
+        print(f"error{who}: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+def program(arguments: list[str] | None = None, prog: str = "python -m teasr.commands.train") -> NoReturn:
+    """Train, then leave the process with the exit code, past the shutdown of torch.distributed (see `leave`)."""
+    code = main(arguments, prog)
+    from teasr.util.distributed import leave
+
+    leave(code)
+
+
+if __name__ == "__main__":
+    program()
