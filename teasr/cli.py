@@ -65,6 +65,9 @@ def _without_verb(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"teasr {teasr.__version__}")
     parser.add_argument("verb", metavar="VERB", choices=VERBS, help=argparse.SUPPRESS)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     parser.parse_args(arguments)
     parser.error(f"the verb comes first: teasr {next(a for a in arguments if a in VERBS)} ..")
 

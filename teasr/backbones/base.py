@@ -40,6 +40,7 @@ class Backbone(ABC):
     restores = True  # false: an unconditional prior, which serves only as a starting point for training
     own_dtype = False  # the compute dtype comes from the backbone's config, so autocast is not used
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # dtypes in which a trained model can restore
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")  # types of devices on which it computes
     tile_px = 1024  # side of the tiles in which large images are restored
     patch_px: int  # image pixels per token along each side: the period of possible checkerboard artefacts
 

@@ -68,7 +68,7 @@ def summary(path: Path) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
-    return re.split(r"(?<=[.;]) (?=[A-Z])", " ".join(lines))[0]
+    return re.split(r"(?<=[a-z\d)])[.] ", " ".join(lines))[0].rstrip(".")
 
 
 def _sharding(text: str) -> str:

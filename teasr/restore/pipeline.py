@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from teasr.restore import pretrained
 from teasr.restore.upscaler import Upscaler
 from teasr.util.progress import ProgressLine
 
@@ -69,12 +70,10 @@ class TeasrPipeline:
         return self.upscaler.device
 
     def to(self, device: str | torch.device) -> TeasrPipeline:
-        """Move the model. Raises ValueError if it is offloaded, or for a CUDA device if no GPU is visible."""
+        """Move the model. Raises ValueError if it is offloaded, or if the machine has no such device."""
         if self._origin and self._origin.get("offload"):
             raise ValueError("an offloaded model cannot be moved: load it without offload to choose its device")
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device}: no GPU is visible; use device cpu")
+        device = pretrained.pick_device(device)
         self.upscaler.backbone.to(device)
         self.upscaler.device = device
         return self

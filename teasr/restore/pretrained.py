@@ -28,7 +28,7 @@ STORED = {"fp32": torch.float32} | AUTOCAST  # dtypes in which the weights of a 
 def load(
     model: str | Path,
     weights: str = "ema",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: str | None = None,
     offload: bool = False,
 ) -> tuple[Model, Sampler, RunConfig, torch.device]:
@@ -41,7 +41,7 @@ def load(
 
     Raises ValueError naming what is missing, damaged or not possible on this machine.
     """
-    place = _device(device, offload)
+    place = pick_device(device, offload)
     folder = _find(model)
     exported = (folder / lora_file.NAME).is_file()
     if exported:
@@ -52,6 +52,10 @@ def load(
     kind, method = BACKBONES[config.backbone_name]()[1], config.build_method()
     if dtype is not None and dtype not in kind.dtypes:
         raise ValueError(f"dtype {dtype}: backbone {config.backbone_name} supports {', '.join(kind.dtypes)}")
+    if place.type not in kind.devices:
+        raise ValueError(
+            f"device {place}: backbone {config.backbone_name} computes on {' or '.join(kind.devices)} only"
+        )
     state = {} if exported else _weights(folder, weights)
     student = method.roles()[0]
     backbone = kind(kind.inference_config(config.backbone, dtype, folder), seed=config.seed, roles=(student,))
@@ -97,10 +101,26 @@ def copy_files(kind: type[Backbone], config: object, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _device(name: str | None, offload: bool) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def pick_device(name: str | torch.device | None, offload: bool = False) -> torch.device:
+    """Return a device that this machine has: cpu, cuda, cuda:1 or mps; None is the NVIDIA GPU if there is one.
+
+    Raises ValueError when there is no such device, or none for offloading.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {name}: use cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name}: use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name}: no GPU is visible; omit the device to restore on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            "device mps: no Apple GPU is available (it needs a Mac with Apple silicon and PyTorch's build for macOS); "
+            "omit the device to restore on the CPU"
+        )
     if offload and device.type != "cuda":
         raise ValueError("offload is for a GPU with too little memory, but no GPU is visible: omit it")
     return device

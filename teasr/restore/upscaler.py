@@ -21,7 +21,7 @@ from torch import Tensor
 from teasr import assets
 from teasr.backbones.model import Model
 from teasr.imaging import bands, color
-from teasr.imaging.picture import Picture, from_pil, to_pil
+from teasr.imaging.picture import Picture, from_pil, read, to_pil
 from teasr.methods.sampler import AnyStep, Dial, Sampler
 from teasr.restore import auto_steps, frames, large, pretrained
 from teasr.restore.tiled import SMALLEST, Tiled, bytes_of_unit, units_that_fit
@@ -44,6 +44,17 @@ class Descriptor:
     dials: tuple[Dial, ...]  # trade-offs that can be set at each call
     dtypes: tuple[str, ...] = ("uint8", "uint16")  # of input and output pictures
     channels: tuple[str, ...] = ("grey", "RGB", "RGBA")
+
+
+def _read(path: Path) -> Picture:
+    """Read a file whose result can be a PIL image. Raises ValueError otherwise."""
+    picture = read(path)
+    if picture.rgb.dtype == np.uint16 and (not picture.grey or picture.alpha is not None):
+        raise ValueError(
+            f"{path} has colours of 16 bits, which a PIL image cannot hold: restore it with `teasr upscale`, or pass "
+            "teasr.imaging.picture.read(path), of which the result is a Picture too"
+        )
+    return picture
 
 
 class Upscaler:
@@ -80,7 +91,7 @@ class Upscaler:
         cls,
         path: str | Path | None = None,
         weights: str = "ema",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: str | None = None,
         offload: bool = False,
     ) -> Upscaler:
@@ -89,7 +100,8 @@ class Upscaler:
         path: a run folder (its newest checkpoint is loaded), a checkpoint, a folder written by `save_pretrained` or
         launch/export.py, `owner/name` on the hub, or the name of a model shipped with teasr. Default: the small shipped
         model; a note about it is then logged.
-        weights: `ema` (averaged) or `weights` (last). dtype: one of the descriptor's precisions; default: as trained.
+        weights: `ema` (averaged) or `weights` (last). device: cpu, cuda, cuda:1 or mps (Apple); default: the NVIDIA GPU
+        if there is one, otherwise the CPU. dtype: one of the descriptor's precisions; default: as trained.
         offload: keep the blocks in host memory, for a GPU that is too small.
 
         Raises ValueError naming what is missing, damaged or not possible on this machine.
@@ -120,7 +132,7 @@ class Upscaler:
 
     def __call__(
         self,
-        picture: Image.Image | np.ndarray | Tensor | Picture,
+        picture: str | Path | Image.Image | np.ndarray | Tensor | Picture,
         steps: int | Literal["auto"] = 1,
         seed: int | torch.Generator = 0,
         *,
@@ -137,8 +149,8 @@ class Upscaler:
     ) -> Image.Image | np.ndarray | Tensor | Picture:
         """Restore a picture in `steps` steps.
 
-        picture: PIL image of any mode, [H, W, 3] uint8 or uint16, `Picture`, or tensor [3, H, W] or [B, 3, H, W] in
-        [0, 1]. The result has the same type.
+        picture: path of a PNG, JPEG, WebP, TIFF or BMP, PIL image of any mode, [H, W, 3] uint8 or uint16, `Picture`,
+        or tensor [3, H, W] or [B, 3, H, W] in [0, 1]. The result has the same type; that of a path is a PIL image.
         steps: number of steps, or `auto` for the smallest number that doubling would hardly change
         (`teasr.restore.auto_steps`).
         fidelity: 0 to 1, blends the result of several steps with the one-step result; short for dials={"fidelity": ..}.
@@ -157,7 +169,10 @@ class Upscaler:
         Raises ValueError for invalid arguments and for pictures that cannot be restored, MemoryError if not even a
         small tile fits, OSError if there is no room for temporary files.
         """
-        if isinstance(picture, Image.Image):
+        as_pil = isinstance(picture, str | Path | Image.Image)
+        if isinstance(picture, str | Path):
+            given = _read(Path(picture))
+        elif isinstance(picture, Image.Image):
             given = from_pil(picture)
         elif isinstance(picture, Tensor):
             how = {
@@ -194,7 +209,7 @@ class Upscaler:
         if isinstance(picture, np.ndarray):
             return restored
         made = given.restored(restored, scratch)
-        return to_pil(made) if isinstance(picture, Image.Image) else made
+        return to_pil(made) if as_pil else made
 
     @torch.no_grad()
     def _restore(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say, scratch) -> np.ndarray:
@@ -236,7 +251,7 @@ class Upscaler:
 
     def _fitting_tile(self, height: int, width: int, scratch: Scratch) -> int:
         """Return the side in px of tiles that fit in free memory, for a frame of this size."""
-        in_memory = self.device.type == "cpu" and scratch.folder is None
+        in_memory = self.device.type in ("cpu", "mps") and scratch.folder is None
         kept = self._bytes_of_frame(height, width, 0) if in_memory else 0
         if self._unit_bytes == float("inf"):
             self._unit_bytes = bytes_of_unit(self.model, self.device)

@@ -158,6 +158,7 @@ class QwenImage(Backbone):
     """The backbone: `QwenNet` and the VAE's codec."""
 
     own_dtype = True
+    devices = ("cpu", "cuda")  # its times are rounded in float64, which Apple GPUs do not have
     takes_text = True
     dtypes = ("bf16", "fp32", "fp8", "nf4")
 
