@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from teasr.util.optional import MissingPackage, needed_for
+
 # According to scikit-image, these are public domain or CC0, except for the motorcycle (Middlebury stereo set,
 # Scharstein et al. 2014), which is used here but never shipped.
 PHOTOS = {
@@ -24,9 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="output folder, in which train/ and heldout/ are created")
     options = parser.parse_args(arguments)
     try:
-        import skimage.data
-    except ImportError:
-        print("error: the demo photographs are part of scikit-image: run pip install 'teasr[demo]'", file=sys.stderr)
+        with needed_for("copying the photographs of the demo"):
+            import skimage.data
+    except MissingPackage as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     source = Path(skimage.data.__file__).parent
     for part, names in PHOTOS.items():

@@ -54,10 +54,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         ours = json.loads(metadata[OURS])
     except (KeyError, ValueError):
         raise ValueError(
-            f"LoRA {path} has no metadata of teasr, so it was not made by teasr: export one with launch/export.py"
+            f"LoRA {path} has no metadata of teasr, so it was not made by teasr: export one with `teasr export`"
         ) from None
     if ours.pop("format", None) != FORMAT:
-        raise ValueError(f"LoRA {path} was written by another version of teasr: export it again with launch/export.py")
+        raise ValueError(f"LoRA {path} was written by another version of teasr: export it again with `teasr export`")
     return weights, ours
 
 

@@ -74,14 +74,14 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"prompt {path} cannot be read ({error.strerror}): create it with data_prep/cache_prompt.py"
+            f"prompt {path} cannot be read ({error.strerror}): create it with `teasr cache-prompt`"
         ) from None
     try:
         tensors, metadata = unpack(data, f"prompt {path}")
     except ValueError as error:
-        raise ValueError(f"{error}: create it again with data_prep/cache_prompt.py") from None
+        raise ValueError(f"{error}: create it again with `teasr cache-prompt`") from None
     if "prompt_embeds" not in tensors:
-        raise ValueError(f"prompt {path} contains no prompt_embeds: create it with data_prep/cache_prompt.py")
+        raise ValueError(f"prompt {path} contains no prompt_embeds: create it with `teasr cache-prompt`")
     return tensors["prompt_embeds"], tensors.get("prompt_mask"), metadata
 
 

@@ -44,7 +44,7 @@ class TinyConfig:
 
     conditional: false omits the condition branch: an unconditional prior, trained with L_flow only, in the role that
     Qwen-Image has in the paper.
-    base: the prior to start from: a folder (of a run, a checkpoint or launch/export.py), the name of a shipped prior,
+    base: the prior to start from: a folder (of a run, a checkpoint or `teasr export`), the name of a shipped prior,
     or `random` for explicitly random weights.
     train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base.
     """

@@ -43,7 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--data-root",
         type=Path,
         default=Path("data/eval"),
-        help="folder that contains the datasets of eval/datasets.yaml (default: data/eval)",
+        help="folder that contains the test sets of `teasr presets show datasets` (default: data/eval)",
     )
     parser.add_argument(
         "--steps",

@@ -19,9 +19,7 @@ class DataConfig:
     augment: Literal["none", "flip", "dihedral"] = "flip"
     degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
     degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
-    latents: str | tuple[str, ...] | None = (
-        None  # cached latents (data_prep/cache_latents.py), one location per `shards`
-    )
+    latents: str | tuple[str, ...] | None = None  # cached latents (`teasr cache-latents`), one location per `shards`
     max_bad_share: Annotated[float, "[0, 1]"] = 0.01  # stop when a larger fraction of the samples is broken
 
     @property

@@ -19,7 +19,7 @@ from teasr.data.shards import ShardSet, read_index, read_shard, url_of
 from teasr.util.tensor_file import unpack
 
 MEMBER = "latents.safetensors"
-REMAKE = "run data_prep/cache_latents.py again"
+REMAKE = "run `teasr cache-latents` again"
 TURNS = {"none": 1, "flip": 2, "dihedral": 8}
 
 
@@ -62,7 +62,7 @@ class LatentCache:
 
     @classmethod
     def _open_one(cls, location: str, source: str, shards: ShardSet, augment: str) -> LatentCache:
-        index = read_index(location, f"make it with data_prep/cache_latents.py shards={source}")
+        index = read_index(location, f"make it with `teasr cache-latents shards={source}`")
         settings = index.get("settings", {})
         if not {"codec_sha256", "vae", "augment"} <= set(settings) or str(settings["augment"]) not in TURNS:
             raise ValueError(f"data.latents = {location} does not hold cached latents: {REMAKE}, or name its output")

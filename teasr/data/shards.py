@@ -54,7 +54,7 @@ class ShardSet:
         """
         if more:
             return cls._joined([cls.open(each) for each in (location, *more)])
-        index = read_index(location, "make shards with data_prep/make_shards.py or give the folder of a shard set")
+        index = read_index(location, "make shards with `teasr prepare` or give the folder of a shard set")
         rows = index["shards"]
         urls = tuple(url_of(location, row["shard"]) for row in rows)
         counts, sizes = (tuple(int(row[key]) for row in rows) for key in ("nsamples", "bytes"))

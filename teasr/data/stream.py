@@ -308,7 +308,7 @@ def batches(
             raise ValueError(
                 f"{broken} of {seen} samples are broken, more than data.max_bad_share = {config.max_bad_share} "
                 f"({names[0]}): "
-                "check the set with data_prep/verify_shards.py and make the broken shards again, or raise this limit"
+                "check the set with `teasr verify` and make the broken shards again, or raise this limit"
             )
         z_hq, z_lq = (None if z[0] is None else torch.stack(z) for z in latents)
         yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq), names

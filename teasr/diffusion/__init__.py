@@ -1,4 +1,4 @@
 """Flow-matching algebra and losses on plain tensors, with one function per paper equation, and perceptual distances.
 
-Files here import nothing else from teasr. They know neither the networks that are trained nor configs.
+Files here import `util.optional` alone from teasr. They know neither the networks that are trained nor configs.
 """

@@ -1,4 +1,4 @@
-"""Scoring restored pictures: metrics, the protocols of published tables, and evaluation on whole sets of pairs.
+"""Scoring restored pictures: metrics, the protocols of published tables, evaluation on whole sets, and reports.
 
-May import `data`, `diffusion`, `imaging` and `util`.
+May import `config`, `data`, `diffusion`, `imaging`, `util`, and, to score a model, `restore` and `tracking`.
 """

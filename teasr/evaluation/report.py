@@ -37,7 +37,7 @@ class Result:
             scores["methods"], scores["metrics"], scores["dataset"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{folder} contains no scores.json of eval/benchmark.py: give result folders such as RUN/eval/DATASET"
+                f"{folder} contains no scores.json of `teasr benchmark`: give result folders such as RUN/eval/DATASET"
             ) from None
         speed = read_json(folder / "speed.json")
         run = folder.parent.parent.name if folder.parent.name == "eval" else folder.name

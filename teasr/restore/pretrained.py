@@ -34,7 +34,7 @@ def load(
 ) -> tuple[Model, Sampler, RunConfig, torch.device]:
     """Load a model; return the student on its device, the sampler of its method, the config of its run, and the device.
 
-    model: folder of a run (its newest checkpoint is loaded), of a checkpoint, or written by `save` or launch/export.py;
+    model: folder of a run (its newest checkpoint is loaded), of a checkpoint, or written by `save` or `teasr export`;
     `owner/name` on the hub; or the name of a model shipped with teasr (`teasr.assets`).
     weights: `ema` (averaged) or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`.
     offload: keep the blocks in host memory and move them to the GPU one by one.

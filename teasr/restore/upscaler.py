@@ -98,7 +98,7 @@ class Upscaler:
         """Load a model.
 
         path: a run folder (its newest checkpoint is loaded), a checkpoint, a folder written by `save_pretrained` or
-        launch/export.py, `owner/name` on the hub, or the name of a model shipped with teasr. Default: the small shipped
+        `teasr export`, `owner/name` on the hub, or the name of a model shipped with teasr. Default: the small shipped
         model; a note about it is then logged.
         weights: `ema` (averaged) or `weights` (last). device: cpu, cuda, cuda:1 or mps (Apple); default: the NVIDIA GPU
         if there is one, otherwise the CPU. dtype: one of the descriptor's precisions; default: as trained.

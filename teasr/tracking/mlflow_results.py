@@ -120,5 +120,5 @@ def download_results(uri: str, experiment: str | None, place: Path) -> list[tupl
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not results:
-        raise ValueError(f"experiment {experiment} in MLflow at {uri} has no results: run eval/benchmark.py first")
+        raise ValueError(f"experiment {experiment} in MLflow at {uri} has no results: run `teasr benchmark` first")
     return results

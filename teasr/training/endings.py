@@ -35,7 +35,7 @@ def out_of_memory(error: Exception, then: str = "then run the same command again
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(t in str(error) for t in MEMORY):
         return None
     return OSError(
-        f"the memory is not sufficient ({_one_line(error)}): `launch/train.py --dry-run` shows what takes it, and "
+        f"the memory is not sufficient ({_one_line(error)}): `teasr train --dry-run` shows what takes it, and "
         f"docs/troubleshooting.md lists the settings that need less; {then}"
     )
 

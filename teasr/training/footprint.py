@@ -1,4 +1,4 @@
-"""Estimate the memory and FLOPs of one update without running it: `launch/train.py --dry-run`.
+"""Estimate the memory and FLOPs of one update without running it: `teasr train --dry-run`.
 
 The backbone is built on the meta device, where tensors have shapes but no memory, and the method's losses run forwards
 and backwards on it. Every tensor is counted for as long as it is alive; attention is counted as a GPU's fused kernels

@@ -35,7 +35,7 @@ class Preview:
         if len({sample.hq.shape for sample in self.samples}) > 1:
             raise ValueError(
                 f"previews need images of one size, but {shards.location} has several: make the shards with crop_px "
-                "(data_prep/make_shards.py), or choose other preview.shards"
+                "(`teasr prepare`), or choose other preview.shards"
             )
         # the metric that selects the best checkpoint (higher is better)
         self.score = f"preview/psnr_y_{config.steps[0]}" if config.shards else None

@@ -247,4 +247,4 @@ def first_pairs(shards: ShardSet, limit: int) -> Iterator[tuple[torch.Tensor, to
             found = True
             yield to_tensor(sample.hq), to_tensor(sample.lq_up)
     if not found:
-        raise ValueError(f"no shard of {shards.location} can be read: check them with data_prep/verify_shards.py")
+        raise ValueError(f"no shard of {shards.location} can be read: check them with `teasr verify`")

@@ -101,11 +101,11 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
         if b"\\u00E4" in path.read_bytes():
             continue  # the same letter, with its escape written in upper-case digits
-        with pytest.raises(ValueError, match=r"prompt .*cache_prompt"):
+        with pytest.raises(ValueError, match=r"prompt .*cache-prompt"):
             load_prompt(path)
     for length in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"prompt .*cache_prompt"):
+        with pytest.raises(ValueError, match=r"prompt .*cache-prompt"):
             load_prompt(path)
     path.write_bytes(pack({"x": torch.zeros(1)}, {}))
     with pytest.raises(ValueError, match="contains no prompt_embeds"):

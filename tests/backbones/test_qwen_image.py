@@ -183,7 +183,7 @@ def test_the_preset_runs_on_random_weights(shards, tmp_path):
 def test_mistakes_name_the_cure(model, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         backbone(tmp_path, prompt=str(model / "prompt.safetensors"))
-    with pytest.raises(ValueError, match=r"cache_prompt\.py"):
+    with pytest.raises(ValueError, match=r"teasr cache-prompt"):
         backbone(model, prompt=str(tmp_path / "none.safetensors"))
     story = {"prompt": "", "model": "x", "dtype": "fp32", "libraries": {}}
     (tmp_path / "wide.safetensors").write_bytes(tensor_file.pack({"prompt_embeds": torch.randn(5, 64)}, story))

@@ -41,7 +41,7 @@ def config(tmp_path, shards, **changes) -> str:
     ("override", "message"),
     [
         ("method.lambda_lpip=0", "did you mean lambda_lpips"),
-        ("data.shards=/nowhere", "/nowhere holds no index.json: make shards with data_prep/make_shards.py"),
+        ("data.shards=/nowhere", "/nowhere holds no index.json: make shards with `teasr prepare`"),
         ("train.batch=3", "train.batch = 3 is not a multiple of"),
         ("train.deepspeed=nowhere.json", "nowhere.json cannot be read"),
         ("data.streams=64", "set data.streams=4"),

@@ -225,7 +225,7 @@ def test_a_broken_sample_is_named_and_finished_sidecars_stay(shards, vae, whole,
     assert run(*arguments) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
-    assert "shard-000002.tar/000000027.lq.png" in error and "data_prep/verify_shards.py" in error
+    assert "shard-000002.tar/000000027.lq.png" in error and "`teasr verify`" in error
     assert sorted(tars(out)) == ["shard-000000.tar", "shard-000001.tar"] and not (out / "index.json").exists()
     (broken / "shard-000002.tar").write_bytes((shards / "shard-000002.tar").read_bytes())
     assert run(*arguments) == 0
@@ -292,7 +292,7 @@ def test_latents_that_do_not_fit_are_an_error_with_the_cure(shards, photos, vae,
     shard_set = ShardSet.open(str(shards))
     other = make_shards(photos, tmp_path / "other", seed=7)
     for location, source, augment, message in (
-        (tmp_path / "nowhere", shards, "flip", r"holds no index.json: make it with data_prep/cache_latents.py shards="),
+        (tmp_path / "nowhere", shards, "flip", r"holds no index.json: make it with `teasr cache-latents shards="),
         (shards, shards, "flip", "does not hold cached latents"),
         (whole, other, "flip", r"were made from other shards than those in .*other \(shard-000000.tar differs\)"),
         (whole, shards, "dihedral", "data.augment = dihedral, but the latents in .* were made with augment=flip"),
@@ -323,7 +323,7 @@ def test_damage_to_a_sidecar_is_seen_and_the_sample_replaced(shards, whole, tmp_
     rewrite(path, lambda name, content: content if name < "000000011" else None)
     read = iter(stream(shards, out, augment="none"))
     bad = [message for _ in range(48) for message in next(read).bad]
-    assert len(bad) == 1 and "000000011.latents.safetensors is missing: run data_prep/cache_latents.py again" in bad[0]
+    assert len(bad) == 1 and "000000011.latents.safetensors is missing: run `teasr cache-latents` again" in bad[0]
     path.unlink()
     read = iter(stream(shards, out, augment="none"))
     bad = [message for _ in range(48) for message in next(read).bad]

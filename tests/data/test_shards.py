@@ -226,7 +226,7 @@ def test_too_many_broken_samples_stop_the_run(photos, tmp_path):
         stream = PairStream(ShardSet.open(str(out)), DataConfig(str(out), max_bad_share=share), 0, 0, 1, 0)
         if stops:
             with pytest.raises(
-                ValueError, match=r"9 of \d+ samples are broken, more than data.max_bad_share = 0.01 .*verify_shards"
+                ValueError, match=r"9 of \d+ samples are broken, more than data.max_bad_share = 0.01 .*teasr verify"
             ):
                 list(islice(batches(stream, 4), 24))
         else:

@@ -132,7 +132,7 @@ def test_damage_is_named_with_its_cure(photos, tmp_path, verify, harm, named):
     assert code == 1 and "no problems" not in said
     for text in named:
         assert text in said
-    assert "make_shards command again" in said
+    assert "`teasr prepare` command again" in said
 
 
 def repack(out, change):

@@ -69,7 +69,7 @@ def test_from_mlflow(results, tmp_path):
 
 
 def test_mistakes(tmp_path):
-    for arguments, message in (([], "nothing to report"), ([tmp_path], "contains no scores.json of eval/benchmark.py")):
+    for arguments, message in (([], "nothing to report"), ([tmp_path], "contains no scores.json of `teasr benchmark`")):
         code, _, err = report(*arguments, "--out", tmp_path / "out")
         assert code == 2 and message in err
 

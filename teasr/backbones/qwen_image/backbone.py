@@ -1,7 +1,7 @@
 """Qwen-Image (20 B) as a dual-branch restoration model: diffusers' transformer and VAE, LoRA on the condition branch.
 
 The weights come from the hub or from the local folder of a diffusers model (`transformer/`, `vae/`). The prompt
-embedding comes from the file written by data_prep/cache_prompt.py, so the text encoder is never loaded here. The two
+embedding comes from the file written by `teasr cache-prompt`, so the text encoder is never loaded here. The two
 branches with decoupled timesteps follow TEASR sec. 3.4.
 
 Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x2 latent pixels, P = 4 C, T text tokens.
@@ -43,8 +43,8 @@ class QwenImageConfig:
     """Config of the Qwen-Image backbone: its weights and how its branches are joined."""
 
     model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
-    prompt: str  # prompt file written by data_prep/cache_prompt.py, or "random"
-    lora: str | None = None  # LoRA exported by launch/export.py to start from; null: a new one without effect yet
+    prompt: str  # prompt file written by `teasr cache-prompt`, or "random"
+    lora: str | None = None  # LoRA exported by `teasr export` to start from; null: a new one without effect yet
     lora_rank: Annotated[int, "[1, 65536]"] = 128
     lora_alpha: Annotated[int, "[1, inf)"] = 128
     # independent: condition tokens attend only to condition tokens
@@ -426,12 +426,12 @@ def _prompt(config: QwenImageConfig, width: int) -> Tensor:
     if mask is not None:
         raise ValueError(
             f"backbone.prompt = {config.prompt} contains a padded prompt: create it again for a single prompt with "
-            "data_prep/cache_prompt.py"
+            "`teasr cache-prompt`"
         )
     if embeds.shape[1] != width:
         raise ValueError(
             f"backbone.prompt = {config.prompt} has embeddings of width {embeds.shape[1]}, but {config.model} needs "
-            f"width {width}: create it for this model with data_prep/cache_prompt.py"
+            f"width {width}: create it for this model with `teasr cache-prompt`"
         )
     return embeds
 

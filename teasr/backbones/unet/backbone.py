@@ -36,7 +36,7 @@ class UNetConfig:
     """Sizes of the network, and what is trained.
 
     train: `trunk` trains the coarse restoration (method `coarse`); `branches` freezes it and trains the rest.
-    base: for `branches`, where the trunk comes from: a folder (of a run, a checkpoint or launch/export.py), the name of
+    base: for `branches`, where the trunk comes from: a folder (of a run, a checkpoint or `teasr export`), the name of
     a shipped model, or `random` for explicitly random weights.
     """
 

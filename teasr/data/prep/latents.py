@@ -174,7 +174,7 @@ class _Set:
 
 def _broken(source: Path, error: object) -> ValueError:
     return ValueError(
-        f"{error}; finished shards of latents are kept: check the shard set with data_prep/verify_shards.py, "
+        f"{error}; finished shards of latents are kept: check the shard set with `teasr verify`, "
         f"delete {source} and its .json, make it again with the command that made the set, then run this command again"
     )
 

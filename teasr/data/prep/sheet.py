@@ -39,7 +39,7 @@ def _tile(key: str, members: dict[str, bytes]) -> np.ndarray:
         hq = next(data for field, data in members.items() if field.startswith("hq."))
         lq, source = members["lq.png"], str(json.loads(members["json"])["source"])
     except (StopIteration, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{key} cannot be drawn ({error!r}): run data_prep/verify_shards.py without --share") from None
+        raise ValueError(f"{key} cannot be drawn ({error!r}): run `teasr verify` without --share") from None
     for i, (data, way) in enumerate(((lq, Image.Resampling.NEAREST), (hq, Image.Resampling.LANCZOS))):
         picture = Image.fromarray(images.decode_rgb(data, key))
         tile.paste(picture.resize((THUMB_PX, THUMB_PX), way), (4 + i * (THUMB_PX + 4), 4))

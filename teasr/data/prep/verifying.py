@@ -27,7 +27,7 @@ from teasr.util.files import read_json, unusual
 from teasr.util.progress import ProgressLine
 from teasr.util.seed import seed_of
 
-REMAKE = "delete it and run the same make_shards command again"
+REMAKE = "delete it and run the same `teasr prepare` command again"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def read_index(folder: Path) -> dict:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that contains {INDEX}")
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds no {INDEX}: the set is not finished; run its make_shards command again")
+        raise ValueError(f"{folder} holds no {INDEX}: the set is not finished; run its `teasr prepare` command again")
     try:
         index = parse_index((folder / INDEX).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{folder / INDEX} is broken ({error}): run its make_shards command again") from None
+        raise ValueError(f"{folder / INDEX} is broken ({error}): run its `teasr prepare` command again") from None
     _check_is_of_images(folder, index)
     return index
 
@@ -67,16 +67,18 @@ def read_index(folder: Path) -> dict:
 def _check_is_of_images(folder: Path, index: dict) -> None:
     settings = index.get("settings", {})
     if not any(row["nsamples"] for row in index["shards"]):
-        raise ValueError(f"{folder} holds no samples: run its make_shards command again")
+        raise ValueError(f"{folder} holds no samples: run its `teasr prepare` command again")
     if "codec_sha256" in settings:
         raise ValueError(f"{folder} holds cached latents: give the folder of the shards that they were made from")
     lacking = {"crop_px", "degradation", "hq_format", "peer_exact", "variants"} - set(settings)
     lacking |= {"libraries", "set_sha256"} - set(index)
     if lacking or not all(isinstance(row.get("sha256"), str) for row in index["shards"]):
         what = ", ".join(sorted(lacking)) or "sha256 of a shard"
-        raise ValueError(f"{folder / INDEX} is broken ({what} is missing): run its make_shards command again")
+        raise ValueError(f"{folder / INDEX} is broken ({what} is missing): run its `teasr prepare` command again")
     if settings["hq_format"] not in HQ_SUFFIX or type(settings["crop_px"]) is not int:
-        raise ValueError(f"{folder / INDEX} is broken (its settings are not known): run its make_shards command again")
+        raise ValueError(
+            f"{folder / INDEX} is broken (its settings are not known): run its `teasr prepare` command again"
+        )
 
 
 def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[list[str], list[str], dict]:
@@ -108,7 +110,7 @@ def _check_index(folder: Path, index: dict) -> tuple[list[str], list[str]]:
     problems = []
     if set_hash(rows) != index["set_sha256"]:
         problems.append(
-            f"{INDEX}: set_sha256 is not the hash of the listed shards: run the same make_shards command again"
+            f"{INDEX}: set_sha256 is not the hash of the listed shards: run the same `teasr prepare` command again"
         )
     known = {row["shard"] for row in rows} | {Path(row["shard"]).with_suffix(".json").name for row in rows}
     strays = [
