@@ -55,12 +55,12 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
         "util/",
     },
     "commands/": {
-        "backbones/", "cli", "commands/", "config/", "data/", "evaluation/", "imaging/", "restore/", "run_config",
-        "tracking/", "training/", "util/",
+        "assets/", "backbones/", "cli", "commands/", "config/", "data/", "evaluation/", "imaging/", "restore/",
+        "run_config", "tracking/", "training/", "util/",
     },
     "tracking/": {"config/", "tracking/", "util/"},
     "training/": {
-        "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/",
+        "assets/", "backbones.base", "backbones.model", "backbones.roles", "config/", "data/", "imaging/", "methods/",
         "run_config", "tracking/", "training/", "util/",
     },
     "cli.py": {"commands/"},

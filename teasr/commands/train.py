@@ -16,6 +16,7 @@ from teasr.util.optional import needed_for
 
 SUMMARY = "train a model from a YAML config; running the same command again resumes"
 EXAMPLES = """examples:
+  {prog} --photos ~/pictures --out mymodel                              your own model from a folder of photographs
   {prog} --config tiny_teasr data.shards=data/train run_dir=runs/mine   a preset with two changes; continues if stopped
   {prog} --config mine.yaml --print                                     the whole config with all defaults
   {prog} --config qwen_teasr --dry-run                                  memory and FLOPs, without a GPU
@@ -34,9 +35,26 @@ WAIT_FOR_RANK_0_S = 60
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the options; prog: how the program was called."""
     parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML config: a file, or the name of a preset").presets = RUNS
+    what.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="make shards of these photographs, train a model on them and score it",
+    )
+    parser.add_argument("--out", type=Path, metavar="MODEL", help="with --photos: the folder of the model and its run")
     parser.add_argument(
-        "--config", type=Path, required=True, help="YAML config: a file, or the name of a preset"
-    ).presets = RUNS
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="with --photos: the model to train further (a folder, or one that comes with teasr), or a preset, which "
+        "starts from the beginning (default: small)",
+    )
+    parser.add_argument(
+        "--crops", type=int, metavar="N", help="with --photos: number of training crops of each kind (default: 4000)"
+    )
+    parser.add_argument("--name", help="with --photos: name of the run in MLflow (default: that of the folder)")
     parser.add_argument("--print", action="store_true", help="print the whole config with all defaults, then exit")
     parser.add_argument(
         "--dry-run", action="store_true", help="print memory and FLOPs of one update, then exit; needs no GPU"
@@ -87,7 +105,12 @@ def _options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
         checked.error(
             "--size and --ranks require --dry-run; in a training, the shards set the size and the launcher the ranks"
         )
-    for name in ("size", "ranks"):
+    if options.photos and not options.out:
+        checked.error("--photos needs --out, the folder of the model")
+    for name in ("out", "start", "name", "crops"):
+        if getattr(options, name) is not None and not options.photos:
+            checked.error(f"--{'from' if name == 'start' else name} requires --photos")
+    for name in ("size", "ranks", "crops"):
         if (given := getattr(options, name)) is not None and given < 1:
             checked.error(f"--{name} {given}: must be >= 1")
     return options
@@ -97,6 +120,11 @@ def _train(options: argparse.Namespace) -> int:
     from teasr import run_config
     from teasr.util.output import lenient_output
 
+    if options.photos:
+        from teasr.commands import photos
+
+        start, crops = options.start or "small", options.crops or photos.CROPS
+        return photos.train(options.photos, options.out, start, options.name, crops, options.overrides)
     settings = run_config.load(presets.find(options.config, RUNS), options.overrides)
     if options.print:
         print(settings.to_yaml(), end="")

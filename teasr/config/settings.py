@@ -17,6 +17,8 @@ class TrainConfig:
     micro_batch: Count  # samples per forward pass on one rank
     learning_rate: Annotated[float, "(0, inf)", "such as 5e-5"]
     deepspeed: str = "ds_configs/zero3.json"
+    # a trained model from which the student starts: a folder, or the name of a shipped model; null: initial weights
+    start_from: str | None = None
     betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.99)
     weight_decay: Annotated[float, "[0, inf)"] = 0.0
     clip_norm: Annotated[float, "(0, inf)"] = 1.0

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from teasr import assets
 from teasr.backbones.roles import FIRST
 from teasr.config.reading import read_yaml
 from teasr.config.strict_yaml import diff
@@ -110,12 +112,32 @@ class RunState:
         return None, found, checkpoint_folder.update_of(good) if good else 0
 
     def load_weights(self) -> None:
-        """Load weights and fixed tensors of the checkpoint that was found. Call it before the engines are built."""
+        """Load weights and fixed tensors: of the checkpoint that was found, or else of `train.start_from`.
+
+        Call it before the engines are built. Raises ValueError when that model does not fit.
+        """
         if self.found is None:
+            if self.config.train.start_from:
+                self._load_start(self.config.train.start_from)
             return
         self.networks.student.load_fixed_state(load_file(self.found / "fixed.safetensors"))
         for role in self.roles:
             self.networks.base(role).load_weights(load_file(self.found / file_of("weights", role)), role)
+
+    def _load_start(self, source: str) -> None:
+        student = self.networks.student
+        try:
+            folder = checkpoint_folder.resolve(assets.find(source) or Path(source).expanduser())
+            file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
+            student.load_fixed_state(load_file(folder / "fixed.safetensors"))
+            student.load_weights(load_file(file))
+        except (ValueError, OSError, SafetensorError, StopIteration) as error:
+            reason = " ".join(str(error).split())[:200] or "it holds no weights"
+            raise ValueError(
+                f"train.start_from = {source} cannot be used ({reason}): give the folder of a run, a checkpoint or an "
+                "export of the same backbone, or the name of a shipped model"
+            ) from None
+        self.say(f"starting from {source}")
 
     def load_rest(self, engines: dict, ema: Ema | None) -> None:
         """Load optimiser states and EMA of the checkpoint that was found. `save` can be called only after this."""

@@ -98,8 +98,8 @@ class Trainer:
         settings = self.settings
         start_ranks(self.train, self.world)
         self.state.find(accept_changes)
-        self._fit_codec()
         self.state.load_weights()
+        self._fit_codec()
         self.networks.share_codec()
         self.method.to(self.world.device)
         self.networks.place_frozen(self.world.device)
@@ -219,10 +219,10 @@ class Trainer:
     def _fit_codec(self) -> None:
         """Fit the student's codec if it needs fitting, and send it to all ranks.
 
-        A resumed run loads it from its checkpoint instead.
+        A resumed run has loaded it from its checkpoint, and one that starts from a model from there.
         """
         student = self.networks.student
-        if self.state.found is None and student.needs_fit:
+        if student.needs_fit:
             student.fit(first_pairs(self.shards, FIT_PAIRS))
             student.load_fixed_state(self.world.from_main(student.fixed_state()))
 
