@@ -60,6 +60,8 @@ def _verify(options: argparse.Namespace) -> int:
 
     if not 0 < options.share <= 1:
         raise ValueError(f"--share {options.share}: must be greater than 0 and at most 1")
+    if options.sheet and options.sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {options.sheet}: the contact sheet is a PNG, so its name must end in .png")
     workers = engines.cores() if options.workers is None else options.workers
     problems, warnings, index = verify_set(options.shards, options.share, options.redo, workers)
     for line in [f"warning: {w}" for w in warnings] + problems[:MAX_SHOWN]:

@@ -211,6 +211,10 @@ def test_the_contact_sheet_shows_pairs(shards, tmp_path, verify):
     assert hq.std() > 5 and np.corrcoef(hq.mean(2).ravel(), lq.mean(2).ravel())[0, 1] > 0.3
     assert (sheet[198:232] < 100).any()  # captions
     assert np.array_equal(contact_sheet(shards, read_index(shards)), sheet)
+    index = shards / "index.json"
+    before = index.read_bytes()
+    code, _, printed = verify(shards, "--sheet", index)
+    assert code == 2 and "its name must end in .png" in printed and index.read_bytes() == before
 
 
 def test_more_than_one_process_finds_the_same(photos, tmp_path):
