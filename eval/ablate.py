@@ -28,7 +28,7 @@ import numpy as np
 
 from teasr import run_config
 from teasr.config import presets
-from teasr.evaluation.benchmark import BASELINES
+from teasr.evaluation.names import BASELINES
 from teasr.evaluation.registry import METRICS
 from teasr.util.files import write_atomic
 

@@ -120,7 +120,7 @@ MISSING = [  # arguments -> the package that a light installation lacks
     (["prepare", "photos=.", "out=set"], "scipy"),
     (["verify", "set"], "scipy"),
     (["benchmark", "small", "--data", "set"], "webdataset"),
-    (["report", "--mlflow", "sqlite:///x.db", "--experiment", "x"], "webdataset"),
+    (["report", "--mlflow", "sqlite:///x.db", "--experiment", "x"], "mlflow"),
     (["sync-mlflow", "run"], "mlflow"),
     (["cache-prompt", "model=m", "out=p.safetensors"], "diffusers"),
     (["cache-latents", "shards=set", "vae=v"], "accelerate"),
