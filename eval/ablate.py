@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from teasr import run_config
-from teasr.evaluation.benchmark import BASELINES
+from teasr.config import presets
+from teasr.evaluation.names import BASELINES
 from teasr.evaluation.registry import METRICS
 from teasr.util.files import write_atomic
 
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         for changes in ROWS[options.rows].values():  # report errors before the first training
-            run_config.load(options.config, [*options.overrides, *changes])
+            run_config.load(presets.find(options.config, presets.RUNS), [*options.overrides, *changes])
         found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
         result = summary(found, options)
         write_atomic(options.out / "ablation.json", json.dumps(result, indent=1).encode())

@@ -141,6 +141,8 @@ def test_other_shells_know_every_verb_and_option(shell, tmp_path, capsys):
             for name in option.names:
                 written = f"{name}[" if shell == "zsh" else re.sub("^--", "-l ", name)
                 assert written in script or f"-s {name[1:]}" in script, (verb, name)
+    either = "{compadd deblur" if shell == "zsh" else "-l config -r -a 'deblur"
+    assert either in script  # a preset or a file
     if shutil.which(shell):
         (tmp_path / "script").write_text(script)
         assert subprocess.run([shell, "-n", tmp_path / "script"]).returncode == 0

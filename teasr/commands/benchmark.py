@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None, prog: str = "teasr benchmark") -> i
         with needed_for("the benchmark"):
             from teasr.evaluation import scoring
 
-            scoring.evaluate(options, presets.find("eval/datasets.yaml", presets.SETS))
+            scoring.evaluate(options, presets.names(presets.SETS)["datasets"])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

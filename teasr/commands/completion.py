@@ -26,7 +26,8 @@ class Option:
     """An option of a verb, or a positional argument (without names), as a shell needs to know it."""
 
     names: tuple[str, ...]
-    values: tuple[str, ...]  # what may follow it; empty: a file, or nothing when takes_value is False
+    values: tuple[str, ...]  # what may follow it, or stand in its place
+    files: bool  # files may do so too
     takes_value: bool
     help: str
 
@@ -55,8 +56,9 @@ def options_of(verb: str) -> list[Option]:
         kinds = getattr(action, "presets", ())
         for folder in (kinds,) if isinstance(kinds, str) else kinds:
             values += tuple(presets.names(folder))
+        files = isinstance(kinds, str) or not values
         text = (action.help or "").replace("%%", "%").partition(" (default")[0]
-        found.append(Option(tuple(action.option_strings), values, action.nargs != 0, text))
+        found.append(Option(tuple(action.option_strings), values, files, action.nargs != 0, text))
     return found
 
 
@@ -96,16 +98,13 @@ def zsh(verbs: dict[str, list[Option]]) -> str:
     """Return the script for zsh."""
     cases = []
     for verb, options in verbs.items():
-        lines = []
+        places = [option for option in options if not option.names]
+        values = tuple(value for option in places for value in option.values)
+        lines = [f"*: :{_zsh_values(values, any(option.files for option in places))}"] if places else []
         for option in options:
-            what = _zsh_text(option.help)
-            after = f"({' '.join(option.values)})" if option.values else "_files"
-            if not option.names:
-                lines.append(shlex.quote(f"*: :{after if option.values else '_files'}"))
-            for name in option.names:
-                lines.append(shlex.quote(f"{name}[{what}]" + (f": :{after}" if option.takes_value else "")))
-        lines = [line for i, line in enumerate(lines) if not line.startswith("'*:") or "'*:" not in "".join(lines[:i])]
-        cases.append(f"    {verb}) _arguments {' '.join(lines)} ;;")
+            after = f": :{_zsh_values(option.values, option.files)}" if option.takes_value else ""
+            lines += [f"{name}[{_zsh_text(option.help)}]{after}" for name in option.names]
+        cases.append(f"    {verb}) _arguments {shlex.join(lines)} ;;")
     described = " ".join(shlex.quote(f"{verb}:{_zsh_text(cli.VERBS[verb][1])}") for verb in verbs)
     return f"""#compdef teasr
 # completion of teasr for zsh, made by `teasr completion zsh`
@@ -139,10 +138,11 @@ def fish(verbs: dict[str, list[Option]]) -> str:
     for verb, options in verbs.items():
         condition = f"-n '__fish_seen_subcommand_from {verb}'"
         for option in options:
-            values = f" -f -a {_fish_quote(' '.join(option.values))}" if option.values else ""
+            values = f" -a {_fish_quote(' '.join(option.values))}" if option.values else ""
+            values = values if option.files else f" -f{values}"
             if not option.names:
-                if values:
-                    lines.append(f"complete -c teasr {condition}{values.replace(' -f', '')}")
+                if option.values:
+                    lines.append(f"complete -c teasr {condition}{values}")
                 continue
             flags = "".join(f" -l {n[2:]}" if n.startswith("--") else f" -s {n[1:]}" for n in option.names)
             value = (" -r" + values) if option.takes_value else ""
@@ -158,6 +158,13 @@ def _zsh_text(text: str) -> str:
     for character in "\\[]:":
         text = text.replace(character, "\\" + character)
     return text
+
+
+def _zsh_values(values: tuple[str, ...], files: bool) -> str:
+    """Return the action of `_arguments` that completes one of these values, or a file."""
+    if values and files:
+        return f"{{compadd {' '.join(values)}; _files}}"
+    return f"({' '.join(values)})" if values else "_files"
 
 
 def _fish_quote(text: str) -> str:

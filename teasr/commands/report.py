@@ -36,7 +36,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--published",
         type=Path,
-        default=Path("eval/published.yaml"),
         help="YAML file of published scores (default: the one that comes with teasr)",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="output folder (default: report)")
@@ -68,7 +67,7 @@ def _report(options: argparse.Namespace) -> None:
             raise ValueError(
                 "nothing to report: give result folders of `teasr benchmark`, or --mlflow and --experiment"
             )
-        blocks = report.read_published(presets.find(options.published, presets.SETS))
+        blocks = report.read_published(options.published or presets.names(presets.SETS)["published"])
         options.out.mkdir(parents=True, exist_ok=True)
         write_atomic(options.out / "report.md", report.markdown(results, blocks).encode())
         write_atomic(options.out / "report.html", report.page(results, blocks).encode())

@@ -24,6 +24,7 @@ import numpy as np
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
 from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.names import BICUBIC, INPUT, SHOWN, shown_name
 from teasr.evaluation.registry import METRICS
 from teasr.imaging import images
 from teasr.util.files import write_atomic
@@ -33,8 +34,6 @@ COMPARED = 6  # the most pictures in comparison.png
 EXTREMES = 5  # number of best and of worst pictures in extremes.png
 SHOWN_PX = 384  # largest side of a picture in a sheet; larger ones are cropped to their centre
 RESAMPLES = 1000  # number of bootstrap resamples
-BICUBIC, INPUT, SHOWN = "bicubic", "input", "shown"
-BASELINES = (BICUBIC, INPUT)  # names of the unrestored pictures in the results
 Restore = Callable[[Sample], np.ndarray]
 
 
@@ -249,22 +248,6 @@ class Evaluation:
         for name, wanted in (("comparison", [k for k in keys if k in spread]), ("extremes", chosen)):
             sheet = images.comparison(_same_size([rows[key] for key in wanted]), titles)
             write_atomic(self.out / f"{name}.png", images.png_bytes(sheet))
-
-
-def shown_name(title: str) -> str:
-    """Return the file name of a method's picture in `shown/`."""
-    return f"{title.replace(' ', '_')}.png"
-
-
-def step_name(steps: int) -> str:
-    """Return the name of a step count in tables, such as "4 steps"."""
-    return f"{steps} step{'s' * (steps != 1)}"
-
-
-def steps_of(name: str) -> int | None:
-    """Return the step count from a method's name, or None if the name is not a step count."""
-    head, _, tail = name.partition(" ")
-    return int(head) if head.isdigit() and tail in ("step", "steps") else None
 
 
 def table(scores: dict) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teasr.config import strict_yaml
-from teasr.evaluation.benchmark import BASELINES, BICUBIC, SHOWN, shown_name, steps_of
+from teasr.evaluation.names import BASELINES, BICUBIC, SHOWN, shown_name, steps_of
 from teasr.evaluation.registry import METRICS
 from teasr.util.files import read_json
 

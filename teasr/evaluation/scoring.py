@@ -15,8 +15,9 @@ from teasr.data import pairs as pairs_of
 from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
-from teasr.evaluation.benchmark import SHOWN, Evaluation, step_name, steps_of, table
+from teasr.evaluation.benchmark import Evaluation, table
 from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.names import SHOWN, step_name, steps_of
 from teasr.tracking.environment import git_commit
 from teasr.tracking.mlflow_results import log_results
 from teasr.util import checkpoint_folder

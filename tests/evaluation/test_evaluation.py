@@ -16,8 +16,9 @@ from conftest import ROOT
 from PIL import Image
 
 from teasr.data import pairs as pairs_of
-from teasr.evaluation.benchmark import Evaluation, steps_of, table
+from teasr.evaluation.benchmark import Evaluation, table
 from teasr.evaluation.metrics import Scorer
+from teasr.evaluation.names import steps_of
 from teasr.imaging import images
 from teasr.imaging.exact_metrics import psnr
 from teasr.util.distributed import free_port

@@ -1,0 +1,23 @@
+"""Names in the results of an evaluation: of its methods, and of the files of its pictures."""
+
+from __future__ import annotations
+
+BICUBIC, INPUT = "bicubic", "input"
+BASELINES = (BICUBIC, INPUT)  # names of the unrestored pictures in the results
+SHOWN = "shown"  # folder of the pictures that reports show
+
+
+def shown_name(title: str) -> str:
+    """Return the file name of a method's picture in `shown/`."""
+    return f"{title.replace(' ', '_')}.png"
+
+
+def step_name(steps: int) -> str:
+    """Return the name of a step count in tables, such as "4 steps"."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
+def steps_of(name: str) -> int | None:
+    """Return the step count from a method's name, or None if the name is not a step count."""
+    head, _, tail = name.partition(" ")
+    return int(head) if head.isdigit() and tail in ("step", "steps") else None
