@@ -7,13 +7,11 @@ become sRGB.
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -100,11 +98,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image in a supported format (PNG, JPEG, WebP, TIFF, BMP)") from None
-    except OSError as error:
-        if error.filename is not None:
+    except images.DAMAGED as error:
+        if isinstance(error, OSError) and error.filename is not None:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
-    except (SyntaxError, ValueError, EOFError, struct.error, cv2.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 

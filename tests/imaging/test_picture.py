@@ -212,3 +212,15 @@ def test_jobs_of_a_tree(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = batch.jobs([str(tmp_path / "a")], tmp_path / "out", kind="webp")
     assert [j.target.relative_to(tmp_path).as_posix() for j in found] == ["out/b/y.webp", "out/x.webp"]
+
+
+@pytest.mark.parametrize("act", [picture.read, picture.layout])
+def test_a_tiff_with_too_many_tags_is_refused_by_name(act, tmp_path):
+    """Pillow then reads pixels as tags, and raises TypeError."""
+    path = tmp_path / "broken.tif"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[8] = 255  # number of tags
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"broken.tif (cannot be read as an image|is not an image)"):
+        act(path)
