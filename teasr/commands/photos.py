@@ -128,7 +128,7 @@ def _score(out: Path, start: str | None) -> None:
     """Score the model, and the one it started from, on the held-out crops."""
     from teasr.commands import benchmark
 
-    steps = ["--data", str(out / "shards/heldout"), "--steps", "1", "4"]
+    steps = ["--data", str(out / "shards/heldout"), "--steps", "1", "4", "--metrics", "psnr", "ssim", "lpips", "dists"]
     if start:
         print(f"\nbefore, {start}:", flush=True)
         benchmark.main([start, *steps, "--out", str(out / "eval/before")])
