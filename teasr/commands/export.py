@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from teasr.util import checkpoint_folder, command_line
+from teasr.util.files import read_json
 from teasr.util.optional import needed_for
 
 SUMMARY = "export a trained run as one LoRA file in diffusers' layout, or in full where more than a LoRA was trained"
@@ -100,7 +101,10 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     lora = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
     if lora is None:
         model, *_ = pretrained.load(folder, options.weights, "cpu")
-        pretrained.save(model.backbone, list(model.backbone.exported()), settings, options.out, options.dtype)
+        state = read_json(folder / "state.json")  # a shipped model or an export has none
+        origin = {name: state[key] for key, name in (("update", "updates"), ("commit", "commit")) if key in state}
+        names = list(model.backbone.exported())
+        pretrained.save(model.backbone, names, settings, options.out, options.dtype, origin)
         return options.out / "ema.safetensors"
     state = json.loads((folder / "state.json").read_text())
     peft, metadata = lora

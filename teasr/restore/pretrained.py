@@ -6,7 +6,9 @@ A model is a run folder, a checkpoint, a saved folder, an exported LoRA, a hub r
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
 from teasr.backbones.model import Model
 from teasr.methods.sampler import Sampler
+from teasr.restore.card import card
 from teasr.run_config import BACKBONES, RunConfig, parse_text
 from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
@@ -67,12 +70,20 @@ def load(
     return Model(backbone, student), method.sampler(), config, place
 
 
-def save(backbone: Backbone, names: list[str], config: RunConfig, folder: Path, dtype: str = "fp32") -> None:
+def save(
+    backbone: Backbone,
+    names: list[str],
+    config: RunConfig,
+    folder: Path,
+    dtype: str = "fp32",
+    origin: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Write a folder that `load` can read, atomically.
 
-    It holds the parameters `names`, the codec, the config, and the files that the config refers to.
-    dtype: fp32, or the dtype to which the parameters are rounded; the codec is not rounded. Raises ValueError if the
-    folder already holds other files, or if a file that the config refers to is missing.
+    It holds the parameters `names`, the codec, the config, the files that the config refers to, and a model card.
+    dtype: fp32, or the dtype to which the parameters are rounded; the codec is not rounded. origin: what the card tells
+    besides, such as the number of updates. Raises ValueError if the folder already holds other files, or if a file that
+    the config refers to is missing.
     """
     if folder.exists() and not (folder / checkpoint_folder.MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files: choose a new folder")
@@ -88,6 +99,8 @@ def save(backbone: Backbone, names: list[str], config: RunConfig, folder: Path, 
         save_file({n: x.cpu().contiguous() for n, x in state.items()}, temporary / f"{name}.safetensors")
     copy_files(type(backbone), config.backbone, temporary)
     (temporary / "config.yaml").write_text(config.to_yaml())
+    count = sum(x.numel() for x in tensors["ema"].values())
+    (temporary / "README.md").write_text(card(folder.name, config, count, origin))
     checkpoint_folder.commit(temporary, folder)
 
 

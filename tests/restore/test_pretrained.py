@@ -17,7 +17,10 @@ PHOTO = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:256])  # 56 x 40
 def test_a_model_is_saved_and_loaded(untrained, tmp_path):
     first = Upscaler.from_pretrained(untrained)
     saved = first.save_pretrained(tmp_path / "saved")
-    assert {p.name for p in saved.iterdir()} == {"ema.safetensors", "fixed.safetensors", "config.yaml", "MANIFEST.json"}
+    files = {"ema.safetensors", "fixed.safetensors", "config.yaml", "README.md", "MANIFEST.json"}
+    assert {p.name for p in saved.iterdir()} == files
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: teasr\n") and f"--model {saved.name}" in card and "`tiny`" in card
     again = Upscaler.from_pretrained(saved)
     assert np.array_equal(again(PHOTO, steps=2), first(PHOTO, steps=2))
     again.save_pretrained(saved)  # over itself
