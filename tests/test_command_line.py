@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 import teasr
-from teasr import cli
-from teasr.commands import completion
+from teasr import cli, run_config
+from teasr.commands import completion, train
 from teasr.config import presets
 
 SCRIPTS = {
@@ -157,3 +157,10 @@ def test_public_names_are_documented_and_there():
         assert name.startswith("_") or f"`{name}`" in page, name
     with pytest.raises(AttributeError, match="no Upscalers"):
         _ = teasr.Upscalers
+
+
+def test_a_finished_training_says_how_to_use_the_model():
+    settings = run_config.load(ROOT / "launch/presets/tiny_teasr.yaml", ["run_dir=runs/mine", "preview.shards=held"])
+    text = train._next_commands(settings, restores=True)
+    assert "teasr upscale photo.jpg -o photo_x4.png --model runs/mine" in text and "--data held" in text
+    assert "backbone.base=runs/mine" in train._next_commands(settings, restores=False)

@@ -65,6 +65,7 @@ def test_progress_tells_phase_step_loss_rate_and_time_left(demo):
 
 def test_second_round_says_that_it_is_done(demo):
     (_, second), _ = demo
+    assert "the model is in runs/demo; next:" in second and "--model runs/demo" in second
     assert "already trained: 12/12 updates" in second and "already evaluated" in second
     assert re.search(r"8 steps +\d\d\.\d+", second)
 

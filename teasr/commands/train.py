@@ -143,8 +143,24 @@ def _train(options: argparse.Namespace) -> int:
     from teasr.training.trainer import Trainer
 
     with lenient_output():
-        Trainer(settings, options.accept_changes).fit()
+        trainer = Trainer(settings, options.accept_changes)
+        trainer.fit()
+        if trainer.world.main and trainer.update >= settings.train.updates:
+            print(_next_commands(settings, trainer.networks.student.restores), flush=True)
     return 0
+
+
+def _next_commands(settings, restores: bool) -> str:
+    """Say where a finished model is, and how to use it."""
+    run = settings.run_dir
+    if not restores:
+        return f"the prior is in {run}; a training starts from it with backbone.base={run}"
+    size = f"photo_x{settings.scale}.png" if settings.scale > 1 else "restored.png"
+    data = settings.preview.shards or "HELDOUT"
+    return (
+        f"the model is in {run}; next:\n  teasr upscale photo.jpg -o {size} --model {run}\n"
+        f"  teasr benchmark {run} --data {data}"
+    )
 
 
 def report(error: Exception) -> int:
