@@ -6,7 +6,7 @@
 
 Every step runs in its own process with a time limit, and its result is appended to OUT/results.jsonl at once; what it
 printed is in OUT/log.txt. A step that fails or takes too long does not stop the others. `--budget` ends the check: a
-step starts only if its limit still fits. `bench/gpu_report.py` puts the results beside the predictions.
+step starts only if its limit still fits. docs/memory.md has what one H200 said.
 """
 
 from __future__ import annotations
