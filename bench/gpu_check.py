@@ -6,7 +6,7 @@
 
 Every step runs in its own process with a time limit, and its result is appended to OUT/results.jsonl at once; what it
 printed is in OUT/log.txt. A step that fails or takes too long does not stop the others. `--budget` ends the check: a
-step starts only if its limit still fits. docs/memory.md has what one H200 said.
+step starts only if its limit still fits. docs/memory.md has the results of one H200.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -233,8 +234,9 @@ def machine(step: Step) -> dict:
         on_gpu = torch.empty(size, dtype=torch.uint8, device="cuda")
         for kind, host in (("pinned", torch.empty(size, dtype=torch.uint8, pin_memory=True)),
                            ("pageable", torch.ones(size, dtype=torch.uint8))):  # fmt: skip
-            row["to_gpu"][f"{kind} {size}"] = size / seconds(lambda: on_gpu.copy_(host, non_blocking=True))  # noqa: B023
-            row["to_host"][f"{kind} {size}"] = size / seconds(lambda: host.copy_(on_gpu, non_blocking=True))  # noqa: B023
+            name = f"{kind} {size}"
+            row["to_gpu"][name] = size / seconds(partial(on_gpu.copy_, host, non_blocking=True))
+            row["to_host"][name] = size / seconds(partial(host.copy_, on_gpu, non_blocking=True))
     plain = torch.ones(4 * GIB, dtype=torch.uint8)
     at = time.perf_counter()
     error = int(torch.cuda.cudart().cudaHostRegister(plain.data_ptr(), plain.nbytes, 0))
@@ -285,7 +287,7 @@ def losses(step: Step) -> dict:
 
 
 def swap_check(step: Step) -> dict:
-    """Outputs and gradients of swapped blocks against resident ones (bench/swap_check.py)."""
+    """Compare outputs and gradients of swapped blocks with those of resident blocks (bench/swap_check.py)."""
     rehearsal = ["--tiny", "--device", "cpu"] if step.size_px < 512 else []
     done = subprocess.run([sys.executable, str(HERE / "swap_check.py"), *rehearsal], capture_output=True, text=True)
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -293,7 +295,7 @@ def swap_check(step: Step) -> dict:
 
 
 def restore(step: Step) -> dict:
-    """Seconds and peak of restoring one picture in 1 and 4 steps with random weights, at two sizes."""
+    """Measure seconds and peak memory of restoring one picture in 1 and 4 steps with random weights, at two sizes."""
     import torch
 
     from teasr.methods.sampler import restore as restored

@@ -17,9 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from teasr import assets
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import FIRST, STUDENT, Role
 from teasr.diffusion.losses import only_input_gradient
+from teasr.util import checkpoint_folder
 
 Part = Literal["velocity", "coarse", "features", "logits", "encoder"]
 
@@ -230,3 +232,16 @@ class Backbone(ABC):
                 f"an image of {width_px}x{height_px} px does not fit this backbone: both sides must be multiples of "
                 f"{m} px; choose a crop such as {max(m, round(width_px / m) * m)}x{max(m, round(height_px / m) * m)}"
             )
+
+
+def find_weights(source: str) -> tuple[Path, Path]:
+    """Return the folder of a trained model and its weight file, the averaged weights if it has them.
+
+    source: folder of a run, a checkpoint or an export, or the name of a model that ships with teasr. Raises ValueError
+    if there is no complete model.
+    """
+    folder = checkpoint_folder.resolve(assets.find(source) or Path(source).expanduser())
+    for name in ("ema.safetensors", "weights.safetensors"):
+        if (folder / name).is_file():
+            return folder, folder / name
+    raise ValueError(f"{folder} holds no weights")

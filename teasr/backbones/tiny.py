@@ -23,14 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from teasr import assets
-from teasr.backbones.base import Backbone
+from teasr.backbones.base import Backbone, find_weights
 from teasr.backbones.lora import add_branch_lora, branch, with_lora
 from teasr.backbones.offloading import offload_blocks
 from teasr.backbones.parts import RoleNet, sinusoid
 from teasr.backbones.roles import DEFAULT_SET, STUDENT, Adapters, Role, blocks_seen
 from teasr.diffusion.flow import per_sample
-from teasr.util import checkpoint_folder
 from teasr.util.seed import seed_of
 
 PATCH_PX = 8  # side of a codec patch in pixels; one patch is one latent pixel and one token
@@ -362,8 +360,7 @@ def load_prior(source: str, net: TinyDiT, codec: PCACodec) -> None:
     Raises ValueError if they are missing, damaged or of different sizes.
     """
     try:
-        folder = checkpoint_folder.resolve(assets.find(source) or Path(source))
-        file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
+        folder, file = find_weights(source)
         codec.load_state_dict(load_file(folder / "fixed.safetensors"))
         found = net.load_state_dict(load_file(file), strict=False)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

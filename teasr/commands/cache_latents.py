@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "encode a shard set with the VAE once, into sidecar shards; running the same command again resumes"
 EXAMPLES = """examples:
@@ -51,25 +49,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr cache-latents") -> int:
     """Write all missing sidecars, then the index; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: errors are reported in one line
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
-    try:
-        with needed_for("encoding with a VAE"):
-            _cache(options)
-    except OSError as error:
-        print(
-            f"error: {error}; finished shards are kept; fix the problem and run the same command again",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished shards are kept; run the same command to resume", file=sys.stderr)
-        return 130
-    return 0
+    command_line.quiet_libraries()  # errors are reported in one line
+    return command_line.run(
+        "encoding with a VAE",
+        lambda: _cache(options),
+        stopped="finished shards are kept; run the same command to resume",
+        kept="; finished shards are kept; fix the problem and run the same command again",
+    )
 
 
 def _cache(options: argparse.Namespace) -> None:

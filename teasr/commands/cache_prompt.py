@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "compute the text embedding of the prompt once, into one file that training and inference read"
 EXAMPLES = """examples:
@@ -40,19 +37,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -> int:
     """Write the embedding file unless it is up to date; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # before import: errors are reported in one line
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
-    try:
-        with needed_for("embedding a prompt"):
-            _cache(options.settings)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    command_line.quiet_libraries()  # errors are reported in one line
+    return command_line.run("embedding a prompt", lambda: _cache(options.settings), stopped="nothing was written")
 
 
 def _cache(settings: list[str]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "serve a local web page to try out a model"
 EXAMPLES = """examples:
@@ -34,15 +32,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr demo") -> int:
     """Serve the page until Ctrl-C; returns the exit code: 2 for an error that the message explains."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("the web page"):
-            return _serve(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished files are kept", file=sys.stderr, flush=True)
-        return 130
+    return command_line.run("the web page", lambda: _serve(options), stopped="finished files are kept")
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from teasr.config import presets
 from teasr.config.presets import DATA
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "prepare training shards from photographs; running the same command again resumes"
 EXAMPLES = """examples:
@@ -56,22 +54,12 @@ def main(arguments: list[str] | None = None, prog: str = "teasr prepare") -> int
     """Scan the photographs, write all missing shards, then the index; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
-    try:
-        with needed_for("preparing shards"):
-            _prepare(options)
-    except OSError as error:
-        print(
-            f"error: {error}; finished shards are kept; fix the problem and run the same command again",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished shards are kept; run the same command to resume", file=sys.stderr)
-        return 130
-    return 0
+    return command_line.run(
+        "preparing shards",
+        lambda: _prepare(options),
+        stopped="finished shards are kept; run the same command to resume",
+        kept="; finished shards are kept; fix the problem and run the same command again",
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "upload the updates of a run folder that are missing in MLflow"
 EXAMPLES = """examples:
@@ -27,15 +25,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr sync-mlflow") -> int:
     """Upload; returns the exit code: 0 on success, 2 for an error that the message explains."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("uploading to MLflow"):
-            return _sync(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to continue", file=sys.stderr, flush=True)
-        return 130
+    return command_line.run("uploading to MLflow", lambda: _sync(options), stopped="run the same command to continue")
 
 
 def _sync(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ import sys
 from functools import partial
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "restore images, by default at the scale of the model (`small`: 4)"
 EXAMPLES = """examples:
@@ -99,15 +98,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr upscale") -> int:
     """Restore the images; returns the exit code, which the help explains."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("restoring with this model"):
-            return _upscale(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished files are kept", file=sys.stderr, flush=True)
-        return 130
+    return command_line.run("restoring with this model", lambda: _upscale(options), stopped="finished files are kept")
 
 
 def _upscale(options: argparse.Namespace) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 MAX_SHOWN = 50  # the most problems that are printed
 SUMMARY = "check the counts, hashes and images of a shard set, and optionally write a contact sheet"
@@ -43,12 +41,7 @@ def main(arguments: list[str] | None = None, prog: str = "teasr verify") -> int:
     """Check the set and report problems; returns the exit code."""
     options = parser(prog).parse_args(arguments)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
-    try:
-        with needed_for("checking shards"):
-            return _verify(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command_line.run("checking shards", lambda: _verify(options))
 
 
 def _verify(options: argparse.Namespace) -> int:

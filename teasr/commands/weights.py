@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "fetch the weight files of LPIPS, DISTS and NIQE, and verify them"
 EXAMPLES = """examples:
@@ -35,15 +34,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr weights") -> int:
     """Fetch the files; returns the exit code: 0 on success, 2 for an error that the message explains."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("fetching the weight files"):
-            return _weights(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished files are kept", file=sys.stderr, flush=True)
-        return 130
+    return command_line.run("fetching the weight files", lambda: _weights(options), stopped="finished files are kept")
 
 
 def _weights(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from teasr import assets
+from teasr.backbones.base import find_weights
 from teasr.backbones.roles import FIRST
 from teasr.config.reading import read_yaml
 from teasr.config.strict_yaml import diff
@@ -127,12 +127,11 @@ class RunState:
     def _load_start(self, source: str) -> None:
         student = self.networks.student
         try:
-            folder = checkpoint_folder.resolve(assets.find(source) or Path(source).expanduser())
-            file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
+            folder, file = find_weights(source)
             student.load_fixed_state(load_file(folder / "fixed.safetensors"))
             student.load_weights(load_file(file))
-        except (ValueError, OSError, SafetensorError, StopIteration) as error:
-            reason = " ".join(str(error).split())[:200] or "it holds no weights"
+        except (ValueError, OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"train.start_from = {source} cannot be used ({reason}): give the folder of a run, a checkpoint or an "
                 "export of the same backbone, or the name of a shipped model"

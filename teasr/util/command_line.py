@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from teasr.util.optional import needed_for
 
 MODEL_HELP = (
     "folder of a run, a checkpoint or an export; name of a model shipped with teasr; or owner/name of a model on the "
@@ -25,3 +30,28 @@ def parser(prog: str, summary: str, examples: str) -> argparse.ArgumentParser:
         epilog=examples.replace("{prog}", prog).rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def run(purpose: str, act: Callable[[], int | None], stopped: str | None = None, kept: str = "") -> int:
+    """Call `act` and return its exit code: 2 for an error, which is printed in one line, 130 for Ctrl-C.
+
+    purpose: what a missing package is needed for. stopped: what is printed after Ctrl-C (None: Ctrl-C is passed on).
+    kept: what is added to the message when a file cannot be read or written.
+    """
+    try:
+        with needed_for(purpose):
+            return act() or 0
+    except (OSError, ValueError) as error:
+        print(f"error: {error}{kept if isinstance(error, OSError) else ''}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if stopped is None:
+            raise
+        print(f"\nstopped; {stopped}", file=sys.stderr, flush=True)
+        return 130
+
+
+def quiet_libraries() -> None:
+    """Silence the log lines of diffusers and transformers; call it before they are imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")

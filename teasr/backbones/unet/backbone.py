@@ -20,11 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from teasr import assets
-from teasr.backbones.base import Backbone
+from teasr.backbones.base import Backbone, find_weights
 from teasr.backbones.roles import STUDENT, Role
 from teasr.backbones.unet.network import BLOCK_PX, CHANNELS, DualUNet
-from teasr.util import checkpoint_folder
 from teasr.util.seed import seed_of
 
 # orthonormal colour axes: (R + G + B) / sqrt 3, (R - B) / sqrt 2, (R - 2 G + B) / sqrt 6
@@ -134,8 +132,7 @@ def load_trunk(source: str, net: DualUNet) -> None:
     Raises ValueError if it is missing, damaged or of another size.
     """
     try:
-        folder = checkpoint_folder.resolve(assets.find(source) or Path(source).expanduser())
-        file = next(f for f in (folder / "ema.safetensors", folder / "weights.safetensors") if f.is_file())
+        _, file = find_weights(source)
         state = {k.removeprefix("trunk."): v for k, v in load_file(file).items() if k.startswith("trunk.")}
         net.trunk.load_state_dict(state)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
