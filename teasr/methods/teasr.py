@@ -69,6 +69,7 @@ class TeasrConfig:
     lambda_restart: Weight = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
+    lpips_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: half the time of LPIPS, its gradient within half a percent
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
     s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify, t' of L_adv; near 0, 1/s diverges and +-t look alike
     # elementwise clamp of v_fake - v_real, before w(s)
@@ -335,7 +336,9 @@ class Teasr(Method):
                 loss = losses.mse(x_hat, inputs.x_hq)
                 logs["mse"], total = loss.detach(), total + inputs.data["mse"] * loss
             if inputs.data["lpips"]:
-                loss = self.lpips(*self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq)).mean()
+                seen = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq)
+                with torch.autocast(z.device.type, torch.bfloat16, enabled=self.config.lpips_dtype == "bf16"):
+                    loss = self.lpips(*seen).float().mean()
                 logs["lpips"], total = loss.detach(), total + inputs.data["lpips"] * loss
             return total
 
