@@ -100,6 +100,6 @@ def test_published_numbers_are_of_known_metrics_and_protocols():
     for block in yaml.safe_load((ROOT / "eval/published.yaml").read_text()):
         assert block["source"] and block["protocol"] in {*PROTOCOLS, "unknown"}
         for dataset in block.keys() - {"source", "protocol"}:
-            assert dataset in known
+            assert dataset in {*known, "RealSet65", "RealLR200"}  # the last two have no originals
             for row in block[dataset].values():
                 assert row.keys() <= METRICS.keys() and all(isinstance(value, float) for value in row.values())
