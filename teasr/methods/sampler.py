@@ -6,6 +6,7 @@ A sampler is a pure loop over times. It takes a `Model`, or any object with `sna
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -125,6 +126,7 @@ class AnyStep(Sampler):
         for i, (t_cur, t_tar) in enumerate(self.times(steps)):
             t = model.snap(torch.full((len(z),), t_cur, device=z.device))
             r = model.snap(torch.full((len(z),), t_tar, device=z.device))
+            z = self.state(i, z, t, eps)
             v = model.velocity(z, t, Condition(z_lq, r))
             if i == 0 and fidelity > 0:
                 first = flow.z0_from_velocity(z, v, t)
@@ -133,6 +135,10 @@ class AnyStep(Sampler):
                 z = z if (replacement := on_step(i + 1, steps, z)) is None else replacement
         return z if first is None else torch.lerp(z, first, fidelity)
 
+    def state(self, i: int, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Return the state from which step i = 0, 1, .. starts, at time t [B]; z: where the step before it ended."""
+        return z
+
 
 class Restarts(AnyStep):
     """One step to the image, then N - 1 restarts: re-noise the result to a lower time and jump to the image again.
@@ -140,38 +146,22 @@ class Restarts(AnyStep):
     Deviation: not TEASR's Algorithm 1; it is the few-step mode of TwinFlow. The fresh noise is a function of `eps`.
     """
 
-    dials = ()
-
     def times(self, steps: int) -> list[tuple[float, float]]:
-        """Jumps (t, 0): t = 1, then N - 1 times that fall geometrically, from a higher start the more there are."""
-        high, low = min(0.5, 0.25 + 0.03 * steps), max(0.06, 0.14 - 0.01 * steps)
+        """Jumps (t, 0): t = 1, then N - 1 times that fall geometrically, from a higher start the more there are.
+
+        Two steps restart at 0.1, four at 0.15 and below, 30 at 0.3 and below: later times leave more noise in the
+        result than they add detail (docs/log.md, "Low restarts").
+        """
+        high, low = 0.05 * (1 + math.log2(steps)), 0.05
         n = steps - 1
         restarts = [high * (low / high) ** (i / (n - 1)) if n > 1 else high for i in range(n)]
         return [(t, 0.0) for t in (1.0, *restarts)]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: Restorer,
-        z_lq: Tensor,
-        eps: Tensor,
-        steps: int,
-        dials: Mapping[str, float] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        self.check(steps, dials)
-        generator = torch.Generator().manual_seed(zlib.crc32(eps.flatten()[:64].cpu().numpy().tobytes()))
-        z = eps
-        for i, (t_cur, t_tar) in enumerate(self.times(steps)):
-            t = model.snap(torch.full((len(z),), t_cur, device=z.device))
-            if i:
-                fresh = torch.randn(z.shape, generator=generator).to(z)
-                z = flow.interpolate(z, fresh, t)
-            v = model.velocity(z, t, Condition(z_lq, torch.full_like(t, t_tar)))
-            z = flow.z0_from_velocity(z, v, t)
-            if on_step:
-                z = z if (replacement := on_step(i + 1, steps, z)) is None else replacement
-        return z
+    def state(self, i: int, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        if i == 0:
+            return z
+        seed = zlib.crc32(eps.flatten()[:64].cpu().numpy().tobytes() + bytes([i]))
+        return flow.interpolate(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z), t)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class TeasrConfig:
     # LPIPS sees the images without a random 0 .. shift rows and columns, so that its pooling leaves no grid
     lpips_shift_px: Annotated[int, "[0, inf)"] = 0
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
-    restart_range: tuple[float, float] = (0.08, 0.5)  # times to which one-step results are re-noised
+    restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
 
     def __post_init__(self):
@@ -338,7 +338,7 @@ class Teasr(Method):
             if inputs.data["lpips"]:
                 seen = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq)
                 with torch.autocast(z.device.type, torch.bfloat16, enabled=self.config.lpips_dtype == "bf16"):
-                    loss = self.lpips(*seen).float().mean()
+                    loss = self.lpips(*seen).to(x_hat.dtype).mean()
                 logs["lpips"], total = loss.detach(), total + inputs.data["lpips"] * loss
             return total
 

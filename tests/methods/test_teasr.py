@@ -276,7 +276,7 @@ def test_the_restart_loss_has_the_gradient_of_the_pixel_losses_at_its_own_state(
         eps = own.normal("one-step noise", z_lq)
         one = torch.ones(4)
         z_fake = eps - model.velocity(eps, one, Condition(z_lq, 0 * one))
-        t = own.uniform("restart time", 0.08, 0.5)
+        t = own.uniform("restart time", 0.04, 0.3)
         z_t = flow.interpolate(z_fake, own.normal("restart noise", z_fake), t)
     x = model.decode(flow.z0_from_velocity(z_t, model.velocity(z_t, t, Condition(z_lq, 0 * t)), t))
     value = 0.3 * losses.mse(x, rows.x_hq) + 0.2 * lpips(x[:2], rows.x_hq[:2]).mean()

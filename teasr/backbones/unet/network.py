@@ -152,19 +152,19 @@ class DualUNet(RoleNet):
         self.after = nn.ModuleList(nn.ModuleList(Residual(width) for _ in range(depth)) for width in n[:-1])
         self.to_blocks = ToBlocks(n[0])
         self.register_buffer("spread", torch.tensor(SPREAD).repeat_interleave(BLOCK_PX**2), persistent=False)
-        self._memo: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._memo: tuple[Tensor, tuple, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def coarse(self, z_lq: Tensor) -> Tensor:
         return torch.cat(self._trunk(z_lq)[:2], dim=1)
 
     def _trunk(self, z_lq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The trunk's output. A frozen trunk is evaluated once per LQ latent: the last result is kept."""
-        if any(p.requires_grad for p in self.trunk.parameters()):
+        if any(p.requires_grad for p in self.trunk.parameters()) or z_lq.is_inference():
             return self.trunk(z_lq)
-        if self._memo is None or self._memo[0] is not z_lq:
-            with torch.no_grad():
-                self._memo = z_lq, self.trunk(z_lq)
-        return self._memo[1]
+        if self._memo is None or self._memo[1] != _identity(z_lq):
+            with torch.no_grad():  # keeping z_lq keeps its memory, so that no other latent can have its address
+                self._memo = z_lq, _identity(z_lq), self.trunk(z_lq)
+        return self._memo[2]
 
     def predict(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
@@ -206,6 +206,11 @@ class DualUNet(RoleNet):
             x, c = self.levels[i](x, c, temb_n, temb_c)
             outputs.append(x)
         return outputs
+
+
+def _identity(z: Tensor) -> tuple:
+    """What is equal for two tensors in the same memory that was not written in between."""
+    return z.data_ptr(), z.shape, z.stride(), z.dtype, z._version
 
 
 def residual_state(z_t: Tensor, t_cur: Tensor, start: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
