@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "small"  # the model used for restoration when none is specified
 NOTE = (
-    "no model was specified: using the small model shipped with teasr (1.4 M parameters, see docs/small.md). "
+    "no model was specified: using the small model shipped with teasr (4.1 M parameters, see docs/small.md). "
     "The method is designed for large models: train one with launch/presets/qwen_teasr.yaml and pass its run folder"
 )
 

@@ -51,7 +51,7 @@ def test_a_folder_of_the_users_wins_over_a_shipped_name(tmp_path, monkeypatch):
     assert assets.find("small") == assets.HERE / "small" and assets.find("large") is None
     (tmp_path / "small").mkdir()
     assert assets.find("small") is None
-    assert Upscaler.from_pretrained().config.run_dir == "runs/small"  # the shipped model: no folder was named
+    assert Upscaler.from_pretrained().config.run_dir == "runs/unet"  # the shipped model: no folder was named
 
 
 def test_the_first_picture_does_not_wait_for_what_it_does_not_need():
