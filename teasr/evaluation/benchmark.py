@@ -208,7 +208,8 @@ class Evaluation:
                 speed[name] = {"seconds_median": float(np.median(seconds[1:] or seconds)), "pictures": len(seconds)}
         gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        device = torch.cuda.get_device_name() if gpu else f"{processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = torch.cuda.get_device_name() if gpu else f"{processor()}, {threads} thread{'s' * (threads > 1)}"
         found = {
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
             "command": self.command,

@@ -81,7 +81,10 @@ def _table(rows: list, columns: list[str], ours: dict[str, float]) -> str:
 
 
 def _notes(found: list[Result]) -> str:
-    lines = gains(found) + [f"{label} {status}" for label, status in skipped(found).items()]
+    missing: dict[str, list[str]] = {}
+    for label, status in skipped(found).items():
+        missing.setdefault(status, []).append(label)
+    lines = gains(found) + [f"{', '.join(labels)} {status}" for status, labels in missing.items()]
     return "".join(f"<p class=note>{html.escape(line)}</p>" for line in lines)
 
 
@@ -133,7 +136,7 @@ def comparison(folder: Path, result: Result) -> str:
 <input type="range" min="0" max="100" value="50" aria-label="position of the divider">\
 <button class="enlarge" title="enlarge" aria-label="enlarge">⤢</button></div>\
 <div class="choices">{choice("before", titles[0])}{choice("after", titles[1])}</div>\
-<figcaption><b>{html.escape(f"{result.name}: {name}")}</b> <span></span></figcaption></figure>"""
+<figcaption><b>{html.escape(f"{result.name}, {name}")}</b> <span></span></figcaption></figure>"""
 
 
 def _caption(folder: Path) -> tuple[str, dict[str, str]]:
@@ -144,6 +147,6 @@ def _caption(folder: Path) -> tuple[str, dict[str, str]]:
             method: ", ".join(f"{METRICS[m].label} {cell(m, row)}" for m in row if m in METRICS)
             for method, row in found["scores"].items()
         }
-        return str(found["picture"]), text
+        return f"picture {found['picture']}", text
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return f"picture {int(folder.name) + 1}" if folder.name.isdigit() else folder.name, {}

@@ -18,8 +18,9 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem .9rem;margin:.3r
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .charts,.pictures{display:grid;gap:1.6rem 1.2rem;margin:1.2rem 0}
 .charts{grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}\
-.pictures{grid-template-columns:repeat(auto-fill,minmax(min(460px,100%),1fr))}
+.pictures{grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr))}
 figure{margin:0;min-width:0}figcaption{font-size:.9em}.chart{max-width:460px}
+.compare figcaption span{display:block;color:var(--soft)}
 svg{display:block;width:100%}svg text{font-size:12px;fill:currentColor}svg .grid{stroke:var(--line)}\
 svg .base{stroke:var(--soft);stroke-dasharray:5 4}svg .halo{paint-order:stroke;stroke:var(--page);stroke-width:4px}
 .legend{margin:.2rem 0;font-size:.87em}.legend span{margin-right:1rem}\
@@ -54,7 +55,7 @@ function compare(box){
  const choose=()=>{for(const s of selects){
   const img=box.querySelector("img."+s.dataset.side);img.src=sources[s.value];img.alt=s.value;
   box.querySelector(".tag."+s.dataset.side).textContent=s.value}
-  told.textContent=selects.map(s=>scores[s.value]?s.value+": "+scores[s.value]:"").filter(x=>x).join("; ")};
+  told.innerText=selects.map(s=>scores[s.value]?s.value+": "+scores[s.value]:"").filter(x=>x).join("\\n")};
  for(const s of selects)s.onchange=choose;
  choose();
  let from=null,moved=false;

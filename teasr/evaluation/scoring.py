@@ -15,7 +15,7 @@ from teasr.config.settings import TrackingConfig
 from teasr.data import pairs as pairs_of
 from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.pairs import Pairs
-from teasr.data.shards import Sample
+from teasr.data.shards import Sample, ShardSet
 from teasr.evaluation.benchmark import Evaluation, table
 from teasr.evaluation.metrics import Scorer
 from teasr.evaluation.names import SHOWN, step_name, steps_of
@@ -170,11 +170,8 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> tuple[bool, Pla
         evaluation.out / f
         for f in ("scores.json", "scores_by_picture.csv", "speed.json", "comparison.png", "extremes.png", SHOWN)
     ]
-    digest = hashlib.sha256(json.dumps(evaluation.pairs.identity, sort_keys=True).encode()).hexdigest()[:12]
-    dataset = {"name": name, "digest": digest, "source": str(options.data or options.hq), "context": "evaluation"}
-    dataset |= {"profile": {"pictures": len(evaluation.pairs), "scale": evaluation.pairs.scale}}
     try:
-        run = log_results(place, tracking, params, metrics, files, f"eval/{name}", dataset)
+        run = log_results(place, tracking, params, metrics, files, f"eval/{name}", _dataset(options, evaluation.pairs))
     except ValueError as error:
         print(
             f"warning: {error}; the result files are complete; to log them, run the same command again when MLflow is "
@@ -184,6 +181,16 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> tuple[bool, Pla
         return False, None
     print("logged to", run)
     return True, run
+
+
+def _dataset(options: argparse.Namespace, pairs: Pairs) -> dict:
+    """Describe the pairs for MLflow, a shard set as its training does."""
+    if options.data and "shards" in pairs.identity:
+        return ShardSet.open(options.data).datasets()[0] | {"context": "evaluation"}
+    digest = hashlib.sha256(json.dumps(pairs.identity, sort_keys=True).encode()).hexdigest()[:12]
+    profile = {"pictures": len(pairs), "scale": pairs.scale}
+    source = str(options.data or options.hq)
+    return {"name": pairs.name, "digest": digest, "source": source, "context": "evaluation", "profile": profile}
 
 
 def _here() -> dict:

@@ -42,6 +42,8 @@ def processor() -> str:
 def command_line_of_process() -> str:
     """Return what was typed to start this process, without the path of the program."""
     program, arguments = Path(sys.argv[0]), shlex.join(sys.argv[1:])
+    if program.match("teasr/cli.py"):
+        return f"teasr {arguments}"
     if program.suffix != ".py":
         return f"{program.name} {arguments}"
     here = Path.cwd()

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import re
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def _log(client, place: Place, params: dict, folder: Path, tags: dict[str, str])
         known = client.get_logged_model(output.model_id)
         if known.tags.get(DIGEST) == digest and known.status == LoggedModelStatus.READY:
             return output.model_id
+    name = re.sub(r"[^\w-]+", "-", client.get_run(place.run_id).info.run_name)  # MLflow refuses dots and slashes
     model = client.create_logged_model(
-        place.experiment_id, name=params.get("backbone.name", "model"), source_run_id=place.run_id,
+        place.experiment_id, name=name, source_run_id=place.run_id,
         tags=tags | {DIGEST: digest}, params={name: str(params[name]) for name in LOGGED_PARAMS if name in params},
         model_type="image-to-image",
     )  # fmt: skip
@@ -102,17 +104,17 @@ def _save(path: Path, folder: Path, model, run_id: str) -> None:
     about = Model(
         artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
     )
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it warns that the requirements lack teasr itself
-    needed = [f"{name}=={metadata.version(name)}" for name in NEEDED]
-    pyfunc.save_model(
-        str(path),
-        loader_module=LOADER,
-        data_path=str(folder),
-        mlflow_model=about,
-        signature=_signature(),
-        pip_requirements=needed,
-        metadata={"example": EXAMPLE.format(uri=uri)},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an example of the input would be run through the network
+        pyfunc.save_model(
+            str(path),
+            loader_module=LOADER,
+            data_path=str(folder),
+            mlflow_model=about,
+            signature=_signature(),
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in NEEDED],
+            metadata={"example": EXAMPLE.format(uri=uri)},
+        )
 
 
 def _signature():

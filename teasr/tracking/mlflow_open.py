@@ -122,8 +122,8 @@ def log_datasets(client, run_id: str, datasets: Iterable[dict]) -> None:
 
     inputs = []
     for found in datasets:
-        scheme, colon, _ = found["source"].partition(":")
-        kind = {"https": "http"}.get(scheme, scheme) if colon else "local"
+        scheme, _, address = found["source"].partition("://")
+        kind = {"https": "http"}.get(scheme, scheme) if address else "local"
         source = json.dumps({"uri": found["source"], "url": found["source"]})
         data = Dataset(found["name"], found["digest"], kind, source, profile=json.dumps(found["profile"]))
         inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", found["context"])]))
