@@ -25,7 +25,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
         "backbones/qwen_image/transformer.py",
         "backbones/qwen_image/vae.py",
     },
-    "gradio": {"restore/web_page.py"},
+    "gradio": {"restore/web/page.py"},
     "huggingface_hub": {"restore/pretrained.py"},
     "lpips": {"diffusion/perceptual.py"},
     "pyiqa": {"evaluation/pyiqa_metrics.py"},

@@ -16,9 +16,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from teasr.imaging import color
-from teasr.restore import web_files
 from teasr.restore.frames import MAX_SCALE
 from teasr.restore.upscaler import Upscaler
+from teasr.restore.web import files
 from teasr.util.optional import needed_for
 
 with needed_for("the web page"):
@@ -49,9 +49,9 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
 
     about = upscaler.descriptor
     tiles = [AUTO, *(str(px) for px in TILES if about.min_tile_px <= px and px % about.pixel_multiple == 0)]
-    with gr.Blocks(title="TEASR", delete_cache=(web_files.KEPT_S, web_files.KEPT_S)) as page:
+    with gr.Blocks(title="TEASR", delete_cache=(files.KEPT_S, files.KEPT_S)) as page:
         gr.Markdown(INTRO)
-        done = gr.State([])  # of this visitor: what `web_files.restore` returned for each file
+        done = gr.State([])  # of this visitor: what `files.restore` returned for each file
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 sources = gr.File(label="Images", file_count="multiple", file_types=["image"], height=200)
@@ -97,9 +97,9 @@ def _restore(upscaler: Upscaler, folder: Path, paths: list[Path], values: tuple,
         how = _settings(*values)
         if not paths:
             raise ValueError("Choose an image first.")
-        if len(paths) > web_files.MOST_FILES:
-            raise ValueError(f"{len(paths)} files: this page takes {web_files.MOST_FILES} at once; use teasr upscale")
-        work = web_files.work_folder(folder)
+        if len(paths) > files.MOST_FILES:
+            raise ValueError(f"{len(paths)} files: this page takes {files.MOST_FILES} at once; use teasr upscale")
+        work = files.work_folder(folder)
     except (ValueError, OSError) as error:
         raise _shown_error(str(error).replace(f"{folder}", "the server's disk")) from None
     done, lines = [], []
@@ -109,7 +109,7 @@ def _restore(upscaler: Upscaler, folder: Path, paths: list[Path], values: tuple,
             progress((i + part / of) / len(paths), desc=f"{i + 1}/{len(paths)} {path.name}")
 
         try:
-            restored = web_files.restore(upscaler, path, work, how, on_progress)
+            restored = files.restore(upscaler, path, work, how, on_progress)
         except (ValueError, OSError, MemoryError) as error:
             text = str(error).replace(f"{path}", path.name).replace(f"{folder}", "the server's disk")
             lines.append(text if text.startswith(path.name) else f"{path.name}: {text}")
@@ -119,7 +119,7 @@ def _restore(upscaler: Upscaler, folder: Path, paths: list[Path], values: tuple,
     if not done:
         raise _shown_error("\n".join(lines))
     several = len(done) > 1
-    archive = str(web_files.packed((each.path for each in done), work)) if several else None
+    archive = str(files.packed((each.path for each in done), work)) if several else None
     thumbs = [(each.shown[1], each.path.name) for each in done]
     return (
         done,
@@ -131,13 +131,13 @@ def _restore(upscaler: Upscaler, folder: Path, paths: list[Path], values: tuple,
     )
 
 
-def _choose(done: list[web_files.Restored], event: gr.SelectData) -> tuple:
+def _choose(done: list[files.Restored], event: gr.SelectData) -> tuple:
     """Show the result that was clicked in the gallery."""
     chosen = done[event.index]
     return chosen.shown, gr.DownloadButton(_label(chosen), value=str(chosen.path))
 
 
-def _label(restored: web_files.Restored) -> str:
+def _label(restored: files.Restored) -> str:
     return f"Download {restored.path.name}"
 
 
