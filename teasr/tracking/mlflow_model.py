@@ -61,7 +61,8 @@ def register_model(
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"models:/{model_id}"
+        # not models:/ID, which MLflow would look up in the store of this process instead of the client's
+        source = client.get_logged_model(model_id).artifact_location
         version = client.create_model_version(name, source, place.run_id, tags=tags, model_id=model_id).version
     return f"{name}, version {version}, {place.uri}"
 

@@ -103,6 +103,7 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
     first.locator(".stage").click(position={"x": 30, "y": 30})
     assert page.locator("dialog .stage").bounding_box()["width"] > 1.5 * small
     page.keyboard.press("Escape")
+    page.locator("dialog .compare").wait_for(state="detached")
     assert page.locator(".pictures > .compare").count() == page.locator(".compare").count()
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 400

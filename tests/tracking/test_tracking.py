@@ -157,12 +157,11 @@ def test_a_run_says_what_it_is_and_what_it_reads_and_a_changed_description_is_ke
 
     data = {"name": "train", "digest": "abc", "source": str(tmp_path), "context": "training", "profile": {"samples": 3}}
     params = {"method": {"name": "teasr"}, "backbone": {"name": "tiny"}, "scale": 4, "train": {"updates": 7}}
-    (tmp_path / "runs/one").mkdir(parents=True)
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     for update in (1, 2):
         t = Tracker(tmp_path / "runs/one", TrackingConfig(experiment="test"), params, update - 1, [data])
         t.log(update, {"loss": 1.0}, {"update_s": 0.1})
         t.close("FINISHED")
+        client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
         (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
         if update == 1:
             note = run.data.tags["mlflow.note.content"]
