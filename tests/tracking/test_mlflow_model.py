@@ -72,14 +72,11 @@ def test_the_same_weights_are_stored_once_and_registered_as_versions(stored, tmp
         told = register_model(run, tracking, params, out, "mine", {"updates": "1"})
         assert told == f"mine, version {version}, {tracking.uri}"
     version = client.get_model_version("mine", "2")
-    assert f"models:/{version.model_id}" == uri and version.run_id == run_of(client).info.run_id
+    assert version.source == client.get_logged_model(uri.removeprefix("models:/")).artifact_location
+    assert version.run_id == run_of(client).info.run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
-    assert mlflow.pyfunc.load_model("models:/mine/2").predict(np.zeros((1, 16, 16, 3), np.uint8)).shape == (
-        1,
-        64,
-        64,
-        3,
-    )
+    model = mlflow.pyfunc.load_model("models:/mine/2")
+    assert model.predict(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 64, 64, 3)
     outputs = run_of(client).outputs.model_outputs
     assert len(outputs) == 1 and f"models:/{outputs[0].model_id}" == uri
     (model,) = client.search_logged_models([client.get_experiment_by_name("models").experiment_id])
