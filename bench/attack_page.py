@@ -126,8 +126,11 @@ class Page:
         return status, json.loads(text)[0] if status == 200 else text
 
     def restore(self, path: str, *rest: object) -> tuple[int, str]:
-        """Restore a file of the server in one step; return the status and the last event."""
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, *(rest or (1, 0, "none", 0))]
+        """Restore a file of the server in one step; return the status and the last event.
+
+        rest: steps, fidelity, scale, tile, colour correction and seed.
+        """
+        data = [[{"path": path, "meta": {"_type": "gradio.FileData"}}], *(rest or (1, 0, 4, "auto", "none", 0))]
         address = self.url + "/gradio_api/call/restore"
         kind = {"Content-Type": "application/json"}
         status, text = self._ask(urllib.request.Request(address, json.dumps({"data": data}).encode(), kind))

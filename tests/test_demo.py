@@ -78,8 +78,12 @@ def test_mlflow_holds_params_commit_environment_losses_scores_and_picture(demo):
     (found,) = client.search_runs([client.get_experiment_by_name("teasr-demo").experiment_id])
     assert found.data.params["method.lambda_adv"] == "1.0" and found.data.params["backbone.base"] == "small-prior"
     assert found.data.params["commit"] == (run / "commit").read_text().strip() and found.info.status == "FINISHED"
-    history = client.get_metric_history(found.info.run_id, "cons")
+    history = client.get_metric_history(found.info.run_id, "loss/consistency")
     assert [m.step for m in history] == list(range(1, 13))
+    assert found.data.tags["method"] == "teasr" and "teasr upscale" in found.data.tags["mlflow.note.content"]
+    read = {(x.dataset.name, x.tags[0].value) for x in found.inputs.dataset_inputs}
+    assert ("train", "training") in read and len({x.dataset.digest for x in found.inputs.dataset_inputs}) == 2
+    assert len(found.outputs.model_outputs) == 1
     curve = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "heldout/psnr")}
     scores = json.loads((run / "eval/heldout/scores.json").read_text())["methods"]
     names = {1: "1 step", 2: "2 steps", 4: "4 steps", 8: "8 steps"}

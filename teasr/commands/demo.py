@@ -36,13 +36,13 @@ def main(arguments: list[str] | None = None, prog: str = "teasr demo") -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from teasr.restore import web_page
     from teasr.restore.upscaler import Upscaler
+    from teasr.restore.web import page
 
     if not 1 <= options.port <= 65535:
         raise ValueError(f"--port {options.port}: must be from 1 to 65535")
     upscaler = Upscaler.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
-    web_page.serve(upscaler, options.host, options.port)
+    page.serve(upscaler, options.host, options.port)
     return 0

@@ -72,7 +72,7 @@ def register(options: argparse.Namespace, folder: Path) -> str:
     Raises ValueError when the store does not accept it.
     """
     from teasr import run_config
-    from teasr.tracking.mlflow_results import register_model
+    from teasr.tracking.mlflow_model import register_model
 
     settings = run_config.load(folder / "config.yaml")
     state = json.loads((folder / "state.json").read_text())

@@ -30,6 +30,7 @@ def train(photos: Path, out: Path, model: str, name: str | None, crops: int, ove
     are fewer than two photographs or the model cannot be trained further.
     """
     from teasr import run_config
+    from teasr.commands import sync_mlflow
     from teasr.tracking.mlflow_store import tracking_uri
     from teasr.training.trainer import Trainer
     from teasr.util.output import lenient_output
@@ -45,9 +46,12 @@ def train(photos: Path, out: Path, model: str, name: str | None, crops: int, ove
     config = run_config.parse(strict_yaml.override(data, overrides))
     with lenient_output():
         trainer = Trainer(config)
+        began = trainer.update
         trainer.fit()
         if trainer.update < config.train.updates:
             return 0
+        if began < trainer.update:
+            sync_mlflow.after_training(out, config.tracking)
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(out, config.tracking))  # of both evaluations
         _score(out, start)
         print(f"\nyour model: {out}\n  teasr upscale photo.jpg -o photo_x4.png --model {out}", flush=True)

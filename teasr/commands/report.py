@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None, prog: str = "teasr report") -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from teasr.evaluation import report
+    from datetime import UTC, datetime
+
+    from teasr.evaluation import report, report_page
+    from teasr.tracking.environment import command_line_of_process, git_commit
     from teasr.util.files import write_atomic
 
     with tempfile.TemporaryDirectory() as place:
@@ -70,7 +73,9 @@ def _report(options: argparse.Namespace) -> None:
         blocks = report.read_published(options.published or presets.names(presets.SETS)["published"])
         options.out.mkdir(parents=True, exist_ok=True)
         write_atomic(options.out / "report.md", report.markdown(results, blocks).encode())
-        write_atomic(options.out / "report.html", report.page(results, blocks).encode())
+        made = {"written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "command": command_line_of_process()}
+        made |= {"commit": git_commit()}
+        write_atomic(options.out / "report.html", report_page.page(results, blocks, made).encode())
 
 
 def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:
@@ -81,4 +86,7 @@ def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:
     from teasr.evaluation.report import Result
     from teasr.tracking.mlflow_results import download_results
 
-    return [Result.read(folder, name) for name, folder in download_results(uri, experiment, place)]
+    return [
+        Result.read(folder, name, {"link": run.link, "command": run.command})
+        for name, folder, run in download_results(uri, experiment, place)
+    ]

@@ -140,11 +140,15 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.random_init:
         settings = settings.with_random_weights()
+    from teasr.commands import sync_mlflow
     from teasr.training.trainer import Trainer
 
     with lenient_output():
         trainer = Trainer(settings, options.accept_changes)
+        began = trainer.update
         trainer.fit()
+        if trainer.world.main and began < settings.train.updates <= trainer.update:
+            sync_mlflow.after_training(trainer.run_dir, settings.tracking)
         if trainer.world.main and trainer.update >= settings.train.updates:
             print(_next_commands(settings, trainer.networks.student.restores), flush=True)
     return 0

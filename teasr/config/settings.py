@@ -90,3 +90,5 @@ class TrackingConfig:
     uri: str | None = None  # null and no MLFLOW_TRACKING_URI: the SQLite file <run_dir>/../mlflow.db
     experiment: str = "teasr"
     run_name: str | None = None  # null: the name of the run folder
+    # the finished model is stored in MLflow too, unless it is larger than this; 0: never
+    model_mb: Annotated[float, "[0, inf)", "such as 2000, or 0 to store no model"] = 2000.0

@@ -13,11 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, special_kind
+from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, set_hash, special_kind
 from teasr.imaging import images
 from teasr.util.optional import needed_for
 
@@ -27,6 +28,8 @@ with needed_for("reading shards"):
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PROFILE = ("crop_px", "scale", "variants", "degradation", "layout", "photos", "seed")  # settings in a set's description
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,24 @@ class ShardSet:
     def hashes_of(self, location: str) -> dict[str, str]:
         """SHA-256 of every shard of one of the locations, by name and in order."""
         return dict(self.parts)[location]
+
+    def datasets(self) -> list[dict]:
+        """Describe each location for an experiment tracker: name, digest, source and profile (sizes and settings).
+
+        The digest is the beginning of the hash that `teasr prepare` prints.
+        """
+        found, first = [], 0
+        for location, hashes in self.parts:
+            mine = slice(first, first + len(hashes))
+            first = mine.stop
+            profile = {"samples": sum(self.counts[mine]), "shards": len(hashes), "bytes": sum(self.sizes[mine])}
+            profile |= {key: self.settings[key] for key in PROFILE if key in self.settings}
+            path = Path(location)
+            source = str(path.resolve()) if path.is_dir() else location
+            name = path.name or location
+            digest = set_hash([{"sha256": sha256} for sha256 in hashes.values()])[:12]
+            found.append({"name": name, "digest": digest, "source": source, "profile": profile})
+        return found
 
     @property
     def variants(self) -> int:

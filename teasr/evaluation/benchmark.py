@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ import numpy as np
 from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample
 from teasr.evaluation.metrics import Scorer
-from teasr.evaluation.names import BICUBIC, INPUT, SHOWN, shown_name
+from teasr.evaluation.names import BICUBIC, CAPTION, INPUT, SHOWN, shown_name
 from teasr.evaluation.registry import METRICS
 from teasr.imaging import images
+from teasr.tracking.environment import processor
 from teasr.util.files import write_atomic
 from teasr.util.progress import ProgressLine
 
@@ -53,6 +55,7 @@ class Evaluation:
     keep_images: bool = True
     beside_baseline: bool = True
     commit: str = "unknown"
+    command: str = "unknown"  # what was typed
     rank: int = 0
     world: int = 1
     scores: dict = field(default_factory=dict)
@@ -205,8 +208,11 @@ class Evaluation:
                 speed[name] = {"seconds_median": float(np.median(seconds[1:] or seconds)), "pictures": len(seconds)}
         gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = torch.cuda.get_device_name() if gpu else f"{processor()}, {threads} thread{'s' * (threads > 1)}"
         found = {
+            "date": datetime.now(UTC).isoformat(timespec="minutes"),
+            "command": self.command,
             "commit": self.commit,
             "device": device,
             "peak_bytes_of_rank_0": peak,
@@ -215,14 +221,19 @@ class Evaluation:
         }
         write_atomic(self.out / "speed.json", json.dumps(found, indent=1).encode())
 
-    def _write_shown(self, rows: dict[str, list[np.ndarray]], titles: list[str]) -> None:
-        """Write the centre of each compared picture as its own file, such as shown/0/bicubic.png, for web pages."""
+    def _write_shown(self, rows: dict[str, list[np.ndarray]], titles: list[str], parts: dict[str, dict]) -> None:
+        """Write the centre of each compared picture as its own file, such as shown/0/bicubic.png, for web pages.
+
+        caption.json beside it names the picture and has its scores.
+        """
         shutil.rmtree(self.out / SHOWN, ignore_errors=True)
-        for i, row in enumerate(rows.values()):
+        for i, (key, row) in enumerate(rows.items()):
+            caption = {"picture": key, "scores": parts[key]["scores"]}
             for title, x in zip(titles, row, strict=True):
                 path = self.out / SHOWN / str(i) / shown_name(title)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, images.png_bytes(x))
+            write_atomic(path.parent / CAPTION, json.dumps(caption, indent=1).encode())
 
     def _draw_sheets(self, parts: dict[str, dict]) -> None:
         """Draw comparison.png, with pictures spread over the set, and extremes.png, with the best and worst pictures.
@@ -244,7 +255,7 @@ class Evaluation:
                 made = [x for _, x in self._pictures(key, sample, {})]
                 rows[key] = [_centre(x) for x in (*made, sample.hq)]
         titles = [*self._names, "HQ"]
-        self._write_shown({key: rows[key] for key in keys if key in spread}, titles)
+        self._write_shown({key: rows[key] for key in keys if key in spread}, titles, parts)
         for name, wanted in (("comparison", [k for k in keys if k in spread]), ("extremes", chosen)):
             sheet = images.comparison(_same_size([rows[key] for key in wanted]), titles)
             write_atomic(self.out / f"{name}.png", images.png_bytes(sheet))

@@ -5,6 +5,7 @@ from __future__ import annotations
 BICUBIC, INPUT = "bicubic", "input"
 BASELINES = (BICUBIC, INPUT)  # names of the unrestored pictures in the results
 SHOWN = "shown"  # folder of the pictures that reports show
+CAPTION = "caption.json"  # beside these: which picture it is, and its scores by method
 
 
 def shown_name(title: str) -> str:

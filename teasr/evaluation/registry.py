@@ -136,3 +136,45 @@ METRICS = {
         ),
     )
 }  # fmt: skip
+
+MEANINGS = {  # of the metrics, for readers who do not know them
+    "psnr": (
+        "Peak signal-to-noise ratio in dB: how close every pixel is to the original. It prefers blur to "
+        "invented detail."
+    ),
+    "ssim": (
+        "Structural similarity, 1 for identical pictures: how well contrast and structure match the original "
+        "in small windows."
+    ),
+    "lpips": (
+        "Distance to the original in the features of a network (AlexNet), 0 for identical pictures; closer to "
+        "what people see than PSNR."
+    ),
+    "dists": (
+        "Distance to the original in structure and texture (features of VGG16); another sample of the same "
+        "texture costs little."
+    ),
+    "fid": (
+        "Distance of the set of results to the set of originals in the features of Inception: how real the "
+        "whole set looks. It needs many pictures."
+    ),
+    "niqe": (
+        "Naturalness without an original: how far local statistics are from those of photographs. Noise can improve it."
+    ),
+    "musiq": "Quality from 0 to 100, as a network trained on people's ratings predicts it without an original.",
+    "maniqa": "Quality from 0 to 1, as a transformer trained on people's ratings predicts it without an original.",
+    "clipiqa": (
+        "Whether CLIP finds a picture closer to “good photo” (1) than to “bad photo” (0), without an original."
+    ),
+    "checkerboard": (
+        "Share of the finest detail that repeats every 16 px: high when the grid of the network's tokens is visible."
+    ),
+    "seam": (
+        "Steps in brightness across the borders of blocks of 4, 8 or 16 px, relative to those elsewhere; 1: "
+        "no visible blocks."
+    ),
+    "detail": (
+        "Detail relative to the original in flat areas, over the same in busy ones; above 1: noise in skies, "
+        "or blur in foliage."
+    ),
+}

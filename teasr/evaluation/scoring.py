@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,11 +15,12 @@ from teasr.config.settings import TrackingConfig
 from teasr.data import pairs as pairs_of
 from teasr.data.layout import DEFAULT_SCALE
 from teasr.data.pairs import Pairs
-from teasr.data.shards import Sample
+from teasr.data.shards import Sample, ShardSet
 from teasr.evaluation.benchmark import Evaluation, table
 from teasr.evaluation.metrics import Scorer
 from teasr.evaluation.names import SHOWN, step_name, steps_of
-from teasr.tracking.environment import git_commit
+from teasr.tracking.environment import command_line_of_process, git_commit
+from teasr.tracking.mlflow_open import Place
 from teasr.tracking.mlflow_results import log_results
 from teasr.util import checkpoint_folder
 from teasr.util.files import read_json, write_atomic
@@ -49,8 +51,11 @@ def evaluate(options: argparse.Namespace, datasets: Path) -> None:
     if evaluation.rank != 0:
         return
     show(evaluation.scores, evaluation.out)
-    if _log(options, evaluation):
-        write_atomic(record, json.dumps({"settings": evaluation.settings, "commit": git_commit()}, indent=1).encode())
+    logged, place = _log(options, evaluation)
+    if logged:
+        done = {"settings": evaluation.settings, "commit": git_commit()}
+        done |= {"mlflow": {"link": place.link, "command": place.command}} if place else {}
+        write_atomic(record, json.dumps(done, indent=1).encode())
 
 
 def _done(evaluation: Evaluation, record: Path) -> bool:
@@ -138,10 +143,10 @@ def show(scores: dict, out: Path) -> None:
     print(f"\nscores {out / 'scores.json'}\nimages {out / 'comparison.png'}, {out / 'extremes.png'}")
 
 
-def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
+def _log(options: argparse.Namespace, evaluation: Evaluation) -> tuple[bool, Place | None]:
     """Log to the MLflow run of the training, or to a separate run for predictions.
 
-    Returns False when the store does not accept the results.
+    Returns whether there is nothing left to log, and the run, if there is one.
     """
     scores, name = evaluation.scores, evaluation.pairs.name
     if options.model is not None:
@@ -153,7 +158,7 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
         tracking, place = TrackingConfig(run_name=options.name), evaluation.out
         params = {"predictions": str(options.predictions), "hq": str(options.hq)}
     if not tracking.mlflow:
-        return True
+        return True, None
     metrics: dict[str, dict[int, float]] = {}
     for method, row in scores["methods"].items():
         for metric, value in row.items():
@@ -166,20 +171,31 @@ def _log(options: argparse.Namespace, evaluation: Evaluation) -> bool:
         for f in ("scores.json", "scores_by_picture.csv", "speed.json", "comparison.png", "extremes.png", SHOWN)
     ]
     try:
-        print("logged to", log_results(place, tracking, params, metrics, files, f"eval/{name}"))
+        run = log_results(place, tracking, params, metrics, files, f"eval/{name}", _dataset(options, evaluation.pairs))
     except ValueError as error:
         print(
             f"warning: {error}; the result files are complete; to log them, run the same command again when MLflow is "
             "available",
             flush=True,
         )
-        return False
-    return True
+        return False, None
+    print("logged to", run)
+    return True, run
+
+
+def _dataset(options: argparse.Namespace, pairs: Pairs) -> dict:
+    """Describe the pairs for MLflow, a shard set as its training does."""
+    if options.data and "shards" in pairs.identity:
+        return ShardSet.open(options.data).datasets()[0] | {"context": "evaluation"}
+    digest = hashlib.sha256(json.dumps(pairs.identity, sort_keys=True).encode()).hexdigest()[:12]
+    profile = {"pictures": len(pairs), "scale": pairs.scale}
+    source = str(options.data or options.hq)
+    return {"name": pairs.name, "digest": digest, "source": source, "context": "evaluation", "profile": profile}
 
 
 def _here() -> dict:
     ranks = {"rank": int(os.environ.get("RANK", 0)), "world": int(os.environ.get("WORLD_SIZE", 1))}
-    return ranks | {"commit": git_commit()}
+    return ranks | {"commit": git_commit(), "command": command_line_of_process()}
 
 
 def _device() -> str:

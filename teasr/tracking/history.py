@@ -8,9 +8,19 @@ from itertools import count
 from pathlib import Path
 
 from teasr.tracking.csv_log import last_update
-from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
+from teasr.tracking.run_files import DATASETS_FILE, FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
 
-KEPT = (*FILES, "commit", PARAMS_FILE, STATUS_FILE, RUN_FILE, PREVIEWS, TIMING, METRICS)  # metrics.csv comes last
+KEPT = (
+    *FILES,
+    "commit",
+    DATASETS_FILE,
+    PARAMS_FILE,
+    STATUS_FILE,
+    RUN_FILE,
+    PREVIEWS,
+    TIMING,
+    METRICS,
+)  # metrics.csv comes last
 
 
 def keep_history(run_dir: Path, resumed_from: int, same_config: bool, save_every: int) -> Path | None:

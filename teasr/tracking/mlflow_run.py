@@ -7,18 +7,17 @@ sync-mlflow RUN` sends what is missing at the end.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from pathlib import Path
 
 from teasr.config.settings import TrackingConfig
-from teasr.config.strict_yaml import flatten
 from teasr.tracking.csv_log import Tail
-from teasr.tracking.environment import git_commit
+from teasr.tracking.metric_names import mlflow_name
+from teasr.tracking.mlflow_open import log_datasets, open_run
 from teasr.tracking.mlflow_store import connect, tracking_uri
-from teasr.tracking.run_files import FILES, METRICS, PARAMS_FILE, PREVIEWS, RUN_FILE, STATUS_FILE, TIMING
-from teasr.util.files import write_atomic
+from teasr.tracking.run_files import DATASETS_FILE, FILES, METRICS, PARAMS_FILE, PREVIEWS, STATUS_FILE, TIMING
+from teasr.util.files import read_json
 from teasr.util.optional import check_installed
 
 SEND_EVERY_S, RETRY_S = 2.0, 5.0
@@ -88,6 +87,7 @@ class Mirror:
     def forget(self) -> None:
         """Discard all cached state, so that the next `send` asks the store again."""
         self.client, self.sent, self._files, self._previews = None, -1, {}, set()
+        self._told = False  # whether the data sets are there
         self._metrics, self._timing = (Tail(self.run_dir / name) for name in (METRICS, TIMING))
         self._waiting: dict[int, dict[str, str]] = {}  # rows of metrics.csv whose timing is not written yet
 
@@ -106,8 +106,9 @@ class Mirror:
             if batch and (update is None or len(batch) + len(values) > BATCH):
                 self.client.log_batch(self.run_id, metrics=batch)
                 self.sent, batch = batch[-1].step, []
-            batch += [Metric(key, value, at, update) for key, value in values.items()]
+            batch += [Metric(mlflow_name(key), value, at, update) for key, value in values.items()]
         self._send_files()
+        self._send_datasets()
         return len(rows)
 
     def finish(self, status: str) -> None:
@@ -119,11 +120,10 @@ class Mirror:
 
     def _connect(self) -> None:
         client = connect(self.uri)
-        path = self.run_dir / PARAMS_FILE
-        params = json.loads(path.read_text()) if path.is_file() else {}
+        params = read_json(self.run_dir / PARAMS_FILE)
         self.run_id = open_run(client, self.run_dir, self.uri, self.config, params, self.resumed_from)
         # updates are sent completely and in order, so the newest one shows what the store has
-        self.sent = max((m.step for m in client.get_metric_history(self.run_id, "update_s")), default=-1)
+        self.sent = max((m.step for m in client.get_metric_history(self.run_id, mlflow_name("update_s"))), default=-1)
         self._previews = {_step(f.path) for f in client.list_artifacts(self.run_id, "images")}
         self.client = client
 
@@ -157,6 +157,12 @@ class Mirror:
                 self._send_preview(path, update)
                 self._previews.add(update)
 
+    def _send_datasets(self) -> None:
+        """Tell the store which data sets the run reads, once for each connection; those that it has are kept."""
+        if not self._told:
+            log_datasets(self.client, self.run_id, read_json(self.run_dir / DATASETS_FILE).get("datasets", []))
+            self._told = True
+
     def _send_preview(self, path: Path, update: int) -> None:
         from PIL import Image
 
@@ -185,56 +191,3 @@ def sync(run_dir: Path, config: TrackingConfig) -> tuple[str, int]:
             f"MLflow at {mirror.uri} did not accept the run ({' '.join(str(error).split())[:300]})"
         ) from error
     return f"{mirror.uri}, run {mirror.run_id}", sent
-
-
-def open_run(client, run_dir: Path, uri: str, config: TrackingConfig, params: dict, resumed_from: int = 0) -> str:
-    """Open the MLflow run of a run folder and return its id.
-
-    The run is reopened if its id is on file and known to the store; otherwise, it is created.
-    """
-    from mlflow.entities import Param
-
-    run_file = run_dir / RUN_FILE
-    known = json.loads(run_file.read_text()) if run_file.is_file() else {}
-    run_id, logged = known.get(uri), {}
-    if run_id is not None:
-        logged = _params_of(client, run_id)
-        run_id = None if logged is None else run_id
-    if run_id is None:
-        run_id, logged = _create_run(client, run_dir, uri, config), {}
-        write_atomic(run_file, json.dumps(known | {uri: run_id}, indent=1).encode())
-    else:
-        client.update_run(run_id, status="RUNNING")
-        if resumed_from:
-            client.set_tag(run_id, "resumed_from_update", resumed_from)
-    flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items() if key not in logged]
-    for i in range(0, len(flat), 100):
-        client.log_batch(run_id, params=flat[i : i + 100])
-    return run_id
-
-
-def _params_of(client, run_id: str) -> dict | None:
-    """Return the parameters of a run, or None when the store does not know it (because it was cleared)."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).data.params
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-
-
-def _create_run(client, run_dir: Path, uri: str, config: TrackingConfig) -> str:
-    experiment = client.get_experiment_by_name(config.experiment)
-    if experiment is None:
-        place = None
-        if uri.startswith("sqlite:"):
-            place = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / config.experiment).as_uri()
-        experiment_id = client.create_experiment(
-            config.experiment, artifact_location=place, tags={"mlflow.experimentKind": "custom_model_development"}
-        )
-    else:
-        experiment_id = experiment.experiment_id
-    tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": "launch/train.py", "run_dir": str(run_dir)}
-    return client.create_run(experiment_id, run_name=config.run_name or run_dir.name, tags=tags).info.run_id

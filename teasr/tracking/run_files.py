@@ -3,6 +3,7 @@
 METRICS, TIMING = "metrics.csv", "timing.csv"  # reproducible values; values that differ between identical runs
 RUN_FILE = "mlflow_run.json"  # {tracking URI: run id in that store}
 PARAMS_FILE = "parameters.json"
+DATASETS_FILE = "datasets.json"  # {"datasets": [{name, digest, source, context, profile}, ..]}
 STATUS_FILE = "status"  # RUNNING, FINISHED, FAILED or KILLED, as in MLflow
 SKIPPED_FILE = "skipped_updates.txt"  # updates with non-finite values, and where these occurred
 BAD_FILE = "bad_samples.txt"  # samples that the reader skipped, one per line

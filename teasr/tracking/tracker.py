@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from teasr.config.settings import TrackingConfig
 from teasr.config.strict_yaml import flatten
 from teasr.tracking.csv_log import CsvLog
 from teasr.tracking.environment import environment
 from teasr.tracking.mlflow_run import Mirror, Sender
-from teasr.tracking.run_files import METRICS, PARAMS_FILE, PREVIEW, PREVIEWS, STATUS_FILE, TIMING
+from teasr.tracking.run_files import DATASETS_FILE, METRICS, PARAMS_FILE, PREVIEW, PREVIEWS, STATUS_FILE, TIMING
 from teasr.util.files import write_atomic
 
 
 class Tracker:
     """Logs the numbers and preview images of a run. Only rank 0 creates one."""
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, params: dict, resume_from: int = 0):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        params: dict,
+        resume_from: int = 0,
+        datasets: Sequence[Mapping[str, Any]] = (),
+    ):
+        """`datasets`: what the run reads, each as {name, digest, source, context, profile}."""
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics = CsvLog(run_dir / METRICS, resume_from)
         self.timing = CsvLog(run_dir / TIMING, resume_from)
         write_atomic(run_dir / "environment.txt", environment().encode())
         write_atomic(run_dir / PARAMS_FILE, json.dumps(flatten(params), indent=1, default=str).encode())
+        write_atomic(run_dir / DATASETS_FILE, json.dumps({"datasets": list(datasets)}, indent=1).encode())
         self._status("RUNNING")
         self.sender = Sender(Mirror(run_dir, config, resume_from)) if config.mlflow else None
 

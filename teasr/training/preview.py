@@ -31,6 +31,7 @@ class Preview:
         shards = ShardSet.open(config.shards) if config.shards else training
         check_scale(shards, training.scale, "preview.shards")
         self.config, self.seed, self.scale = config, seed, shards.scale
+        self.datasets = shards.datasets() if config.shards else []
         self.samples = _spread(shards, config.pictures)
         if len({sample.hq.shape for sample in self.samples}) > 1:
             raise ValueError(

@@ -60,7 +60,10 @@ class Recording:
             "samples": len(self.trainer.shards),
             "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
         }  # fmt: skip
-        return Tracker(run_dir, config.tracking, params, resume_from=self.trainer.update)
+        held_out = self.trainer.preview.datasets if self.trainer.preview else []
+        datasets = [found | {"context": "training"} for found in self.trainer.shards.datasets()]
+        datasets += [found | {"context": "validation"} for found in held_out]
+        return Tracker(run_dir, config.tracking, params, self.trainer.update, datasets)
 
     def log(self, logs: dict, timing: dict, shown: tuple[dict, dict]) -> None:
         """Log the metrics of the last update. `shown`: scores and timing of its preview."""

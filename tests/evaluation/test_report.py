@@ -1,6 +1,7 @@
 """eval/report.py: tables beside published numbers, curves, and a page that a browser shows without network requests."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -62,7 +63,8 @@ def test_from_mlflow(results, tmp_path):
     assert code == 0, err
     report(folder, "--out", tmp_path / "b")
     first, second = ((tmp_path / name / "report.md").read_text() for name in "ab")
-    assert first.replace("run, ", "mine, ") == second.replace("run, ", "mine, ")
+    assert re.sub(r"^run\b", "mine", first.replace("| run, ", "| mine, "), flags=re.M) == second
+    assert "- MLflow: http://127.0.0.1:5000/#/experiments/" in first
     assert (tmp_path / "a/report.html").stat().st_size > 20_000  # the images are embedded
     code, _, err = report("--mlflow", uri, "--experiment", "none", "--out", tmp_path / "c")
     assert code == 2 and "has no experiment none: choose one of some" in err
@@ -82,15 +84,61 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
     page.on("pageerror", lambda error: errors.append(error))
     page.goto((tmp_path / "report.html").as_uri())
     assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 5
+    assert "Peak signal-to-noise ratio" in page.locator("thead th").nth(1).get_attribute("title")
+    made = page.locator("section > dl").inner_text()
+    assert all(word in made for word in ("benchmark.py", "commit", "hardware", "UTC", "mlflow ui --backend-store-uri"))
+    assert "/runs/" in page.locator("section > dl a").get_attribute("href")
     first = page.locator(".compare").first
     assert first.locator("img.before").evaluate("x => [x.naturalWidth, x.naturalHeight]") == [96, 64]
-    first.locator("input").fill("20")
-    assert "80%" in first.locator("img.before").get_attribute("style")
+    caption = first.locator("figcaption").inner_text()
+    assert "mine, picture" in caption and "bicubic: PSNR" in caption and "1 step: PSNR" in caption
+    _drag(page, first.locator(".stage"), 0.5, 0.2)
+    assert re.search(r"inset\(0(px)? (79|80|81)", first.locator("img.before").get_attribute("style"))
     before = first.locator("img.after").get_attribute("src")
     first.locator("select").nth(1).select_option("HQ")
-    assert first.locator("img.after").get_attribute("src") != before
+    assert (
+        first.locator("img.after").get_attribute("src") != before and "HQ" in first.locator(".tag.after").inner_text()
+    )
+    small = first.locator(".stage").bounding_box()["width"]
+    first.locator(".stage").click(position={"x": 30, "y": 30})
+    assert page.locator("dialog .stage").bounding_box()["width"] > 1.5 * small
+    page.keyboard.press("Escape")
+    page.locator("dialog .compare").wait_for(state="detached")
+    assert page.locator(".pictures > .compare").count() == page.locator(".compare").count()
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
     assert not errors and [url for url in asked if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]
     page.close()
+
+
+def _drag(page, stage, start, end):
+    """Drag the pointer over a picture; start, end: shares of its width."""
+    stage.scroll_into_view_if_needed()
+    box = stage.bounding_box()
+    page.mouse.move(box["x"] + start * box["width"], box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], box["y"] + 30, steps=3)
+    page.mouse.up()
+
+
+def test_ticks_are_round_numbers_with_the_digits_that_tell_them_apart():
+    from teasr.evaluation.report_chart import digits, ticks
+
+    for low, high, wanted in (
+        (20.9, 24.6, [21, 22, 23, 24]),
+        (0.0183, 0.1075, [0.02, 0.04, 0.06, 0.08, 0.1]),
+        (1.1, 2.3, [1.25, 1.5, 1.75, 2, 2.25]),
+        (-3.0, 12.0, [0, 5, 10]),
+        (10_000, 60_000, [10_000, 20_000, 30_000, 40_000, 50_000, 60_000]),
+    ):
+        assert ticks(low, high) == pytest.approx(wanted)
+    assert [digits(x) for x in ([21, 22], [0.02, 0.04], [1.25, 1.5], [1e4, 2e4])] == [0, 2, 2, 0]
+
+
+def test_every_metric_is_explained():
+    from teasr.evaluation.registry import MEANINGS, METRICS
+
+    assert MEANINGS.keys() == METRICS.keys()
 
 
 def test_published_numbers_are_of_known_metrics_and_protocols():

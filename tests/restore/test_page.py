@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 
 import numpy as np
 import pytest
@@ -62,9 +63,10 @@ def test_upload_restore_slide_download(address, browser, untrained, tmp_path):
     page.goto(address)
     page.set_input_files("input[type=file]", tmp_path / "photo.png")
     page.get_by_label("number input for Steps").fill("2")
+    page.get_by_text("More settings").click()
     page.get_by_label("lab", exact=True).check()
     page.get_by_label("Seed").fill("5")
-    page.wait_for_selector("img[src*=photo]")
+    page.locator("[aria-label='photo.png']").first.wait_for()
     page.click("#restore")
     page.wait_for_function("document.querySelector('#summary textarea').value.includes('56x40 → 224x160 px')")
 
@@ -92,6 +94,38 @@ def test_upload_restore_slide_download(address, browser, untrained, tmp_path):
     page.close()
 
 
+def test_several_files_at_another_scale_come_as_a_zip_and_a_broken_one_is_named(address, browser, untrained, tmp_path):
+    (tmp_path / "other").mkdir()
+    files = [tmp_path / name for name in ("one.png", "broken.png", "other/one.png", "two.jpg")]
+    for shift, file in enumerate(files):
+        Image.fromarray(np.roll(PHOTO, shift, 0).astype(np.uint8)).save(file)
+    files[1].write_bytes(b"no picture")
+    page = browser.new_page(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
+    page.goto(address)
+    page.set_input_files("input[type=file]", files)
+    page.get_by_label("number input for Scale").fill("2.5")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Tile").click()
+    page.get_by_role("option", name="128").click()
+    page.locator("[aria-label='two.jpg']").first.wait_for()
+    page.click("#restore")
+    page.wait_for_function("document.querySelector('#summary textarea').value.includes('two.jpg')")
+    told = page.locator("#summary textarea").input_value().splitlines()
+    assert len(told) == 4 and told[0].startswith("one.png: 56x40 → 140x100 px")
+    assert told[1].startswith("broken.png") and "→" not in told[1]
+    with page.expect_download() as download:
+        page.click("#download-all")
+    download.value.save_as(tmp_path / "all.zip")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.namelist() == ["one_x2.5.png", "one_x2.5-2.png", "two_x2.5.jpg"]
+        with Image.open(archive.open("one_x2.5.png")) as result, Image.open(files[0]) as photo:
+            wanted = Upscaler.from_pretrained(untrained)(photo, scale=2.5, tile_px=128)
+            assert np.array_equal(np.asarray(result), np.asarray(wanted))
+    page.locator("#results .thumbnail-item").nth(2).click()
+    page.get_by_text("Download two_x2.5.jpg").wait_for()
+    page.close()
+
+
 def test_mistakes_are_shown_on_the_page(address, browser):
     page = browser.new_page()
     page.goto(address)
@@ -115,11 +149,13 @@ def test_hostile_uploads_are_refused_and_the_server_keeps_answering(untrained, t
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ((1e9, 0, "none", 0), "greater than maximum"),
-        ((2, float("nan"), "none", 0), "fidelity = nan: must be a number from 0 to 1"),
-        ((1, 0, "none", None), "seed = None: must be a number"),
-        ((1, 0, "none", -1), "less than minimum"),
-        ((1, 0, "sepia", 0), "not in the list of choices"),
+        ((1e9, 0, 4, "auto", "none", 0), "greater than maximum"),
+        ((2, float("nan"), 4, "auto", "none", 0), "fidelity = nan: must be a number from 0 to 1"),
+        ((1, 0, 99, "auto", "none", 0), "greater than maximum"),
+        ((1, 0, 4, "1000000", "none", 0), "not in the list of choices"),
+        ((1, 0, 4, "auto", "none", None), "seed = None: must be a number"),
+        ((1, 0, 4, "auto", "none", -1), "less than minimum"),
+        ((1, 0, 4, "auto", "sepia", 0), "not in the list of choices"),
     ],
 )
 def test_values_that_the_page_cannot_send_are_refused(address, values, told):

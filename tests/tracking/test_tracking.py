@@ -18,6 +18,7 @@ from teasr import cli
 from teasr.config.settings import TrackingConfig
 from teasr.tracking.csv_log import CsvLog, Tail, read_rows
 from teasr.tracking.history import keep_history
+from teasr.tracking.metric_names import GROUPS, LEGEND, NAMES, mlflow_name
 from teasr.tracking.mlflow_run import Mirror
 from teasr.tracking.mlflow_store import connect
 from teasr.tracking.tracker import Tracker
@@ -134,10 +135,42 @@ def test_mlflow_gets_params_metrics_files_and_the_same_run_again(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert run.data.params == {"a.b": "1", "commit": "abc"} and run.info.status == "FINISHED"
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss/total")] == [
+        (1, 0.5),
+        (2, 0.25),
+    ]
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"config.yaml", "environment.txt"}
     assert "mlflow.source.git.commit" in run.data.tags
     assert (tmp_path / "runs/one/environment.txt").read_text().startswith("python 3")
+
+
+def test_every_metric_has_one_readable_name_in_a_described_group():
+    assert len(set(NAMES.values())) == len(NAMES)
+    assert {name.partition("/")[0] for name in (*NAMES.values(), *GROUPS.values())} <= LEGEND.keys()
+    assert mlflow_name("grad_norm/critic") == "gradient/norm_critic" and mlflow_name("fake") == "method/fake"
+    for kept in ("preview/psnr_y_1", "system/cpu_utilization_percentage"):
+        assert mlflow_name(kept) == kept
+
+
+def test_a_run_says_what_it_is_and_what_it_reads_and_a_changed_description_is_kept(tmp_path):
+    from mlflow import MlflowClient
+
+    data = {"name": "train", "digest": "abc", "source": str(tmp_path), "context": "training", "profile": {"samples": 3}}
+    params = {"method": {"name": "teasr"}, "backbone": {"name": "tiny"}, "scale": 4, "train": {"updates": 7}}
+    for update in (1, 2):
+        t = Tracker(tmp_path / "runs/one", TrackingConfig(experiment="test"), params, update - 1, [data])
+        t.log(update, {"loss": 1.0}, {"update_s": 0.1})
+        t.close("FINISHED")
+        client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+        if update == 1:
+            note = run.data.tags["mlflow.note.content"]
+            assert "enlarges pictures 4 times" in note and "| updates | 7 |" in note
+            client.set_tag(run.info.run_id, "mlflow.note.content", "my own words")
+    assert run.data.tags["mlflow.note.content"] == "my own words"
+    assert (run.data.tags["method"], run.data.tags["backbone"], run.data.tags["scale"]) == ("teasr", "tiny", "4")
+    (read,) = run.inputs.dataset_inputs
+    assert (read.dataset.name, read.dataset.digest, read.tags[0].value) == ("train", "abc", "training")
 
 
 def test_an_unreachable_mlflow_costs_a_message_and_no_metric(tmp_path, capsys, monkeypatch):
@@ -183,7 +216,7 @@ def test_sync_sends_what_was_missed_once(tmp_path, capsys, monkeypatch):
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert run.info.status == "KILLED"
-    points = client.get_metric_history(run.info.run_id, "loss")
+    points = client.get_metric_history(run.info.run_id, "loss/total")
     assert [p.step for p in points] == list(range(1, 2100)) and points[1].value == 0.5
     assert (
         0 < points[-1].timestamp - points[0].timestamp < 60_000
@@ -267,7 +300,7 @@ def test_a_server_killed_and_restarted_during_training_has_every_point_at_the_en
         def caught_up() -> bool:
             time.sleep(0.5)
             (found,) = client.search_runs([client.get_experiment_by_name("restarts").experiment_id])
-            history = client.get_metric_history(found.info.run_id, "flow")
+            history = client.get_metric_history(found.info.run_id, "loss/flow")
             return bool(history) and max(point.step for point in history) > reached
 
         wait_for(process, caught_up)
@@ -280,7 +313,7 @@ def test_a_server_killed_and_restarted_during_training_has_every_point_at_the_en
         wanted = {int(row["update"]): row for row in rows(run / "metrics.csv")}
         assert sorted(wanted) == list(range(len(wanted)))  # row 0: the preview before the first update
         for name in ("flow", "grad_norm", "preview/psnr_y_1"):
-            points = client.get_metric_history(found.info.run_id, name)
+            points = client.get_metric_history(found.info.run_id, mlflow_name(name))
             assert {p.step: f"{p.value:.9g}" for p in points} == {
                 u: row[name] for u, row in wanted.items() if row[name]
             }
