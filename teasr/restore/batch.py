@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from teasr.imaging import finding, formats, picture
+from teasr.imaging import encoders, finding, formats, picture
 from teasr.restore import outputs
 from teasr.util.files import remove_strays
 from teasr.util.output import lenient_output
@@ -114,12 +114,18 @@ Restore = Callable[
 
 
 @lenient_output()
-def run(todo: list[Job], restore: Restore, skip_existing: bool = False, overwrite: bool = False) -> int:
+def run(
+    todo: list[Job],
+    restore: Restore,
+    skip_existing: bool = False,
+    overwrite: bool = False,
+    quality: int = encoders.QUALITY,
+) -> int:
     """Restore all files and return how many failed. Prints one line per file; failures are reported and skipped.
 
     `restore(picture, on_progress, add_note, scratch)` calls `on_progress(done, all)` to report progress and
     `add_note(text)` to add a note to the file's line; a large result lies in `scratch`, a folder beside its file. A
-    result that another program has written meanwhile is kept unless `overwrite`.
+    result that another program has written meanwhile is kept unless `overwrite`. quality: of JPEG and WebP.
     """
     failed, began, spent = 0, time.monotonic(), 0
     for folder in {job.target.parent for job in todo if not job.problem}:
@@ -136,7 +142,7 @@ def run(todo: list[Job], restore: Restore, skip_existing: bool = False, overwrit
                 continue
             started, notes = time.monotonic(), []
             try:
-                sizes = _restore_one(job, restore, partial(_show, line, i, job), notes, overwrite)
+                sizes = _restore_one(job, restore, partial(_show, line, i, job), notes, overwrite, quality)
             except (ValueError, OSError, MemoryError) as error:
                 raced = skip_existing and isinstance(error, FileExistsError)
                 failed += not raced
@@ -149,7 +155,9 @@ def run(todo: list[Job], restore: Restore, skip_existing: bool = False, overwrit
     return failed
 
 
-def _restore_one(job: Job, restore: Restore, show: Callable[[float], None], notes: list[str], overwrite: bool) -> str:
+def _restore_one(
+    job: Job, restore: Restore, show: Callable[[float], None], notes: list[str], overwrite: bool, quality: int
+) -> str:
     """Restore a file and return the sizes of the picture before and after. show(share): called as the work goes on."""
     show(0)
     before = picture.read(job.source)
@@ -161,13 +169,13 @@ def _restore_one(job: Job, restore: Restore, show: Callable[[float], None], note
         scratch.release()
         show(TILES_SHARE + (1 - TILES_SHARE) * done / of)
 
-    picture.write(job.target, after, on_rows, overwrite)
+    picture.write(job.target, after, on_rows, overwrite, quality)
     return " -> ".join(f"{p.rgb.shape[1]}x{p.rgb.shape[0]}" for p in (before, after))
 
 
 def _show(line: ProgressLine, before: int, job: Job, share: float) -> None:
     """Show the progress when `before` files and this share of the next one are done."""
-    line.show(before + share, f"{job.source.name} {share:.0%}")
+    line.show(before + share, f"{finding.printable(job.source.name)} {share:.0%}")
 
 
 def _text(error: Exception) -> str:

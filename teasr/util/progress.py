@@ -83,9 +83,10 @@ class ProgressLine:
             redraw = self.bar.refresh
             self._draw()
         for stream, redirect in ((out, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
-            above = _Above(stream, redraw)
-            self.held.enter_context(redirect(above))
-            self.held.callback(above.end)
+            if stream.isatty():
+                above = _Above(stream, redraw)
+                self.held.enter_context(redirect(above))
+                self.held.callback(above.end)
 
     def __enter__(self) -> ProgressLine:
         return self

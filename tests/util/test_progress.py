@@ -118,6 +118,13 @@ def test_other_ranks_show_no_bar_but_print_below_none(terminal):
     assert screen(read()) == ["rank 1: a note", ""]
 
 
+def test_errors_in_a_file_stay_as_they_are(terminal, tmp_path):
+    terminal(80)
+    with open(tmp_path / "log", "w") as log, contextlib.redirect_stderr(log), ProgressLine("train", 2, "updates"):
+        print("a warning", file=sys.stderr)
+    assert (tmp_path / "log").read_text() == "a warning\n"
+
+
 def test_an_error_is_the_last_thing_on_the_screen(terminal):
     read = terminal(80)
     out = sys.stdout
