@@ -5,6 +5,7 @@ import importlib
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from conftest import ROOT
 
@@ -63,19 +64,18 @@ def test_defaults_in_the_choice_table_are_those_of_the_code():
 
 
 def test_settings_and_options_that_a_newcomer_is_told_exist():
-    from teasr.backbones.qwen_image.backbone import QwenImageConfig
     from teasr.commands import completion
-    from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
+    from teasr.config import settings
 
+    sources = (settings.__file__, ROOT / "teasr/backbones/qwen_image/backbone.py")
+    known_keys = set(re.findall(r"^    (\w+):", "\n".join(Path(source).read_text() for source in sources), re.M))
     upscaling, training = (ROOT / "docs/switching.md").read_text().split("## kohya's scripts")
-    sections = {"train": TrainConfig, "preview": PreviewConfig, "tracking": TrackingConfig, "backbone": QwenImageConfig}
     for page, verb in ((upscaling, "upscale"), (training, "train")):
         ours = " ".join(row.split("|")[2] for row in page.splitlines() if row.startswith("| `"))
         known = {name for option in completion.options_of(verb) for name in option.names}
         assert set(re.findall(r"(?<![\w-])--?[a-z]\S*?(?=[ `])", ours)) - known <= {"--num_gpus", "--module", "--out"}
-        for section, key in re.findall(r"(train|preview|tracking|backbone)\.(\w+)", ours):
-            assert key in sections[section].__dataclass_fields__, f"{section}.{key}"
-    assert len(re.findall(r"train\.", training)) > 5
+        assert set(re.findall(r"`(?:train|preview|tracking|backbone)\.(\w+)", ours)) <= known_keys
+    assert len(re.findall(r"`train\.", training)) > 5
 
 
 def test_no_document_has_a_gap_or_an_address_of_a_package_index():
