@@ -81,6 +81,7 @@ setup(
         "pyyaml",
         "safetensors",
         "torch",
+        "tqdm",
     ],
     extras_require=EXTRAS,
 )

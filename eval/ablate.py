@@ -27,9 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from teasr import run_config
+from teasr.commands.benchmark import add_data_options
 from teasr.config import presets
 from teasr.evaluation.names import BASELINES
 from teasr.evaluation.registry import METRICS
+from teasr.util import command_line
 from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,11 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, score and report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML config whose variants are trained")
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="held-out pairs: a shard set, two folders as LQ:HQ, or a name in eval/datasets.yaml",
-    )
+    add_data_options(parser, data_required=True)
     parser.add_argument(
         "--rows",
         choices=tuple(ROWS),
@@ -80,25 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each row is trained with each (default: 0 1 2)"
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4, 8],
-        help="numbers of sampling steps to score (default: 1 2 4 8)",
-    )
-    parser.add_argument(
         "--metrics", nargs="+", default=["psnr", "ssim"], help="metrics to compute (default: psnr ssim)"
-    )
-    parser.add_argument(
-        "--metric-weights",
-        type=Path,
-        help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
-    )
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path("data/eval"),
-        help="folder that contains the datasets of eval/datasets.yaml (default: data/eval)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ablation"), help="output folder (default: runs/ablation)"
@@ -112,22 +92,18 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="config overrides of all rows, such as train.updates=100"
     )
     options = parser.parse_args(arguments)
-    try:
-        for changes in ROWS[options.rows].values():  # report errors before the first training
-            run_config.load(presets.find(options.config, presets.RUNS), [*options.overrides, *changes])
-        found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
-        result = summary(found, options)
-        write_atomic(options.out / "ablation.json", json.dumps(result, indent=1).encode())
-        text = markdown(result)
-        write_atomic(options.out / "ablation.md", text.encode())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to resume", file=sys.stderr)
-        return 130
+    return command_line.run("training and scoring", lambda: _ablate(options), "run the same command to resume")
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    for changes in ROWS[options.rows].values():  # report errors before the first training
+        run_config.load(presets.find(options.config, presets.RUNS), [*options.overrides, *changes])
+    found = {name: [one(options, name, seed) for seed in options.seeds] for name in ROWS[options.rows]}
+    result = summary(found, options)
+    write_atomic(options.out / "ablation.json", json.dumps(result, indent=1).encode())
+    text = markdown(result)
+    write_atomic(options.out / "ablation.md", text.encode())
     print(f"\n{text}\n{options.out / 'ablation.md'}")
-    return 0
 
 
 def one(options: argparse.Namespace, name: str, seed: int) -> dict:

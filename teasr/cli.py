@@ -20,7 +20,7 @@ VERBS = {  # verb -> file of teasr.commands, and what it does
     "report": ("report", "write a report on several evaluations"),
     "weights": ("weights", "fetch the weight files of the metrics"),
     "sync-mlflow": ("sync_mlflow", "upload a run to MLflow"),
-    "presets": ("presets", "list the configs that come with teasr"),
+    "presets": ("presets", "list the configs and models that come with teasr"),
     "completion": ("completion", "print the completion script of a shell"),
 }
 EXAMPLES = """\

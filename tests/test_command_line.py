@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import teasr
-from teasr import cli, run_config
+from teasr import assets, cli, run_config
 from teasr.commands import completion, train
 from teasr.config import presets
 
@@ -78,6 +78,8 @@ def test_presets_are_listed_with_their_purpose_and_printed(capsys):
         for name, path in presets.names(folder).items():
             summary = presets.summary(path)
             assert len(summary) > 10 and re.search(rf"^  {name} +{re.escape(summary)}$", listed, re.M), name
+    assert set(assets.MODELS) == set(assets.names())
+    assert all(re.search(rf"^  {name} +{re.escape(what)}$", listed, re.M) for name, what in assets.MODELS.items())
     assert cli.main(["presets", "show", "tiny_teasr"]) == 0
     assert capsys.readouterr().out == (ROOT / "launch/presets/tiny_teasr.yaml").read_text()
     assert cli.main(["presets", "show", "tiny_tesar"]) == 2

@@ -3,6 +3,9 @@
 import contextlib
 import importlib
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 from conftest import ROOT
 
@@ -60,6 +63,21 @@ def test_defaults_in_the_choice_table_are_those_of_the_code():
     assert config.cons_mix == (0.5, 0.25, 0.25) and config.cons_grid == (2, 4, 8)
 
 
+def test_settings_and_options_that_a_newcomer_is_told_exist():
+    from teasr.commands import completion
+    from teasr.config import settings
+
+    sources = (settings.__file__, ROOT / "teasr/backbones/qwen_image/backbone.py")
+    known_keys = set(re.findall(r"^    (\w+):", "\n".join(Path(source).read_text() for source in sources), re.M))
+    upscaling, training = (ROOT / "docs/switching.md").read_text().split("## kohya's scripts")
+    for page, verb in ((upscaling, "upscale"), (training, "train")):
+        ours = " ".join(row.split("|")[2] for row in page.splitlines() if row.startswith("| `"))
+        known = {name for option in completion.options_of(verb) for name in option.names}
+        assert set(re.findall(r"(?<![\w-])--?[a-z]\S*?(?=[ `])", ours)) - known <= {"--num_gpus", "--module", "--out"}
+        assert set(re.findall(r"`(?:train|preview|tracking|backbone)\.(\w+)", ours)) <= known_keys
+    assert len(re.findall(r"`train\.", training)) > 5
+
+
 def test_no_document_has_a_gap_or_an_address_of_a_package_index():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "constraints.txt", ROOT / "Makefile"]:
         text = path.read_text()
@@ -82,6 +100,18 @@ def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([\w-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_git_ignores_what_the_commands_of_the_readme_write(tmp_path):
+    shutil.copyfile(ROOT / ".gitignore", tmp_path / ".gitignore")
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    written = re.findall(r"(?:\bout=|--out |-o |run_dir=|\.save\(\")([\w./]+)", README)
+    assert {"photo_x4.png", "restored/", "restored.png", "runs/mine", "data/train", "exported/teasr"} <= set(written)
+    for path in written:
+        assert subprocess.run([*git, "check-ignore", "-q", path]).returncode == 0, path
+    for path in ("teasr/data/stream.py", "teasr/restore/batch.py", "data_prep/make_shards.py"):
+        assert subprocess.run([*git, "check-ignore", "-q", path]).returncode == 1, path
 
 
 def test_constraints_pin_every_version():

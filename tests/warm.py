@@ -167,7 +167,7 @@ def _program(command: list[str]) -> tuple[list[str] | None, int | None, int | No
         return (command[1:], None, None) if command[1].endswith(".py") or command[1] == "-m" else (None, None, None)
     if Path(command[0]).name != "deepspeed":
         return None, None, None
-    rest, found = command[1:], {"--num_gpus": 1, "--master_port": 29500}
+    rest, found = [part for part in command[1:] if part != "--quiet"], {"--num_gpus": 1, "--master_port": 29500}
     while rest and rest[0] in found:
         found[rest[0]], rest = int(rest[1]), rest[2:]
     if not rest or not rest[0].endswith(".py"):

@@ -9,6 +9,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "small"  # the model used for restoration when none is specified
+MODELS = {  # name of a shipped model -> what it is
+    "small": "super-resolution x4 in 1 to 30 steps, 1.4 M parameters; for --model and --from",
+    "small-prior": "the prior from which `small` was trained, for backbone.base; it restores nothing",
+}
 NOTE = (
     "no model was specified: using the small model shipped with teasr (4.1 M parameters, see docs/small.md). "
     "The method is designed for large models: train one with launch/presets/qwen_teasr.yaml and pass its run folder"

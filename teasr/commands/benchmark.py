@@ -8,7 +8,6 @@ from pathlib import Path
 
 from teasr.config import presets
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 SUMMARY = "score a model at several step counts, or existing predictions, on held-out pairs, and compare with bicubic"
 EXAMPLES = """examples:
@@ -25,19 +24,12 @@ metric whose weights are missing is reported together with the fix; --require ma
 """
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of the options; prog: how the program was called."""
-    from teasr.evaluation.registry import METRICS, PROTOCOLS
-
-    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+def add_data_options(parser: argparse.ArgumentParser, data_required: bool = False) -> None:
+    """Add the options that say what is scored, which `eval/ablate.py` has too."""
     parser.add_argument(
-        "model",
-        nargs="?",
-        type=Path,
-        help="folder of a run, a checkpoint or an export; or `small`, the model shipped with teasr",
-    )
-    parser.add_argument(
-        "--data", help="held-out pairs: a shard set, two folders as LQ:HQ, or a name of `teasr presets show datasets`"
+        "--data",
+        required=data_required,
+        help="held-out pairs: a shard set, two folders as LQ:HQ, or a name of `teasr presets show datasets`",
     )
     parser.add_argument(
         "--data-root",
@@ -52,6 +44,25 @@ def parser(prog: str) -> argparse.ArgumentParser:
         default=[1, 2, 4, 8],
         help="numbers of sampling steps to score (default: 1 2 4 8)",
     )
+    parser.add_argument(
+        "--metric-weights",
+        type=Path,
+        help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
+    )
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the options; prog: how the program was called."""
+    from teasr.evaluation.registry import METRICS, PROTOCOLS
+
+    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        help="folder of a run, a checkpoint or an export; or `small`, the model shipped with teasr",
+    )
+    add_data_options(parser)
     parser.add_argument(
         "--weights",
         choices=("ema", "weights"),
@@ -86,11 +97,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "(default: osediff)",
     )
     parser.add_argument(
-        "--metric-weights",
-        type=Path,
-        help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
-    )
-    parser.add_argument(
         "--require", action="store_true", help="fail if a metric is not available, instead of skipping it"
     )
     parser.add_argument("--out", type=Path, help="output folder (default: RUN/eval/DATASET)")
@@ -100,18 +106,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr benchmark") -> int:
     """Evaluate, or report that it was already done; returns the exit code."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("the benchmark"):
-            from teasr.evaluation import scoring
+    return command_line.run("the benchmark", lambda: _benchmark(options), "run the same command to resume")
 
-            scoring.evaluate(options, presets.names(presets.SETS)["datasets"])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to resume", file=sys.stderr)
-        return 130
-    return 0
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from teasr.evaluation import scoring
+
+    scoring.evaluate(options, presets.names(presets.SETS)["datasets"])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from teasr.util import checkpoint_folder, command_line
 from teasr.util.files import read_json
-from teasr.util.optional import needed_for
 
 SUMMARY = "export a trained run as one LoRA file in diffusers' layout, or in full where more than a LoRA was trained"
 EXAMPLES = """examples:
@@ -53,17 +51,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr export") -> int:
     """Export; returns the exit code: 0 on success, 2 for an error that the message explains."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("exporting"):
-            folder = checkpoint_folder.resolve(options.model)
-            path = export(options, folder)
-            print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
-            if options.register:
-                print(register(options, folder))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line.run("exporting", lambda: _export(options))
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder = checkpoint_folder.resolve(options.model)
+    path = export(options, folder)
+    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    if options.register:
+        print(register(options, folder))
 
 
 def register(options: argparse.Namespace, folder: Path) -> str:

@@ -1,17 +1,17 @@
-"""`teasr presets`: list the configs that come with teasr, or print one."""
+"""`teasr presets`: list the configs and models that come with teasr, or print a config."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 
+from teasr import assets
 from teasr.config import presets
 from teasr.util import command_line
 
-SUMMARY = "list the configs that come with teasr, or print one"
+SUMMARY = "list the configs and models that come with teasr, or print a config"
 EXAMPLES = """examples:
-  {prog}                                  all of them, each with its purpose
+  {prog}                                  all of them, each with its purpose, and the models
   {prog} show tiny_teasr > mine.yaml      a copy to edit
 """
 
@@ -30,21 +30,20 @@ def main(arguments: list[str] | None = None, prog: str = "teasr presets") -> int
     options = checked.parse_args(arguments)
     if (options.action == "show") != (options.name is not None):
         checked.error("give a name after `show`, and only there")
-    try:
-        print(_list() if options.action == "list" else _show(options.name), end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    show = options.action == "show"
+    return command_line.run("the presets", lambda: print(_show(options.name) if show else _list(), end=""))
 
 
 def _list() -> str:
-    lines = []
+    tables = {"models that come with teasr": assets.MODELS}
     for folder, what in presets.KINDS.items():
-        found = presets.names(folder)
+        tables[what] = {name: presets.summary(path) for name, path in presets.names(folder).items()}
+    lines = []
+    for what, found in tables.items():
         width = max(map(len, found))
-        lines += [f"{what[0].upper()}{what[1:]}:"]
-        lines += [f"  {name:{width}}  {presets.summary(path)}" for name, path in found.items()] + [""]
+        lines += (
+            [f"{what[0].upper()}{what[1:]}:"] + [f"  {name:{width}}  {text}" for name, text in found.items()] + [""]
+        )
     return "\n".join(lines)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teasr.config import presets
 from teasr.util import command_line
-from teasr.util.optional import needed_for
 
 if TYPE_CHECKING:
     from teasr.evaluation.report import Result
@@ -45,14 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = "teasr report") -> int:
     """Write the report; returns the exit code."""
     options = parser(prog).parse_args(arguments)
-    try:
-        with needed_for("the report"):
-            _report(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out / 'report.md'}\n{options.out / 'report.html'}")
-    return 0
+    return command_line.run("the report", lambda: _report(options))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -76,6 +67,7 @@ def _report(options: argparse.Namespace) -> None:
         made = {"written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "command": command_line_of_process()}
         made |= {"commit": git_commit()}
         write_atomic(options.out / "report.html", report_page.page(results, blocks, made).encode())
+    print(f"{options.out / 'report.md'}\n{options.out / 'report.html'}")
 
 
 def from_mlflow(uri: str, experiment: str | None, place: Path) -> list[Result]:

@@ -25,8 +25,8 @@ key=value arguments (dotted key, YAML value) override the config. `teasr presets
 with teasr.
 
 This command starts one process. The launcher of DeepSpeed starts one for each GPU:
-  deepspeed --num_gpus 8 --module teasr.commands.train --config tiny_teasr run_dir=runs/mine
-  deepspeed --num_gpus 8 launch/train.py --config tiny_teasr run_dir=runs/mine      the same in a checkout
+  deepspeed --quiet --num_gpus 8 --module teasr.commands.train --config tiny_teasr run_dir=runs/mine
+  deepspeed --quiet --num_gpus 8 launch/train.py --config tiny_teasr run_dir=runs/mine      the same in a checkout
 """
 # What all ranks found, such as a wrong setting, rank 0 reports. Then the launcher stops the others while they wait.
 WAIT_FOR_RANK_0_S = 60

@@ -36,7 +36,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="output folder, or output file for a single image; with / at the end a folder",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help=command_line.MODEL_HELP)
+    model.add_argument("-n", "--model", help=command_line.MODEL_HELP)
     model.add_argument(
         "--weights",
         choices=("ema", "weights"),
@@ -58,6 +58,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="0 to 1: how far to blend the result of several steps with the one-step result (default: 0, no blending)",
     )
     quality.add_argument(
+        "-s",
         "--scale",
         type=float,
         metavar="X",
@@ -73,6 +74,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     quality.add_argument("--seed", type=int, default=0, help="seed of the sampling noise (default: 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
+        "-t",
         "--tile",
         default="auto",
         metavar="auto|PX",
@@ -92,6 +94,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     files.add_argument(
         "--format", choices=("png", "jpg", "webp", "tif"), help="output format (default: that of the input)"
     )
+    files.add_argument("--quality", type=int, metavar="Q", help="quality of JPEG and WebP, 1 to 100 (default: 95)")
     return parser
 
 
@@ -108,6 +111,7 @@ def _upscale(options: argparse.Namespace) -> int:
     steps, settings = _numbers(options)
     todo = batch.jobs(options.inputs, options.out, options.suffix, options.format)
     pairs = [(job.source, job.target) for job in todo if not job.problem]
+    jpeg_quality = outputs.check_quality(options.quality, [target for _, target in pairs])
     outputs.check_targets(pairs, options.skip_existing, options.overwrite)
     if options.skip_existing and all(os.path.isfile(job.target) for job in todo):
         print(f"all {len(todo)} results already exist; nothing to do")
@@ -124,7 +128,7 @@ def _upscale(options: argparse.Namespace) -> int:
         how = settings | {"on_progress": on_progress, "say": add_note, "scratch": scratch}
         return upscaler(picture, steps, options.seed, **how)
 
-    failed = batch.run(todo, restore, options.skip_existing, options.overwrite)
+    failed = batch.run(todo, restore, options.skip_existing, options.overwrite, jpeg_quality)
     if failed:
         print(f"{failed} of {len(todo)} images failed", file=sys.stderr)
     return 1 if failed else 0

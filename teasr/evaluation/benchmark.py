@@ -73,15 +73,14 @@ class Evaluation:
 
         Raises ValueError naming a pair that cannot be read or whose pictures do not match in size.
         """
-        line = ProgressLine("evaluate", len(self.pairs), "pictures", enabled=self.rank == 0)
         keys = []
-        for i, (key, load) in enumerate(self.pairs):
-            keys.append(key)
-            if i % self.world == self.rank:
-                if self._part(key) is None:
-                    self._score(key, load())
-                line.show(i + 1)
-        line.close()
+        with ProgressLine("evaluate", len(self.pairs), "pictures", enabled=self.rank == 0) as line:
+            for i, (key, load) in enumerate(self.pairs):
+                keys.append(key)
+                if i % self.world == self.rank:
+                    if self._part(key) is None:
+                        self._score(key, load())
+                    line.show(i + 1)
         if self.rank == 0:
             self._wait_for_others(keys)
             self._put_together(keys)
@@ -134,10 +133,10 @@ class Evaluation:
             yield name, made
 
     def _wait_for_others(self, missing: list[str]) -> None:
-        line = ProgressLine("waiting for the other ranks:", len(self.pairs), "pictures")
-        while missing := [key for key in missing if not (self.parts / f"{key}.json").is_file()]:
-            line.show(len(self.pairs) - len(missing))
-            time.sleep(0.2)
+        with ProgressLine("waiting for the other ranks:", len(self.pairs), "pictures") as line:
+            while missing := [key for key in missing if not (self.parts / f"{key}.json").is_file()]:
+                line.show(len(self.pairs) - len(missing))
+                time.sleep(0.2)
 
     def _put_together(self, keys: list[str]) -> None:
         parts = {key: self._part(key) for key in keys}

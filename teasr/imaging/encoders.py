@@ -20,7 +20,7 @@ from PIL import Image
 
 from teasr.imaging import spaces, tiff
 
-QUALITY = 95  # of JPEG and WebP
+QUALITY = 95  # default of JPEG and WebP
 STRIP_BYTES = 2**20
 MCU_PX = 8  # JPEG without subsampling is coded in blocks of this side
 
@@ -35,6 +35,7 @@ class Pixels:
     deep: bool
     strips: Callable[[int], Iterator[np.ndarray]]
     metadata: dict[str, bytes]
+    quality: int = QUALITY  # of JPEG and WebP, 1 to 100
 
     @property
     def row_bytes(self) -> int:
@@ -99,7 +100,7 @@ def jpg(file: BinaryIO, pixels: Pixels) -> None:
     rows, last = blocks * MCU_PX, -(-pixels.height // (blocks * MCU_PX)) - 1
     for i, strip in enumerate(pixels.strips(rows)):
         out = io.BytesIO()
-        options = {"quality": QUALITY, "subsampling": 0, "restart_marker_rows": blocks}
+        options = {"quality": pixels.quality, "subsampling": 0, "restart_marker_rows": blocks}
         _image(strip).save(out, "JPEG", **options, **(pixels.metadata if i == 0 else {}))
         head, data = _split(out.getvalue())
         if i == 0:
@@ -139,7 +140,7 @@ def webp(file: BinaryIO, pixels: Pixels) -> None:
         order = cv2.COLOR_RGB2BGR if mode == "RGB" else cv2.COLOR_RGBA2BGRA
         whole[top : top + len(strip)] = cv2.cvtColor(np.asarray(part), order)
         top += len(strip)
-    good, data = cv2.imencode(".webp", whole, [cv2.IMWRITE_WEBP_QUALITY, QUALITY])
+    good, data = cv2.imencode(".webp", whole, [cv2.IMWRITE_WEBP_QUALITY, pixels.quality])
     if not good:
         raise OSError("OpenCV cannot encode it as WebP")
     file.write(_with_metadata(data.tobytes(), pixels, metadata))

@@ -15,12 +15,14 @@ class Format:
     area_px: int  # most pixels
     alpha: bool
     deep: bool  # 16 bits per channel
+    lossy: bool = False  # written with a quality
 
 
 FORMATS = {
     "png": Format((".png",), 2**31 - 1, 2**62, alpha=True, deep=True),
-    "jpg": Format((".jpg", ".jpeg"), 65535, 2**62, alpha=False, deep=False),
-    "webp": Format((".webp",), 16383, 2**27, alpha=True, deep=False),  # beyond, its first partition may overflow
+    "jpg": Format((".jpg", ".jpeg"), 65535, 2**62, alpha=False, deep=False, lossy=True),
+    # a larger WebP may overflow its first partition
+    "webp": Format((".webp",), 16383, 2**27, alpha=True, deep=False, lossy=True),
     "tif": Format((".tif", ".tiff"), 2**31 - 1, 2**62, alpha=True, deep=True),
 }
 

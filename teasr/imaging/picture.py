@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from teasr.imaging import bands, deep, formats, images, spaces
 from teasr.imaging.deep import Decoded
-from teasr.imaging.encoders import ENCODERS, Pixels
+from teasr.imaging.encoders import ENCODERS, QUALITY, Pixels
 from teasr.imaging.formats import Layout
 from teasr.util.files import atomic_file
 from teasr.util.scratch import MEMORY, Scratch
@@ -186,12 +186,17 @@ def to_pil(picture: Picture) -> Image.Image:
 
 
 def write(
-    path: Path, picture: Picture, on_rows: Callable[[int, int], None] = lambda done, of: None, overwrite: bool = True
+    path: Path,
+    picture: Picture,
+    on_rows: Callable[[int, int], None] = lambda done, of: None,
+    overwrite: bool = True,
+    quality: int = QUALITY,
 ) -> None:
     """Write the picture atomically, in the format given by the suffix of `path`.
 
-    on_rows(done, all): called with the number of rows written. Raises ValueError if the format cannot hold the picture,
-    FileExistsError if the file exists and must not be overwritten, OSError that names the path if it cannot be written.
+    on_rows(done, all): called with the number of rows written. quality: of JPEG and WebP, 1 to 100. Raises ValueError
+    if the format cannot hold the picture, FileExistsError if the file exists and must not be overwritten, OSError that
+    names the path if it cannot be written.
     """
     formats.check(path, picture.layout)
     kind, (height, width) = formats.kind_of(path), picture.rgb.shape[:2]
@@ -204,7 +209,7 @@ def write(
             on_rows(min(height, top + rows), height)
 
     metadata = {key: value for key, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
-    pixels = Pixels(width, height, picture.channels(0, 1).shape[2], picture.layout.deep, strips, metadata)
+    pixels = Pixels(width, height, picture.channels(0, 1).shape[2], picture.layout.deep, strips, metadata, quality)
     try:
         with atomic_file(path, overwrite) as file:
             ENCODERS[kind](file, pixels)

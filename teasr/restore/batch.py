@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from teasr.imaging import finding, formats, picture
+from teasr.imaging import encoders, finding, formats, picture
 from teasr.restore import outputs
 from teasr.util.files import remove_strays
 from teasr.util.output import lenient_output
-from teasr.util.progress import duration
+from teasr.util.progress import ProgressLine, duration
 from teasr.util.scratch import Scratch
+
+TILES_SHARE = 0.95  # of the work on a picture; the rest is writing it
 
 
 @dataclass(frozen=True)
@@ -112,85 +114,71 @@ Restore = Callable[
 
 
 @lenient_output()
-def run(todo: list[Job], restore: Restore, skip_existing: bool = False, overwrite: bool = False) -> int:
+def run(
+    todo: list[Job],
+    restore: Restore,
+    skip_existing: bool = False,
+    overwrite: bool = False,
+    quality: int = encoders.QUALITY,
+) -> int:
     """Restore all files and return how many failed. Prints one line per file; failures are reported and skipped.
 
-    `restore(picture, on_progress, add_note, scratch)` calls `on_progress(done, all)` to report progress (shown only on
-    a terminal) and `add_note(text)` to add a note to the file's line; a large result lies in `scratch`, a folder beside
-    its file. A result that another program has written meanwhile is kept unless `overwrite`.
+    `restore(picture, on_progress, add_note, scratch)` calls `on_progress(done, all)` to report progress and
+    `add_note(text)` to add a note to the file's line; a large result lies in `scratch`, a folder beside its file. A
+    result that another program has written meanwhile is kept unless `overwrite`. quality: of JPEG and WebP.
     """
     failed, began, spent = 0, time.monotonic(), 0
     for folder in {job.target.parent for job in todo if not job.problem}:
         remove_strays(folder)
-    for i, job in enumerate(todo):
-        head = f"{i + 1}/{len(todo)} {job.source}"
-        if job.problem:
-            failed += not job.problem.startswith(finding.HARMLESS)
-            print(f"{head}: skipped: {job.problem}", flush=True)
-            continue
-        if skip_existing and os.path.isfile(job.target):
-            print(f"{head}: skipped, the result already exists", flush=True)
-            continue
-        started, notes = time.monotonic(), []
-        line = Inside(head)
-        try:
-            sizes = _restore_one(job, restore, line, notes, overwrite)
-        except (ValueError, OSError, MemoryError) as error:
-            raced = skip_existing and isinstance(error, FileExistsError)
-            failed += not raced
-            line.clear()
-            print(f"{head}: {'skipped' if raced else 'failed'}: {_text(error)}", flush=True)
-            continue
-        spent += 1
-        line.clear()
-        left = (time.monotonic() - began) / spent * (len(todo) - i - 1)
-        parts = [sizes, f"{time.monotonic() - started:.1f} s", *notes, f"{duration(left)} left"]
-        print(f"{head}: {', '.join(parts)}", flush=True)
+    with ProgressLine("restore", len(todo), "pictures", transient=True) as line:
+        for i, job in enumerate(todo):
+            head = f"{i + 1}/{len(todo)} {job.source}"
+            if job.problem:
+                failed += not job.problem.startswith(finding.HARMLESS)
+                print(f"{head}: skipped: {job.problem}", flush=True)
+                continue
+            if skip_existing and os.path.isfile(job.target):
+                print(f"{head}: skipped, the result already exists", flush=True)
+                continue
+            started, notes = time.monotonic(), []
+            try:
+                sizes = _restore_one(job, restore, partial(_show, line, i, job), notes, overwrite, quality)
+            except (ValueError, OSError, MemoryError) as error:
+                raced = skip_existing and isinstance(error, FileExistsError)
+                failed += not raced
+                print(f"{head}: {'skipped' if raced else 'failed'}: {_text(error)}", flush=True)
+                continue
+            spent += 1
+            left = (time.monotonic() - began) / spent * (len(todo) - i - 1)
+            parts = [sizes, f"{time.monotonic() - started:.1f} s", *notes, f"{duration(left)} left"]
+            print(f"{head}: {', '.join(parts)}", flush=True)
     return failed
 
 
-def _restore_one(job: Job, restore: Restore, line: Inside, notes: list[str], overwrite: bool) -> str:
-    """Restore a file and return the sizes of the picture before and after."""
+def _restore_one(
+    job: Job, restore: Restore, show: Callable[[float], None], notes: list[str], overwrite: bool, quality: int
+) -> str:
+    """Restore a file and return the sizes of the picture before and after. show(share): called as the work goes on."""
+    show(0)
     before = picture.read(job.source)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Scratch(job.target.parent)
-    after = restore(before, line.show, notes.append, scratch)
-    line.restart("writing")
+    after = restore(before, lambda done, of: show(TILES_SHARE * done / of), notes.append, scratch)
 
     def on_rows(done: int, of: int) -> None:
         scratch.release()
-        line.show(done, of)
+        show(TILES_SHARE + (1 - TILES_SHARE) * done / of)
 
-    picture.write(job.target, after, on_rows, overwrite)
+    picture.write(job.target, after, on_rows, overwrite, quality)
     return " -> ".join(f"{p.rgb.shape[1]}x{p.rgb.shape[0]}" for p in (before, after))
+
+
+def _show(line: ProgressLine, before: int, job: Job, share: float) -> None:
+    """Show the progress when `before` files and this share of the next one are done."""
+    line.show(before + share, f"{finding.printable(job.source.name)} {share:.0%}")
 
 
 def _text(error: Exception) -> str:
     if isinstance(error, FileExistsError):
         return f"{error.filename} was written by another program meanwhile and is kept"
     return str(error)
-
-
-class Inside:
-    """Progress and remaining time within one picture, shown only on a terminal."""
-
-    def __init__(self, head: str):
-        self.head, self.began, self.drawn = head, time.monotonic(), 0.0
-        self.terminal = sys.stdout.isatty()
-
-    def restart(self, what: str) -> None:
-        """Begin another stage of the same picture, named `what`."""
-        self.head, self.began = f"{self.head}: {what}", time.monotonic()
-
-    def show(self, done: int, of: int) -> None:
-        """Report that `done` of `of` parts are finished."""
-        now = time.monotonic()
-        if self.terminal and now - self.drawn > 0.2:
-            self.drawn = now
-            left = (now - self.began) / done * (of - done)
-            print(f"\r\033[K{self.head}: {done / of:.0%}, {duration(left)} left", end="", flush=True)
-
-    def clear(self) -> None:
-        """Erase the progress line, before the file's own line is printed."""
-        if self.drawn:
-            print("\r\033[K", end="", flush=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from teasr.imaging import formats, picture
+from teasr.imaging.encoders import QUALITY
 from teasr.imaging.formats import Layout
 from teasr.util.files import check_writable
 
@@ -66,6 +67,17 @@ def check_targets(pairs: Iterable[tuple[Path, Path]], skip_existing: bool, overw
         )
     for target in folders.values():
         check_writable(target)
+
+
+def check_quality(quality: int | None, targets: Iterable[Path]) -> int:
+    """Return the quality of JPEG and WebP, by default 95. Raises ValueError if it is out of range or not of use."""
+    if quality is None:
+        return QUALITY
+    if not 1 <= quality <= 100:
+        raise ValueError(f"--quality {quality}: must be a whole number from 1 to 100")
+    if not any(formats.FORMATS[formats.kind_of(target)].lossy for target in targets):
+        raise ValueError(f"--quality {quality} is for JPEG and WebP, and no result is one: add --format jpg or webp")
+    return quality
 
 
 def check_formats(

@@ -141,20 +141,19 @@ class TeasrPipeline:
                 f"{len(generators)} generators for {len(pictures)} images: pass one generator, or one for each image"
             )
         size = None if width is None else (width, height)
-        line = ProgressLine("restore", len(pictures) * num_inference_steps, "steps", enabled=self._progress)
         restored = []
-        for picture, own_generator in zip(pictures, generators, strict=True):
-            step = self._on_step(line, callback_on_step_end)
-            noise = torch.Generator().manual_seed(torch.seed()) if own_generator is None else own_generator
-            options = {
-                "size": size,
-                "fidelity": fidelity,
-                "color_fix": color_fix,
-                "tile_px": self._tile_px,
-                "on_step": step,
-            }
-            restored.append(self.upscaler(picture, num_inference_steps, noise, **options))
-        line.close()
+        with ProgressLine("restore", len(pictures) * num_inference_steps, "steps", enabled=self._progress) as line:
+            for picture, own_generator in zip(pictures, generators, strict=True):
+                step = self._on_step(line, callback_on_step_end)
+                noise = torch.Generator().manual_seed(torch.seed()) if own_generator is None else own_generator
+                options = {
+                    "size": size,
+                    "fidelity": fidelity,
+                    "color_fix": color_fix,
+                    "tile_px": self._tile_px,
+                    "on_step": step,
+                }
+                restored.append(self.upscaler(picture, num_inference_steps, noise, **options))
         result = _pack(restored, output_type)
         return PipelineOutput(result) if return_dict else (result,)
 

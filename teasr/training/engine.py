@@ -29,18 +29,29 @@ RUN_OWNS = (  # keys set from the run config; setting them in a ds_configs file 
     "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
 )  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+LOG_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # values of TEASR_DEEPSPEED_LOG; default: error
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return record.levelno >= LOG_LEVELS.get(os.environ.get("TEASR_DEEPSPEED_LOG", "error"), 0)
+
+
+logging.getLogger("DeepSpeed").addFilter(_is_shown)  # here, since DeepSpeed logs while it is imported
 
 
 def start_ranks(train: TrainConfig, world: World) -> None:
-    """Initialise torch.distributed through DeepSpeed, without its log output, and set the thread count of a CPU rank.
+    """Initialise torch.distributed through DeepSpeed, and set its log level and the thread count of a CPU rank.
 
-    Raises ValueError when this rank has no GPU or when the ranks cannot connect to each other.
+    Raises ValueError when this rank has no GPU, when the ranks cannot connect to each other, or for a wrong log level.
     """
+    level = os.environ.get("TEASR_DEEPSPEED_LOG", "error")
+    if level not in LOG_LEVELS:
+        raise ValueError(f"TEASR_DEEPSPEED_LOG = {level}: must be one of {', '.join(LOG_LEVELS)}, or unset")
     with needed_for("training"):
         import deepspeed
         import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.utils.set_log_level_from_string(level)
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -31,9 +31,9 @@ class Recording:
 
     def __enter__(self) -> Recording:
         trainer = self.trainer
-        self.line = ProgressLine("train", trainer.train.updates, "updates", trainer.update, enabled=trainer.world.main)
         self.tracker = self._start_tracker() if trainer.world.main else None
         self.machine = Machine(trainer.run_dir, trainer.world.device)
+        self.line = ProgressLine("train", trainer.train.updates, "updates", trainer.update, enabled=trainer.world.main)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:

@@ -65,6 +65,8 @@ def pictures(tmp_path):
         ("plain.png", ["-o", "out", "--scale", "0.5"], "scale = 0.5: sides must grow by a factor of 1 to 16"),
         ("plain.png", ["-o", "out", "--scale", "2", "--size", "99x99"], "give one of them"),
         ("plain.png", ["-o", "out", "--seed", "-1"], "--seed -1: must be a whole number from 0 to 9223372036854775807"),
+        ("plain.png", ["-o", "o.jpg", "--quality", "0"], "--quality 0: must be a whole number from 1 to 100"),
+        ("plain.png", ["-o", "out", "--quality", "80"], "--quality 80 is for JPEG and WebP, and no result is one"),
         ("plain.png", ["-o", "out", "--tile", "0"], "--tile 0: must be auto or a number of pixels"),
         ("plain.png", ["-o", "out", "--steps", "\u00b2"], "must be auto or a whole number >= 1"),
         ("plain.png", ["-o", "out", "--suffix", "x" * 300], "a name of more than 255 bytes"),
@@ -79,6 +81,17 @@ def test_what_cannot_be_written_is_said_before_anything_is_restored(
     code, said, read = upscale(pictures / name, *more)
     assert code == 2 and told in said and said.startswith("error: ") and not read
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_a_lower_quality_makes_smaller_files(upscale, pictures, tmp_path, kind):
+    sizes = []
+    for quality in ("30", "95", None):
+        out = tmp_path / f"{quality}.{kind}"
+        more = ["--quality", quality] if quality else []
+        assert upscale(pictures / "plain.png", "-o", out, *more)[0] == 0
+        sizes.append(out.stat().st_size)
+    assert sizes[0] < 0.8 * sizes[1] and sizes[1] == sizes[2]  # 95 is the default
 
 
 def test_a_name_with_a_dot_may_be_a_folder(upscale, pictures, monkeypatch, tmp_path):

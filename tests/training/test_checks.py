@@ -1,11 +1,13 @@
 """checks.py: problems that would end a run after hours are found before it starts."""
 
+import logging
 import shutil
 from collections import namedtuple
 
 import pytest
 import torch
 
+from teasr.training import engine
 from teasr.training import preflight as checks
 
 Usage = namedtuple("Usage", "total used free")
@@ -43,3 +45,15 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     checks.precision("fp32", None)
     with pytest.raises(ValueError, match="Tesla V100 does not support bf16"):
         checks.precision("fp32", "bf16")
+
+
+def test_deepspeed_logs_errors_alone_unless_asked(monkeypatch):
+    logger = logging.getLogger("DeepSpeed")
+    records = [logger.makeRecord("DeepSpeed", level, "", 0, "text", (), None) for level in (20, 30, 40)]
+    monkeypatch.delenv("TEASR_DEEPSPEED_LOG", raising=False)
+    assert [bool(logger.filter(record)) for record in records] == [False, False, True]
+    monkeypatch.setenv("TEASR_DEEPSPEED_LOG", "info")
+    assert all(logger.filter(record) for record in records)
+    monkeypatch.setenv("TEASR_DEEPSPEED_LOG", "loud")
+    with pytest.raises(ValueError, match="TEASR_DEEPSPEED_LOG = loud: must be one of debug, info, warning, error"):
+        engine.start_ranks(None, None)

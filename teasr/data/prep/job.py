@@ -52,9 +52,8 @@ def _make(plan: Plan, engine: str, workers: int, rank: int, world: int) -> None:
         (out / INDEX).unlink(missing_ok=True)  # so that no reader mixes old and new shards
     if missing:
         total = kept + sum(len(spec.crops) for spec in missing)
-        line = ProgressLine("prepare", total, "samples", kept)
-        manifests = engines.run(process_shard, missing, engine, workers, line.add)
-        line.close()
+        with ProgressLine("prepare", total, "samples", kept) as line:
+            manifests = engines.run(process_shard, missing, engine, workers, line.add)
         done |= {spec.shard: manifest for spec, manifest in zip(missing, manifests, strict=True)}
     done |= {s.shard: m for s in plan.shards if s.shard not in done and (m := read_manifest(s.path, s.identity))}
     if len(done) < len(plan.shards):
@@ -92,9 +91,8 @@ def _inspect(
     chunks, problems = found
     start = rank * len(chunks) // world
     order = chunks[start:] + chunks[:start]
-    line = ProgressLine("inspect", sum(chunk.photos for chunk in chunks), "photos")
-    inspected = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
-    line.close()
+    with ProgressLine("inspect", sum(chunk.photos for chunk in chunks), "photos") as line:
+        inspected = engines.run(sources.inspect_chunk, order, engine, workers, line.add)
     return make_plan(config, [row for rows in inspected for row in rows] + problems)
 
 

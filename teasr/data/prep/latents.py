@@ -202,11 +202,10 @@ def _make(work: _Set, rank: int, world: int) -> None:
     if missing:
         (work.out / INDEX).unlink(missing_ok=True)  # it belongs to an earlier set: no reader may mix the two
     count = sum(m["nsamples"] for m in done.values())
-    line = ProgressLine("latents", count + sum(row["nsamples"] for row in missing), "samples", count)
-    for row in missing:
-        done[row["shard"]] = work.write(row, line, count)
-        count += row["nsamples"]
-    line.close()
+    with ProgressLine("latents", count + sum(row["nsamples"] for row in missing), "samples", count) as line:
+        for row in missing:
+            done[row["shard"]] = work.write(row, line, count)
+            count += row["nsamples"]
     done |= {row["shard"]: m for row in work.rows if row["shard"] not in done and (m := work.finished(row))}
     if len(done) < len(work.rows):
         print(

@@ -99,9 +99,8 @@ def verify_set(folder: Path, share: float, redo: int, workers: int) -> tuple[lis
         picked = tuple(sorted({*chosen.tolist(), *redone}))
         specs.append(ShardCheck(str(folder), row, index["settings"], tuple(index["libraries"]), first, picked, redone))
         first += n
-    line = ProgressLine("verify", sum(len(s.decode) for s in specs), "samples")
-    found = engines.run(verify_shard, specs, "local", workers, line.add)
-    line.close()
+    with ProgressLine("verify", sum(len(s.decode) for s in specs), "samples") as line:
+        found = engines.run(verify_shard, specs, "local", workers, line.add)
     return problems + [problem for rows in found for problem in rows], warnings, index
 
 
