@@ -17,7 +17,7 @@ from PIL import Image
 from teasr.util.distributed import free_port
 
 LESS = {  # beginning of a line -> what is appended to it
-    "teasr train --photos": "--crops 8 train.updates=2 train.batch=4 train.micro_batch=4",
+    "teasr train --photos": "--crops 8 train.updates=2 train.batch=4 train.micro_batch=4 method.lambda_lpips=0",
     "python data_prep/make_shards.py photos=~/pictures": "crops_per_photo=4 shard_samples=4",
     "python data_prep/make_shards.py photos=~/other_pictures": "crop_px=128",
     "deepspeed": "train.updates=2 train.batch=4 train.micro_batch=4",
@@ -86,6 +86,6 @@ def test_one_command_makes_a_model_that_restores(place, monkeypatch):
 
 def test_the_long_way_ends_with_scores(place):
     printed = [run(line, place) for line in lines("Train on your own photographs") if not line.startswith("teasr")]
-    assert len(printed) == 4 and "the model is in runs/mine; next:" in printed[2]
-    scores = json.loads((place / "runs/mine/eval/heldout/scores.json").read_text())["methods"]
+    assert len(printed) == 4 and "the model is in runs/own; next:" in printed[2]
+    scores = json.loads((place / "runs/own/eval/heldout/scores.json").read_text())["methods"]
     assert list(scores) == ["bicubic", "1 step", "2 steps", "4 steps", "8 steps"]
