@@ -18,6 +18,7 @@ EXTRAS = {
     "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
     "metrics": ["pyiqa"],  # NIQE, FID, MUSIQ, MANIQA, CLIPIQA; licence PolyForm Noncommercial
     "nf4": ["bitsandbytes"],  # frozen weights in 4 bits
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],  # teasr export --onnx; onnxruntime runs the file
     "ray": ["ray"],  # data preparation on a cluster
     "train": [  # preparing data, training, evaluation, and everything with Qwen-Image
         "accelerate",
