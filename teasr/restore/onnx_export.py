@@ -25,6 +25,7 @@ from teasr.util.optional import check_installed, needed_for
 
 BACKBONES = ("tiny", "unet")
 DTYPES = ("fp32", "fp16")  # in which the weights can be stored; the graph computes in fp32
+FACTS = ("pixel_multiple", "downsample", "latent_channels", "tile_px")  # of the backbone, in the file's metadata
 OPSET = 20
 SMALL = 1024  # tensors with fewer values stay in fp32
 EXAMPLE_PX = (24, 32)  # size of the picture with which the network is traced
@@ -66,7 +67,7 @@ def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
     """Write the single step of a model to an ONNX file, atomically.
 
     dtype: fp16 halves the file: weights are stored in it, and the graph still computes in fp32. The metadata of the
-    file says what a program needs to know: scale, pixel_multiple, downsample, latent_channels. Raises ValueError for a
+    file says what a program needs to know: scale, and `FACTS`. Raises ValueError for a
     backbone or a dtype that cannot be exported, and if the packages of the extra `onnx` are missing.
     """
     name = "" if upscaler.config is None else upscaler.config.backbone_name
@@ -83,7 +84,7 @@ def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
     if dtype == "fp16":
         _store_in_fp16(made)
     backbone = upscaler.backbone
-    facts = {name: getattr(backbone, name) for name in ("pixel_multiple", "downsample", "latent_channels")}
+    facts = {name: getattr(backbone, name) for name in FACTS}
     onnx.helper.set_model_props(made, {k: str(v) for k, v in ({"scale": upscaler.scale} | facts).items()})
     onnx.checker.check_model(made)
     path.parent.mkdir(parents=True, exist_ok=True)

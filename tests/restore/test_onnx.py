@@ -73,9 +73,8 @@ def test_the_shipped_model_is_exported_by_the_command(tmp_path, capsys):
     upscaler = Upscaler.from_pretrained("small", device="cpu")
     assert 1e-6 < max(differences(upscaler, file)) < 0.02  # 5 grey levels of 255
     facts = ort.InferenceSession(file).get_modelmeta().custom_metadata_map
-    assert facts == {
-        name: str(getattr(upscaler.backbone, name)) for name in ("pixel_multiple", "downsample", "latent_channels")
-    } | {"scale": str(upscaler.scale)}
+    expected = {name: str(getattr(upscaler.backbone, name)) for name in onnx_export.FACTS}
+    assert facts == expected | {"scale": str(upscaler.scale)}
 
 
 def test_the_graph_is_what_the_upscaler_computes():
