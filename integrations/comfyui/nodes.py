@@ -1,4 +1,4 @@
-"""The two nodes: `TeasrLoad` loads a model, `TeasrUpscale` restores a batch of images with it in any number of steps."""
+"""`TeasrLoad` loads a model, `TeasrUpscale` restores a batch of images with it in any number of steps."""
 
 from __future__ import annotations
 
