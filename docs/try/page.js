@@ -73,7 +73,6 @@ async function take(file) {
 
 const split = (share) => $("compared").style.setProperty("--split", `${100 * Math.min(1, Math.max(0, share))}%`);
 $("compared").addEventListener("pointermove", (event) => {
-  if (event.pointerType === "mouse" && !event.buttons && !event.target.closest("#compared")) return;
   const box = $("compared").getBoundingClientRect();
   split((event.clientX - box.left) / box.width);
 });
