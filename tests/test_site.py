@@ -31,7 +31,9 @@ def test_every_setting_has_its_default_its_limits_and_its_meaning():
         train["train.dtype"][:2] == ["`fp32`", "`fp32`, `bf16`"] and "losses and optimiser" in train["train.dtype"][2]
     )
     assert train["train.max_hours"][2].startswith("time budget: once it is used up")  # the comment above the field
-    assert "or `null`" in train["train.max_hours"][1]
+    assert "or `null`" in train["train.max_hours"][1] and train["train.max_hours"][0] == "`null`"
+    assert (train["train.weight_decay"][0], train["train.clip_norm"][0]) == ("`0.0`", "`1.0`")  # neither true nor false
+    assert all(row[2] for row in train.values())
 
 
 def test_every_command_is_there():

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import json
 import os
 import textwrap
 import tokenize
@@ -119,7 +120,7 @@ def _default(field: dataclasses.Field) -> str:
         value = {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in value.items()}
     if isinstance(value, tuple):
         value = list(value)
-    return f"`{ {None: 'null', True: 'true', False: 'false'}.get(value, value) if value.__hash__ else value }`"
+    return f"`{json.dumps(value)}`" if value is None or isinstance(value, bool) else f"`{value}`"
 
 
 def allowed(hint) -> str:
