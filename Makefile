@@ -9,7 +9,7 @@ WORKERS ?= 2# test files at a time; each may start two ranks
 # Tiny models lose more to thread hand-over than they gain; the trainer sets its own threads.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo clean-demo test lint bench golden clean
+.PHONY: demo clean-demo test lint docs bench golden clean
 
 $(READY): constraints.txt setup.py
 	@echo "setup     .venv (once, some minutes; about 7 GB)"
@@ -40,6 +40,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the site in build/site, and in build/site/try the page that restores in the browser, whose scripts npm brings
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+	@mkdir -p build/npm && cp docs/try/package.json build/npm/
+	npm install --prefix build/npm --ignore-scripts --no-audit --no-fund --no-package-lock
+	$(BIN)/python docs/site/browser.py build/site/try
+	@echo "site      $(BIN)/python -m http.server --directory build/site   (then open the address it prints)"
 
 bench: $(READY)
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/degradation.py

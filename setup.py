@@ -15,9 +15,11 @@ version = next(
 SHIPPED = ("launch/presets/*.yaml", "data_prep/presets/*.yaml", "eval/*.yaml", "ds_configs/*.json")
 EXTRAS = {
     "demo": ["gradio", "scikit-image"],  # the page of `teasr demo`; photographs for `make demo`
+    "docs": ["ipykernel", "mkdocs-material", "nbclient"],  # the site of the documentation; running the notebook
     "jpeg": ["jpeglib"],  # cutting JPEG photographs without a second loss
     "metrics": ["pyiqa"],  # NIQE, FID, MUSIQ, MANIQA, CLIPIQA; licence PolyForm Noncommercial
     "nf4": ["bitsandbytes"],  # frozen weights in 4 bits
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],  # teasr export --onnx; onnxruntime runs the file
     "ray": ["ray"],  # data preparation on a cluster
     "train": [  # preparing data, training, evaluation, and everything with Qwen-Image
         "accelerate",

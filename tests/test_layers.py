@@ -16,6 +16,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "webdataset": {"data/shards.py"},
     "jpeglib": {"data/prep/lossless.py"},
     "ray": {"data/prep/engines.py"},
+    "onnx": {"restore/onnx_export.py"},
     "peft": {"backbones/lora.py"},
     "bitsandbytes": {"backbones/quantised.py"},
     "diffusers": {
@@ -26,7 +27,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
         "backbones/qwen_image/vae.py",
     },
     "gradio": {"restore/web/page.py"},
-    "huggingface_hub": {"restore/pretrained.py"},
+    "huggingface_hub": {"restore/hub.py"},
     "lpips": {"diffusion/perceptual.py"},
     "pyiqa": {"evaluation/pyiqa_metrics.py"},
     "timm": {"evaluation/pyiqa_metrics.py"},

@@ -1,4 +1,4 @@
-"""`teasr export`: a trained run as one LoRA file in diffusers' layout, or in full.
+"""`teasr export`: a trained run as one LoRA file in diffusers' layout, or in full; as ONNX; to the Hugging Face hub.
 
 It is exported in full where more than a LoRA was trained.
 
@@ -12,24 +12,38 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+from teasr import assets
 from teasr.util import checkpoint_folder, command_line
 from teasr.util.files import read_json
 
-SUMMARY = "export a trained run as one LoRA file in diffusers' layout, or in full where more than a LoRA was trained"
+SUMMARY = "export a trained model: its weights or its LoRA, to the Hugging Face hub, or one step of it as ONNX"
 EXAMPLES = """examples:
   {prog} runs/qwen_teasr --out exported/teasr
   {prog} runs/qwen_teasr/checkpoints/step-00047500 --out exported/teasr --weights weights --dtype bf16
   {prog} runs/demo --out exported/demo --register teasr-demo    also a version in MLflow's model registry
+  {prog} runs/mine --push-to-hub me/restorer                    for others: --model me/restorer
+  {prog} small --onnx small.onnx --dtype fp16                   one step, for programs without PyTorch
 """
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the options; prog: how the program was called."""
     parser = command_line.parser(prog, SUMMARY, EXAMPLES)
-    parser.add_argument("model", type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--out", type=Path, required=True, help="output folder for the weights and the model card")
+    parser.add_argument("model", type=Path, help="run folder, checkpoint folder, or the name of a shipped model")
+    parser.add_argument("--out", type=Path, help="output folder for the weights and the model card")
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
+        help="write the single step of a small model as an ONNX file (docs/onnx.md)",
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the weights and the model card to the Hugging Face hub"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: create the model as a private one")
     parser.add_argument(
         "--weights",
         choices=("ema", "weights"),
@@ -50,16 +64,50 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None, prog: str = "teasr export") -> int:
     """Export; returns the exit code: 0 on success, 2 for an error that the message explains."""
-    options = parser(prog).parse_args(arguments)
-    return command_line.run("exporting", lambda: _export(options))
+    return command_line.run("exporting", lambda: _export_all(parser(prog).parse_args(arguments)))
 
 
-def _export(options: argparse.Namespace) -> None:
-    folder = checkpoint_folder.resolve(options.model)
-    path = export(options, folder)
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
-    if options.register:
-        print(register(options, folder))
+def _export_all(options: argparse.Namespace) -> None:
+    """Write everything that the options ask for. Raises ValueError if they ask for nothing, or contradict."""
+    if not (options.out or options.onnx or options.push_to_hub):
+        raise ValueError("nothing to write: give --out FOLDER, --onnx FILE or --push-to-hub OWNER/NAME")
+    if options.register and not options.out:
+        raise ValueError("--register needs the folder that is registered: add --out FOLDER")
+    if options.private and not options.push_to_hub:
+        raise ValueError("--private is for a model on the hub: add --push-to-hub OWNER/NAME, or omit it")
+    folder = checkpoint_folder.resolve(assets.find(options.model) or options.model)
+    if options.onnx:
+        _to_onnx(options, folder)
+    with tempfile.TemporaryDirectory(prefix="teasr-") as scratch:
+        if options.push_to_hub and not options.out:
+            options.out = Path(scratch, options.push_to_hub.rpartition("/")[2] or "model")
+        if options.out:
+            path = export(options, folder)
+            print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+        if options.register:
+            print(register(options, folder))
+        if options.push_to_hub:
+            print(f"uploaded to {_to_hub(options)}: load it with --model {options.push_to_hub}")
+
+
+def _to_onnx(options: argparse.Namespace, folder: Path) -> None:
+    from teasr.restore import onnx_export
+    from teasr.restore.upscaler import Upscaler
+
+    upscaler = Upscaler.from_pretrained(folder, options.weights, device="cpu")
+    onnx_export.export(upscaler, options.onnx, options.dtype)
+    print(f"{options.onnx}: {options.onnx.stat().st_size / 1e6:,.1f} MB")
+
+
+def _to_hub(options: argparse.Namespace) -> str:
+    from teasr.restore import hub
+
+    card = options.out / checkpoint_folder.CARD
+    text, name = card.read_text(), options.out.name
+    for before in (f"--model {name}\n", f'from_pretrained("{name}")'):
+        text = text.replace(before, before.replace(name, options.push_to_hub))
+    card.write_text(text)
+    return hub.upload(options.out, options.push_to_hub, options.private)
 
 
 def register(options: argparse.Namespace, folder: Path) -> str:

@@ -12,22 +12,22 @@ Count = Annotated[int, "[1, inf)"]
 class TrainConfig:
     """Training config: everything that DeepSpeed needs except sharding and offload, which the file `deepspeed` sets."""
 
-    updates: Count
+    updates: Count  # of the whole run
     batch: Count  # samples per update, over all ranks
     micro_batch: Count  # samples per forward pass on one rank
-    learning_rate: Annotated[float, "(0, inf)", "such as 5e-5"]
-    deepspeed: str = "ds_configs/zero3.json"
+    learning_rate: Annotated[float, "(0, inf)", "such as 5e-5"]  # of AdamW, after the warm-up
+    deepspeed: str = "ds_configs/zero3.json"  # config of DeepSpeed: sharding (ZeRO) and offload
     # a trained model from which the student starts: a folder, or the name of a shipped model; null: initial weights
     start_from: str | None = None
-    betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.99)
-    weight_decay: Annotated[float, "[0, inf)"] = 0.0
-    clip_norm: Annotated[float, "(0, inf)"] = 1.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: Annotated[int, "[0, inf)"] = 0
+    betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.99)  # of AdamW
+    weight_decay: Annotated[float, "[0, inf)"] = 0.0  # of AdamW
+    clip_norm: Annotated[float, "(0, inf)"] = 1.0  # gradients are scaled down to at most this norm
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine: falls to 5 %
+    warmup_updates: Annotated[int, "[0, inf)"] = 0  # the learning rate rises linearly over these
     dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the forward pass; losses and optimiser stay in fp32
-    ema: Annotated[float, "(0, 1)", "such as 0.999, or null for no moving average"] | None = 0.999
-    save_every_updates: Count = 500
-    keep_checkpoints: Count = 2
+    ema: Annotated[float, "(0, 1)", "such as 0.999, or null for no moving average"] | None = 0.999  # of the weights
+    save_every_updates: Count = 500  # interval of the checkpoints
+    keep_checkpoints: Count = 2  # the newest; the best and the last that is known to be good stay too
     on_full_disk: Literal["stop", "continue"] = "stop"  # what to do when a checkpoint cannot be written
     # time budget: once it is used up, the current update is finished and saved, and the run ends normally
     max_hours: Annotated[float, "(0, inf)", "such as 23.5, or null for no limit"] | None = None
@@ -67,7 +67,7 @@ class PreviewConfig:
     """
 
     every_updates: Annotated[int, "[0, inf)"] | None = None  # null: whenever a checkpoint is saved; 0: never
-    pictures: Annotated[int, "[1, 10000]"] = 4
+    pictures: Annotated[int, "[1, 10000]"] = 4  # in each preview
     steps: tuple[Annotated[int, "[1, 1000]"], ...] = (
         1,
         4,
@@ -86,9 +86,9 @@ class PreviewConfig:
 class TrackingConfig:
     """Where metrics are logged in addition to metrics.csv. A null `uri` means MLFLOW_TRACKING_URI if that is set."""
 
-    mlflow: bool = True
+    mlflow: bool = True  # whether a run is logged to MLflow
     uri: str | None = None  # null and no MLFLOW_TRACKING_URI: the SQLite file <run_dir>/../mlflow.db
-    experiment: str = "teasr"
+    experiment: str = "teasr"  # in MLflow
     run_name: str | None = None  # null: the name of the run folder
     # the finished model is stored in MLflow too, unless it is larger than this; 0: never
     model_mb: Annotated[float, "[0, inf)", "such as 2000, or 0 to store no model"] = 2000.0

@@ -60,12 +60,12 @@ class Ramp:
 class TeasrConfig:
     """Loss weights and options of TEASR; docs/method.md gives the reasons for choices that the paper leaves open."""
 
-    lambda_flow: Weight = 1.0
-    lambda_cons: Weight = 1.0
-    lambda_adv: Weight = 1.0
-    lambda_rectify: Weight = 0.5
-    lambda_mse: Weight = 1.0
-    lambda_lpips: Weight = 1.0
+    lambda_flow: Weight = 1.0  # weight of L_flow
+    lambda_cons: Weight = 1.0  # weight of L_cons, self-consistency
+    lambda_adv: Weight = 1.0  # weight of L_adv, self-adversarial
+    lambda_rectify: Weight = 0.5  # weight of L_rectify
+    lambda_mse: Weight = 1.0  # weight of the squared error of the one-step result
+    lambda_lpips: Weight = 1.0  # weight of LPIPS of the one-step result
     lambda_restart: Weight = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks

@@ -18,11 +18,11 @@ from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
 from teasr.backbones.model import Model
 from teasr.methods.sampler import Sampler
+from teasr.restore import hub
 from teasr.restore.card import card
 from teasr.run_config import BACKBONES, RunConfig, parse_text
 from teasr.run_config import load as load_config
 from teasr.util import checkpoint_folder
-from teasr.util.optional import needed_for
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # for backbones that do not set their own dtype
 STORED = {"fp32": torch.float32} | AUTOCAST  # dtypes in which the weights of a model can be saved
@@ -148,17 +148,7 @@ def _find(model: str | Path) -> Path:
         raise ValueError(
             f"model {model}: no such folder exists; the models shipped with teasr are {', '.join(assets.names())}"
         )
-    with needed_for(f"loading {name} from the hub"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
-    except RepositoryNotFoundError:
-        why = "the hub has no model of that name that you can access"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = f"the hub cannot be reached ({' '.join(str(error).split())[:100]})"
-    raise ValueError(f"model {model}: no such folder exists, and {why}")
+    return hub.download(name)
 
 
 def _config_of_lora(folder: Path) -> RunConfig:

@@ -16,6 +16,7 @@ from pathlib import Path
 from teasr.util.files import sha256_of, sync_folder, write_atomic
 
 MANIFEST = "MANIFEST.json"
+CARD = "README.md"
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -38,11 +39,14 @@ def updates_of(root: Path) -> dict[int, Path]:
 def commit(temporary: Path, final: Path) -> None:
     """Hash and sync every file, then rename the folder. The checkpoint exists only after the rename.
 
+    The model card, whose text its publisher edits, is not part of the manifest.
+
     All files get the permissions that the user's umask allows; safetensors makes them readable for their owner alone.
     """
     paths, files = sorted(p for p in temporary.rglob("*") if p.is_file()), {}
     for path in paths:
-        files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, sha256_of(path)]
+        if path.name != CARD:
+            files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, sha256_of(path)]
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     write_atomic(temporary / MANIFEST, json.dumps(files, indent=1).encode())

@@ -16,6 +16,8 @@ EXTRA_OF = {  # name to import -> the extra of setup.py that installs it
     "jpeglib": "jpeg",
     "lpips": "train",
     "mlflow": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
     "peft": "train",
     "pyiqa": "metrics",
     "pydantic": "train",

@@ -159,7 +159,8 @@ class DualUNet(RoleNet):
 
     def _trunk(self, z_lq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The trunk's output. A frozen trunk is evaluated once per LQ latent: the last result is kept."""
-        if any(p.requires_grad for p in self.trunk.parameters()) or z_lq.is_inference():
+        trained = any(p.requires_grad for p in self.trunk.parameters())
+        if trained or z_lq.is_inference() or torch.compiler.is_exporting():
             return self.trunk(z_lq)
         if self._memo is None or self._memo[1] != _identity(z_lq):
             with torch.no_grad():  # keeping z_lq keeps its memory, so that no other latent can have its address

@@ -1,0 +1,131 @@
+"""`TeasrLoad` loads a model, `TeasrUpscale` restores a batch of images with it in any number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from teasr import Upscaler
+    from teasr.imaging import color
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the TEASR nodes need the package {error.name} in ComfyUI's Python: run `python -m pip install PATH`, where "
+        "PATH is the folder of the teasr repository",
+        name=error.name,
+    ) from None
+
+DTYPES = ("as trained", "fp32", "bf16", "fp16", "fp8", "nf4")
+OWN_SCALE = 0.0  # stands for the scale of the model
+
+
+class TeasrLoad:
+    """Load a model of teasr."""
+
+    RETURN_TYPES, RETURN_NAMES = ("TEASR_MODEL",), ("model",)
+    FUNCTION, CATEGORY = "load", "image/upscaling"
+    DESCRIPTION = "Loads a model of teasr: the small one that comes with it, one of yours, or one from the hub."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        """Return the inputs and their widgets."""
+        where = "name of a folder in ComfyUI/models/teasr, path of a run or an export, owner/name on the hub, or small"
+        return {
+            "required": {
+                "model": ("STRING", {"default": "small", "tooltip": where}),
+                "dtype": (DTYPES, {"tooltip": "precision of the weights; fp8 and nf4 are for large models"}),
+                "offload": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "keep the weights of a large model in host memory"},
+                ),
+            }
+        }
+
+    def load(self, model: str, dtype: str, offload: bool) -> tuple[Upscaler]:
+        """Return the model. Raises ValueError naming what is missing, damaged or not possible on this machine."""
+        found = _in_models_folder(model) or model
+        return (Upscaler.from_pretrained(found, dtype=None if dtype == DTYPES[0] else dtype, offload=offload),)
+
+
+class TeasrUpscale:
+    """Restore and enlarge a batch of images."""
+
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("image",)
+    FUNCTION, CATEGORY = "upscale", "image/upscaling"
+    DESCRIPTION = "Restores images and enlarges them. One step is fastest and most faithful; more steps add detail."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        """Return the inputs and their widgets."""
+        return {
+            "required": {
+                "model": ("TEASR_MODEL",),
+                "image": ("IMAGE",),
+                "steps": ("INT", {"default": 1, "min": 1, "max": 30, "tooltip": "more steps: more detail, more time"}),
+                "fidelity": (
+                    "FLOAT",
+                    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05,
+                     "tooltip": "with 2 steps or more: 0 is their result, 1 the result of one step"},
+                ),
+                "scale": (
+                    "FLOAT",
+                    {"default": OWN_SCALE, "min": 0.0, "max": 16.0, "step": 0.25, "tooltip": "0: that of the model"},
+                ),
+                "tile_px": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 8192, "step": 64,
+                     "tooltip": "side of the tiles of large images, in px of the result; 0: what fits in memory"},
+                ),
+                "color_fix": (tuple(color.KINDS), {"tooltip": "restores the colours of the source"}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
+            }
+        }  # fmt: skip
+
+    def upscale(
+        self,
+        model: Upscaler,
+        image: Tensor,
+        steps: int,
+        fidelity: float,
+        scale: float,
+        tile_px: int,
+        color_fix: str,
+        seed: int,
+    ) -> tuple[Tensor]:
+        """image [B, H, W, C] in [0, 1] -> ([B, s H, s W, 3],); every image of a batch gets the same noise.
+
+        Raises ValueError for settings that the model does not have.
+        """
+        options = {"scale": scale or None, "tile_px": tile_px or None, "color_fix": color_fix}
+        if steps > 1 and fidelity > 0:
+            options["fidelity"] = fidelity
+        restored = [
+            model(one, steps, seed, on_progress=_reporter(i, len(image)), **options)
+            for i, one in enumerate(image[..., :3].movedim(-1, 1))
+        ]
+        return (torch.stack(restored).movedim(1, -1),)
+
+
+def _reporter(index: int, count: int) -> Callable[[int, int], None]:
+    """Return on_progress of one image of a batch: it moves ComfyUI's progress bar and obeys its cancel button."""
+    import comfy.model_management
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(count)
+
+    def on_progress(done: int, of: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(index + done / of, count)
+
+    return on_progress
+
+
+def _in_models_folder(name: str) -> Path | None:
+    """Return ComfyUI/models/teasr/NAME if there is such a folder."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir, "teasr", name)
+    return folder if name and folder.is_dir() else None

@@ -1,0 +1,146 @@
+"""integrations/comfyui: the nodes against ComfyUI's contract, imported from the folder as ComfyUI imports a node.
+
+ComfyUI itself is no package that could be installed here; three small modules stand for those that the nodes import.
+"""
+
+import importlib.util
+import json
+import sys
+import tomllib
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+FOLDER = ROOT / "integrations/comfyui"
+SETTINGS = {"fidelity": 0.0, "scale": 0.0, "tile_px": 0, "color_fix": "none", "seed": 0}
+
+
+class Cancelled(Exception):
+    """What ComfyUI raises after its cancel button was pressed."""
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """ComfyUI's modules: a progress bar that remembers, a cancel button, a models folder."""
+    state = types.SimpleNamespace(progress=[], cancelled=False, models=tmp_path / "models")
+
+    class ProgressBar:
+        def __init__(self, total):
+            self.total = total
+
+        def update_absolute(self, value, total=None):
+            state.progress.append(value / (total or self.total))
+
+    def throw():
+        if state.cancelled:
+            raise Cancelled
+
+    modules = {
+        "comfy": {},
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.model_management": {"throw_exception_if_processing_interrupted": throw},
+        "folder_paths": {"models_dir": str(state.models)},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        vars(sys.modules[name]).update(content)
+    for name in ("utils", "model_management"):
+        setattr(sys.modules["comfy"], name, sys.modules[f"comfy.{name}"])
+    return state
+
+
+@pytest.fixture
+def package(comfy, monkeypatch):
+    """The package, imported as `load_custom_node` of ComfyUI's nodes.py does: by path, under the path as its name."""
+    name = str(FOLDER).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def nodes(package):
+    return package.NODE_CLASS_MAPPINGS
+
+
+def test_every_node_keeps_the_contract(package, nodes):
+    assert set(nodes) == set(package.NODE_DISPLAY_NAME_MAPPINGS) == {"TeasrLoad", "TeasrUpscale"}
+    for kind in nodes.values():
+        inputs = kind.INPUT_TYPES()
+        assert set(inputs) <= {"required", "optional", "hidden"}
+        function = getattr(kind(), kind.FUNCTION)
+        wanted = [name for group in inputs.values() for name in group]
+        assert list(function.__code__.co_varnames[1 : function.__code__.co_argcount]) == wanted
+        assert isinstance(kind.CATEGORY, str) and isinstance(kind.RETURN_TYPES, tuple)
+        assert len(kind.RETURN_NAMES) == len(kind.RETURN_TYPES) and kind.DESCRIPTION
+        for group in inputs.values():
+            for name, (type_, *options) in group.items():
+                assert isinstance(type_, str | tuple | list), name
+                if options and type_ in ("INT", "FLOAT"):
+                    assert options[0]["min"] <= options[0]["default"] <= options[0]["max"], name
+        json.dumps(inputs)  # ComfyUI sends it to the browser
+
+
+def test_a_batch_is_restored_like_by_the_upscaler(nodes, comfy, untrained):
+    (model,) = nodes["TeasrLoad"]().load(str(untrained), "as trained", False)
+    image = torch.rand(2, 10, 12, 4, generator=torch.Generator().manual_seed(0))  # with alpha
+    (made,) = nodes["TeasrUpscale"]().upscale(model, image, 2, **SETTINGS | {"fidelity": 0.5, "seed": 2**64 - 1})
+    assert made.shape == (2, 40, 48, 3) and made.dtype == torch.float32 and made.min() >= 0 and made.max() <= 1
+    expected = model(image[1:, ..., :3].movedim(-1, 1), steps=2, seed=2**64 - 1, fidelity=0.5)
+    assert torch.equal(made[1:], expected.movedim(1, -1))
+    assert comfy.progress == sorted(comfy.progress) and comfy.progress[-1] == 1
+    (half,) = nodes["TeasrUpscale"]().upscale(model, image[:1], 1, **SETTINGS | {"scale": 2.0, "fidelity": 0.5})
+    assert half.shape == (1, 20, 24, 3)
+
+
+def test_a_model_in_the_models_folder(nodes, comfy, untrained):
+    from teasr import Upscaler
+
+    first = Upscaler.from_pretrained(untrained)
+    first.save_pretrained(comfy.models / "teasr/mine")
+    (model,) = nodes["TeasrLoad"]().load("mine", "fp32", False)
+    photo = np.zeros((8, 8, 3), np.uint8)
+    assert np.array_equal(model(photo), first(photo))
+    with pytest.raises(ValueError, match="model nothing: no such folder exists"):
+        nodes["TeasrLoad"]().load("nothing", "as trained", False)
+
+
+def test_the_cancel_button_ends_a_restoration(nodes, comfy, untrained):
+    (model,) = nodes["TeasrLoad"]().load(str(untrained), "as trained", False)
+    comfy.cancelled = True
+    with pytest.raises(Cancelled):
+        nodes["TeasrUpscale"]().upscale(model, torch.rand(1, 8, 8, 3), 1, **SETTINGS)
+
+
+def test_the_example_workflow_fits_the_nodes(nodes):
+    workflow = json.loads((FOLDER / "example_workflows/teasr_upscale.json").read_text())
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    assert {"TeasrLoad", "TeasrUpscale", "LoadImage", "SaveImage"} == {node["type"] for node in by_id.values()}
+    for number, source, output, target, slot, type_ in workflow["links"]:
+        assert by_id[source]["outputs"][output]["type"] == type_ == by_id[target]["inputs"][slot]["type"]
+        assert number in by_id[source]["outputs"][output]["links"] and by_id[target]["inputs"][slot]["link"] == number
+    for node in by_id.values():
+        if kind := nodes.get(node["type"]):
+            inputs = kind.INPUT_TYPES()["required"]
+            linked = {socket["name"]: socket["type"] for socket in node["inputs"]}
+            assert {name: inputs[name][0] for name in linked} == linked
+            widgets = [name for name in inputs if name not in linked]
+            extra = sum(len(options) > 1 and "control_after_generate" in options[1] for options in inputs.values())
+            assert len(node["widgets_values"]) == len(widgets) + extra
+            for name, value in zip(widgets, node["widgets_values"], strict=False):
+                type_, *options = inputs[name]
+                assert value in type_ if isinstance(type_, tuple) else True
+                assert options[0]["min"] <= value <= options[0]["max"] if type_ in ("INT", "FLOAT") else True
+
+
+def test_the_registry_finds_what_it_asks_for():
+    import teasr
+
+    settings = tomllib.loads((FOLDER / "pyproject.toml").read_text())
+    assert settings["project"]["name"] == "teasr-upscale" and settings["project"]["version"] == teasr.__version__
+    assert {"PublisherId", "DisplayName", "Icon"} <= set(settings["tool"]["comfy"])
