@@ -95,7 +95,7 @@ def main() -> int:
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     options.out.mkdir(parents=True, exist_ok=True)
     starter = Starter()
-    for step in (step for step in STEPS if step.name in options.only):
+    for step in ((tiny(step) if options.tiny else step) for step in STEPS if step.name in options.only):
         left = ends - time.monotonic() - 60 * options.train_minutes
         if left < step.limit_s:
             row = {"skipped": f"{left:.0f} s are left, and the step may take {step.limit_s} s"}
@@ -179,7 +179,8 @@ def tiny(step: Step) -> Step:
     """Return the same step for networks that a CPU runs in seconds."""
     keep = tuple(text.replace("=60", "=2") for text in step.overrides if not text.startswith("backbone.compile"))
     sizes = TINY if step.preset.startswith("qwen") else ()
-    return replace(step, overrides=(*keep, *sizes), size_px=32, updates=1, memory_gib=None, is_tiny=True)
+    small = replace(step, overrides=(*keep, *sizes), size_px=32, updates=1, memory_gib=None, is_tiny=True)
+    return replace(small, limit_s=10 * step.limit_s)  # the machine of a rehearsal may be busy
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from teasr.util.distributed import World
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE.parent / "launch/presets"
-LOSSES_S = 80  # limit of one of the trainings whose losses are compared
+ENDING_S = 5  # of the limit of a step, for what it does after its own processes have ended
 
 
 def run(step) -> dict:
@@ -143,7 +143,7 @@ def losses(step) -> dict:
              "zero2_offload": ("gpu", "zero2_offload", "fp32"), "bf16": ("gpu", "zero1", "bf16")}  # fmt: skip
     if not Path("/dev/nvidiactl").exists():
         kinds = {name: ("cpu", zero, dtype) for name, (_, zero, dtype) in kinds.items() if "offload" not in name}
-    starter, row = Starter(), {}
+    starter, row, ends = Starter(), {}, time.monotonic() + step.limit_s - ENDING_S
     with contextlib.ExitStack() as stack:
         started = {}
         for name, (device, zero, dtype) in kinds.items():
@@ -155,7 +155,7 @@ def losses(step) -> dict:
                     f"train.deepspeed=ds_configs/{zero}.json"]  # fmt: skip
             started[name] = starter.start(argv, log, hidden, group=False), log
         for name, (pid, log) in started.items():
-            code = starter.wait(pid, LOSSES_S)
+            code = starter.wait(pid, ends - time.monotonic())
             log.seek(0)
             lines = log.read().decode(errors="replace").splitlines()
             row[name] = json.loads(lines[-1]) if code == 0 else f"exit code {code}: {' | '.join(lines[-2:])[-300:]}"

@@ -20,7 +20,7 @@ def test_rehearsal_of_the_whole_script(shards, tmp_path):
     steps = ["machine", "swap-nf4-in-8gb", "vsd-one-base-bf16", "swap-check", "losses", "restore-bf16"]
     train = [str(ROOT / "launch/presets/tiny_teasr.yaml"), f"data.shards={shards}", "train.updates=2", "train.batch=4"]
     train += ["train.micro_batch=4", "preview.shards=null", "tracking.mlflow=false", "backbone.width=32"]
-    command = [ROOT / "bench/gpu_check.sh", "--out", tmp_path / "out", "--tiny", "--minutes", "30"]
+    command = [ROOT / "bench/gpu_check.sh", "--out", tmp_path / "out", "--tiny", "--minutes", "90"]
     done = subprocess.run(
         [*command, "--only", *steps, "--train", *train], env=os.environ | {"PYTHON": sys.executable},
         capture_output=True, text=True,
