@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from teasr.backbones.model import Model
+from teasr.diffusion import perceptual
 from teasr.diffusion.losses import gradient_through
 
 LPIPS_STRIDE = 16  # pixels; the coarsest features of VGG16 that LPIPS compares
@@ -102,7 +103,7 @@ def lpips(metric: nn.Module, x: Tensor, y: Tensor, tile_px: int) -> tuple[Tensor
 
         def own_part(part: Tensor, rows=rows, columns=columns, around=around) -> Tensor:
             value = part.new_zeros(())
-            for k, distance in enumerate(_distances(metric, part, y[around])):
+            for k, distance in enumerate(perceptual.lpips_maps(metric, part, y[around])):
                 own = (_coarser(span, k, n) for span, n in zip((rows, columns), sizes[k], strict=True))
                 value = value + distance[..., *own].sum() / (sizes[k][0] * sizes[k][1])
             return value / len(x)
@@ -111,16 +112,6 @@ def lpips(metric: nn.Module, x: Tensor, y: Tensor, tile_px: int) -> tuple[Tensor
         total += value
         gradient[around] += below
     return total, gradient
-
-
-def _distances(metric: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Yield the weighted squared differences of the five feature maps, [B, 1, h, w] each, as in lpips.LPIPS."""
-    from lpips import normalize_tensor
-
-    with torch.no_grad():
-        wanted = [normalize_tensor(f) for f in metric.net(metric.scaling_layer(y))]
-    for k, f in enumerate(metric.net(metric.scaling_layer(x))):
-        yield metric.lins[k]((normalize_tensor(f) - wanted[k]) ** 2)
 
 
 def _coarser(span: Span, k: int, whole: int) -> slice:
