@@ -6,15 +6,18 @@ forked process is tried once. If it does not, or if the program is to see other 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+from unittest import mock
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that the imports do not initialise CUDA
 
@@ -26,13 +29,15 @@ class Starter:
         """Import the libraries, and try a forked process."""
         self.forks = False
         try:
-            import deepspeed  # noqa: F401
-            import lpips  # noqa: F401
             import torch
-            import torchvision  # noqa: F401
 
-            import teasr.backbones.qwen_image.backbone  # imports diffusers
-            import teasr.training.trainer  # noqa: F401
+            with _without_starting_cuda(torch):
+                import deepspeed  # noqa: F401
+                import lpips  # noqa: F401
+                import torchvision  # noqa: F401
+
+                import teasr.backbones.qwen_image.backbone  # imports diffusers, and that imports bitsandbytes
+                import teasr.training.trainer  # noqa: F401
         except ImportError:  # each program says what it lacks
             return
         pid = os.fork()
@@ -79,6 +84,26 @@ class Starter:
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return None
+
+
+@contextlib.contextmanager
+def _without_starting_cuda(torch) -> Iterator[None]:
+    """Context in which the GPU's compute capability comes from nvidia-smi.
+
+    bitsandbytes asks for it when it is imported. PyTorch would start CUDA in this process to answer, after which CUDA
+    works in no forked one.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        found = []
+    if not found or torch.cuda.is_initialized():
+        yield
+        return
+    capability = tuple(int(number) for number in found[0].split("."))
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability):
+        yield
 
 
 def _uses_cuda() -> int:

@@ -79,7 +79,8 @@ def extrapolated(few: Footprint, more: Footprint, blocks: tuple[int, int, int]) 
     for name in ("parameters", "gpu", "host", "flops", "peaks"):
         one, two = getattr(few, name), getattr(more, name)
         getattr(result, name).update({key: line(one.get(key, 0), two[key]) for key in two})
-    result.trained = line(few.trained, more.trained)
+    result.trained, result.step = line(few.trained, more.trained), line(few.step, more.step)
+    result.gpu[footprint.LARGER] = max(result.step, *result.peaks.values())
     for name, a in few.calls.items():
         b = more.calls[name]
         kernels = Counter({work: n for work in b.kernels if (n := line(a.kernels[work], b.kernels[work])) > 0})

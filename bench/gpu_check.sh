@@ -6,8 +6,8 @@
 #   bench/gpu_check.sh --out results/gpu --train mine.yaml data.shards=shards   the time left for a training
 #   bench/gpu_check.sh --out results/gpu --tiny                                 rehearsal on any CPU
 #
-# Missing packages are installed from the folder of wheels into an environment below OUT, which adds to that of PYTHON
-# (default: python3). --minutes counts this installation too. All other options are those of gpu_check.py (--help).
+# If packages are missing, the folder of wheels is installed into OUT/packages, which is put before the packages of
+# PYTHON (default: python3). --minutes counts this too. All other options are those of gpu_check.py (--help).
 set -uo pipefail
 
 began=$SECONDS
@@ -34,18 +34,15 @@ PYTHON
 }
 missing=$(find_missing)
 if [[ -n $missing && -n $wheels ]]; then
-    "$python" -m venv --system-site-packages "$out/venv"
-    site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    python=$out/venv/bin/python
-    # if PYTHON belongs to an environment itself, the new one sees its packages only by this line
-    echo "$site" >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-    "$python" -m pip install --quiet --no-index --no-deps --disable-pip-version-check "$wheels"/*.whl
+    # a folder on the path instead of an environment: it needs neither ensurepip nor rights to install
+    "$python" -m pip install --quiet --no-index --no-deps --disable-pip-version-check --upgrade \
+        --target "$out/packages" "$wheels"/*.whl
+    export PYTHONPATH=$out/packages${PYTHONPATH:+:$PYTHONPATH}
     missing=$(find_missing)
 fi
 [[ -z $missing ]] || echo "gpu_check.sh: not installed: $missing; the steps that need them will fail" >&2
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 left=$("$python" -c "print(float('$minutes') - ($SECONDS - $began) / 60)") || exit 2
 exec "$python" "$here/gpu_check.py" --out "$out" --minutes "$left" "${rest[@]}"

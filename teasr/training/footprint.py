@@ -27,6 +27,7 @@ from teasr.util.meter import Meter, Work
 
 GIB = 2**30
 CUDA_BYTES = int(1.5 * GIB)  # context, cuBLAS and NCCL workspaces, fragmentation: assumed
+LARGER = "activations or optimiser step (the larger)"
 HOST = "host: "  # prefix of tensor groups that stay in host memory
 FLASH_HEAD_MAX = 256  # largest head dimension of the flash kernels; larger heads use the memory-efficient kernels
 
@@ -69,6 +70,7 @@ class Footprint:
     flops: dict[str, int] = field(default_factory=dict)  # summed over all micro-batches of the update
     peaks: dict[str, int] = field(default_factory=dict)  # of activations and temporary tensors alone
     calls: dict[str, Calls] = field(default_factory=dict)  # by loss, of all micro-batches
+    step: int = 0  # bytes that the optimiser's step needs for itself
     trained: int = 0  # trained parameters on this rank
     on_host: bool = False  # whether the optimiser steps in host memory
 
@@ -119,8 +121,8 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     result.trained = sum(trained.values()) // ranks
     result.on_host = _offloads(zero, "optimizer")
     # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
-    step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
-    result.gpu["activations or optimiser step (the larger)"] = max(step, *result.peaks.values())
+    result.step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    result.gpu[LARGER] = max(result.step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
 
