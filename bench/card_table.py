@@ -2,7 +2,8 @@
 
     python bench/card_table.py                  # prints the table; needs no GPU and no weights
     python bench/card_table.py --write          # writes it into docs/scaling.md
-    python bench/card_table.py --check          # compares predictions with the updates measured on an H200
+    python bench/card_table.py --check          # compares predictions with the updates measured on an H200; the counts
+                                                # are those of this commit, see docs/memory.md
 
 Networks of a few blocks are counted on the meta device (teasr/training/footprint.py). All blocks are alike, so bytes,
 FLOPs and calls of 60 blocks follow from those of two smaller numbers. The seconds are those of

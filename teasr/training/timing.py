@@ -15,8 +15,8 @@ from teasr.training.footprint import Footprint
 OF_MATMUL = 0.755  # large matrix products reach this part of the nominal bf16 rate; measured on an H200
 OF_BANDWIDTH = 0.855  # large copies within the card's memory; measured on an H200
 REACHED = 0.55  # kernels of an update reach this part of both rates; fitted
-LAUNCH_S = 16e-6  # for each call, views included, on the host of the H200; fitted
-COPY_COST = 0.32  # g: part of the copying that slows the computation down; fitted to a run bound by launching
+LAUNCH_S = 13.5e-6  # for each call, views included, on the host of the H200; fitted (11.5 to 16 by row)
+COPY_COST = 0.3  # g: part of the copying that slows the computation down; fitted
 STEP_S = 0.1  # optimiser step on the card: checks, clipping and thousands of small tensors; measured on an H200
 HOST_BYTES_S = 20e9  # bytes a second of AdamW in host memory: assumed
 ADAM_BYTES = 28  # read and written for each trained parameter
