@@ -1,9 +1,9 @@
-"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, three-model VSD.
+"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD on three models or one.
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
     python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
-    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, all three, no GPU
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
 Each layout runs in its own process, one after another, at any image size. `predicted` is the total of the dry run
 without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is
