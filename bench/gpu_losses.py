@@ -1,4 +1,4 @@
-"""Print the losses of ten updates of a preset on fixed random pictures as JSON; a part of bench/gpu_check.py."""
+"""Print the losses of some updates of a preset on fixed random pictures as JSON; a part of bench/gpu_check.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from teasr.util.distributed import World
 
 
 def main() -> None:
-    """Train for ten updates with the overrides of the command line."""
+    """Train for the number of updates on the command line, which the preset and overrides follow."""
     os.chdir(Path(__file__).resolve().parent.parent)
-    preset, *overrides = sys.argv[1:]
+    updates, preset, *overrides = sys.argv[1:]
     config = run_config.load(
         Path(f"launch/presets/{preset}.yaml"), ["train.batch=8", "train.micro_batch=8", *overrides]
     )
@@ -41,7 +41,7 @@ def main() -> None:
     }
     step = Update(method, networks, engines, config.train, config.seed, world)
     x = x.to(world.device)
-    found = [step(i, [Batch(x, x, [""] * 8)], {})["loss"] for i in range(10)]
+    found = [step(i, [Batch(x, x, [""] * 8)], {})["loss"] for i in range(int(updates))]
     print(json.dumps(found), flush=True)
     os._exit(0)
 

@@ -94,3 +94,10 @@ class ThreeModelVsd(Teasr):
         e, t = draws.normal("fake noise", z_fake), times.fake
         v = models["fake"].velocity(flow.interpolate(z_fake, e, t), t, Condition(z_lq, t))
         yield Loss("fake score", "fake", losses.mse(v, e - z_fake))
+
+
+class OneBaseVsd(ThreeModelVsd):
+    """The same three networks on one base: the generator and the fake score are LoRA sets, the real score has none."""
+
+    def roles(self) -> tuple[Role, ...]:
+        return STUDENT, Role("fake"), Role("real", trains="nothing")

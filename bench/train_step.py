@@ -1,9 +1,9 @@
-"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, three-model VSD.
+"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD on three models or one.
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
     python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
-    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, all three, no GPU
+    python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
 Each layout runs in its own process, one after another, at any image size. `predicted` is the total of the dry run
 without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is
@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peer_update import Joint, ThreeModelVsd
+from peer_update import Joint, OneBaseVsd, ThreeModelVsd
 
 from teasr import run_config
 from teasr.data.batch import Batch
@@ -41,7 +41,7 @@ from teasr.training.update import Update
 from teasr.util.distributed import World
 from teasr.util.meter import Meter
 
-LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd}
+LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd, "vsd_one_base": OneBaseVsd}
 
 
 def main() -> None:
@@ -109,8 +109,11 @@ def one_layout(options: argparse.Namespace) -> dict:
         return row | {"failed": f"out of memory: {str(error).splitlines()[0][:100]}"}
 
 
-def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -> dict:
-    """Return median seconds by phase and peak bytes of real updates on this machine's device."""
+def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int, counted: bool = True) -> dict:
+    """Return median seconds by phase and peak bytes of real updates on this machine's device.
+
+    `counted`: on a CPU, count the peak bytes in a further update.
+    """
     world, start = World.from_environment(), {"begin": time.perf_counter()}
     start_ranks(config.train, world)
     start["ranks"] = now(world.device)
@@ -142,7 +145,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int) -
     step = Update(method, networks, engines, config.train, config.seed, world)
     batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []
-    for update in range(updates + 1 if cuda else updates + 2):
+    for update in range(updates + 1 if cuda or not counted else updates + 2):
         counting = update == updates + 1  # on a CPU; counting is slow, so it has its own update
         with meter if counting else nullcontext():
             phases.append(one_update(step, batches, config.train.updates - 1, x.device))

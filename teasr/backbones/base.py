@@ -45,6 +45,8 @@ class Backbone(ABC):
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")  # types of devices on which it computes
     tile_px = 1024  # side of the tiles in which large images are restored
     patch_px: int  # image pixels per token along each side: the period of possible checkerboard artefacts
+    # `decode_local` needs so many latent pixels around each pixel; None: it cannot be called on parts of a picture
+    decoder_halo: int | None = None
 
     @abstractmethod
     def __init__(self, config: Any, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
@@ -57,6 +59,14 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Decode normalised latents to images; differentiable, and not clamped (clamped values have no gradient)."""
+
+    def decode_global(self, z: Tensor) -> Tensor:
+        """Run the part of the decoder that sees the whole picture: latents -> features [.., h, w]."""
+        return z
+
+    def decode_local(self, features: Tensor) -> Tensor:
+        """Run the rest of the decoder on features [.., h, w], in which each pixel sees `decoder_halo` pixels around."""
+        return self.decode(features)
 
     @property
     def network(self) -> RoleNet:

@@ -381,6 +381,7 @@ class Tiny(Backbone):
     """The tiny backbone: `TinyDiT` and its linear codec."""
 
     exports_base = True  # a tiny base does not need a separate file
+    decoder_halo = 0  # its codec decodes each patch by itself
 
     def __init__(self, config: TinyConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
         self.config, self.roles = config, tuple(roles)

@@ -57,7 +57,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--name", help="with --photos: name of the run in MLflow (default: that of the folder)")
     parser.add_argument("--print", action="store_true", help="print the whole config with all defaults, then exit")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print memory and FLOPs of one update, then exit; needs no GPU"
+        "--dry-run",
+        action="store_true",
+        help="print memory, FLOPs and predicted time of one update, then exit; needs no GPU",
     )
     parser.add_argument(
         "--size", type=int, metavar="PX", help="side of the images in --dry-run, in pixels (default: 512)"
@@ -130,13 +132,16 @@ def _train(options: argparse.Namespace) -> int:
         print(settings.to_yaml(), end="")
         return 0
     if options.dry_run:
-        from teasr.training import footprint
+        from teasr.training import footprint, timing
         from teasr.training.engine import check_zero, engine_settings
 
         ranks = options.ranks or 1
         partitioning = engine_settings(settings.train, ranks)
         check_zero(partitioning, settings.train.deepspeed)
-        print(footprint.table(footprint.count(settings, partitioning, options.size or 512, ranks)))
+        counted = footprint.count(settings, partitioning, options.size or 512, ranks)
+        print(footprint.table(counted))
+        if getattr(settings.backbone, "dtype", None) == "bf16":  # the cards' rates are those of bf16
+            print(timing.table(counted, settings.train.batch // ranks))
         return 0
     if options.random_init:
         settings = settings.with_random_weights()

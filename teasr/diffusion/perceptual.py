@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,6 +87,19 @@ def load_lpips(net: str = "vgg", weights: bool = True, folder: Path | None = Non
             if isinstance(layer, nn.Conv2d):
                 _fill(layer, state, f"features.{name.rpartition('.')[2]}")
     return model.requires_grad_(False).eval()
+
+
+def lpips_maps(metric: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Yield the weighted squared differences of the five feature maps, [B, 1, h, w] each; LPIPS sums their means.
+
+    y gets no gradient, and only its normalised features are kept.
+    """
+    from lpips import normalize_tensor
+
+    with torch.no_grad():
+        wanted = [normalize_tensor(features) for features in metric.net(metric.scaling_layer(y))]
+    for k, features in enumerate(metric.net(metric.scaling_layer(x))):
+        yield metric.lins[k]((normalize_tensor(features) - wanted[k]) ** 2)
 
 
 def load_dists(weights: bool = True, folder: Path | None = None) -> DISTS:

@@ -22,6 +22,7 @@ from teasr.backbones.model import Condition, Model
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses, perceptual
+from teasr.methods import tiles
 from teasr.methods.base import Loss, Method, Progress, latents
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
@@ -87,6 +88,8 @@ class TeasrConfig:
     lpips_share: Annotated[float, "(0, 1]"] = 1.0
     # LPIPS sees the images without a random 0 .. shift rows and columns, so that its pooling leaves no grid
     lpips_shift_px: Annotated[int, "[0, inf)"] = 0
+    # compute the pixel losses in tiles of this side, which saves memory on large pictures and changes no gradient
+    pixel_tile_px: Annotated[int, "[64, inf)", "a multiple of 16, or null for whole pictures"] | None = None
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
@@ -113,6 +116,16 @@ class TeasrConfig:
             raise ValueError(
                 f"method.split = {self.split}: must be four numbers >= 0 with sum 1; method.lpips_share = "
                 f"{self.lpips_share}: must be in (0, 1]"
+            )
+        if self.pixel_tile_px is not None and (self.pixel_tile_px < 64 or self.pixel_tile_px % tiles.LPIPS_STRIDE):
+            raise ValueError(
+                f"method.pixel_tile_px = {self.pixel_tile_px}: must be a multiple of {tiles.LPIPS_STRIDE} that is at "
+                "least 64, such as 256, or null"
+            )
+        if self.pixel_tile_px is not None and self.lambda_lpips and self.lpips_net != "vgg":
+            raise ValueError(
+                f"method.pixel_tile_px = {self.pixel_tile_px} needs LPIPS on VGG16, whose features are aligned with "
+                "the tiles: set method.lpips_net=vgg, or method.pixel_tile_px=null"
             )
         if self.lambda_restart and not (self.lambda_mse or self.lambda_lpips):
             raise ValueError("method.lambda_restart > 0 needs method.lambda_mse or method.lambda_lpips > 0")
@@ -327,6 +340,8 @@ class Teasr(Method):
 
         The decoder's graph is freed before this returns.
         """
+        if self.config.pixel_tile_px is not None:
+            return self._data_gradient_in_tiles(inputs, z_fake, self.config.pixel_tile_px)
         logs: dict[str, Tensor] = {}
 
         def pixel_losses(z: Tensor) -> Tensor:
@@ -343,6 +358,25 @@ class Teasr(Method):
             return total
 
         return *losses.gradient_through(pixel_losses, z_fake), logs
+
+    def _data_gradient_in_tiles(
+        self, inputs: StepInputs, z_fake: Tensor, tile_px: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what `_data_gradient` returns, computed in tiles."""
+        student, weight = inputs.student, inputs.data
+        tiles.check(student, tile_px)
+        x_hat = tiles.decode(student, z_fake, tile_px)
+        logs = {"checkerboard": losses.checkerboard_energy(x_hat, student.patch_px)}
+        total, gradient = x_hat.new_zeros(()), torch.zeros_like(x_hat)
+        if weight["mse"]:
+            logs["mse"], at_x = losses.gradient_through(lambda x: losses.mse(x, inputs.x_hq), x_hat)
+            total, gradient = total + weight["mse"] * logs["mse"], gradient + weight["mse"] * at_x
+        if weight["lpips"]:
+            seen, wanted, place = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq, gradient)
+            logs["lpips"], at_x = tiles.lpips(self.lpips, seen, wanted, tile_px)
+            total = total + weight["lpips"] * logs["lpips"]
+            place += weight["lpips"] * at_x  # a view of the gradient
+        return total, tiles.decoder_gradient(student, z_fake, gradient, tile_px), logs
 
     def _seen_by_lpips(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
         """Yield the share of the images that LPIPS sees, without up to `lpips_shift_px` rows and columns."""

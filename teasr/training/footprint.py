@@ -8,6 +8,7 @@ and an allowance for CUDA itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -22,10 +23,11 @@ from teasr.run_config import RunConfig
 from teasr.training.engine import check_swap
 from teasr.training.networks import Networks
 from teasr.training.update import backpropagate
-from teasr.util.meter import Meter
+from teasr.util.meter import Meter, Work
 
 GIB = 2**30
 CUDA_BYTES = int(1.5 * GIB)  # context, cuBLAS and NCCL workspaces, fragmentation: assumed
+LARGER = "activations or optimiser step (the larger)"
 HOST = "host: "  # prefix of tensor groups that stay in host memory
 FLASH_HEAD_MAX = 256  # largest head dimension of the flash kernels; larger heads use the memory-efficient kernels
 
@@ -46,6 +48,15 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 @dataclass
+class Calls:
+    """The calls of one loss in one update: kernels by their work, views, and the bytes of swapped blocks copied."""
+
+    kernels: Counter[Work] = field(default_factory=Counter)
+    views: int = 0
+    copied: int = 0
+
+
+@dataclass
 class Footprint:
     """Cost of one update on one rank: bytes by item, on the GPU and in host memory; FLOPs and peak bytes by loss.
 
@@ -58,7 +69,15 @@ class Footprint:
     host: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)  # summed over all micro-batches of the update
     peaks: dict[str, int] = field(default_factory=dict)  # of activations and temporary tensors alone
-    copied: int = 0  # bytes of swapped blocks copied to the GPU in one update
+    calls: dict[str, Calls] = field(default_factory=dict)  # by loss, of all micro-batches
+    step: int = 0  # bytes that the optimiser's step needs for itself
+    trained: int = 0  # trained parameters on this rank
+    on_host: bool = False  # whether the optimiser steps in host memory
+
+    @property
+    def copied(self) -> int:
+        """Bytes of swapped blocks copied to the GPU in one update."""
+        return sum(calls.copied for calls in self.calls.values())
 
     @property
     def gpu_total(self) -> int:
@@ -99,9 +118,11 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     if zero["stage"] == 3:
         _put(result.gpu, "reduction bucket", bucket)
     _run(result, config, method, networks, accumulation)
+    result.trained = sum(trained.values()) // ranks
+    result.on_host = _offloads(zero, "optimizer")
     # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
-    step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
-    result.gpu["activations or optimiser step (the larger)"] = max(step, *result.peaks.values())
+    result.step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    result.gpu[LARGER] = max(result.step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
 
@@ -168,10 +189,19 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
     for holder in (*networks.bases.values(), method):
         meter.ignore(*(x for tensors in holder.memory_groups().values() for x in tensors))
 
+    copied = 0
+
     def freed(name: str) -> None:
-        result.flops[name] = result.flops.get(name, 0) + meter.flops * accumulation // method.cycle
+        nonlocal copied
+        times, before = accumulation // method.cycle, copied
+        copied = sum(base.copied_bytes for base in networks.bases.values())
+        calls = result.calls.setdefault(name, Calls())
+        calls.kernels.update({work: n * times for work, n in meter.kernels.items()})
+        calls.views, calls.copied = calls.views + meter.views * times, calls.copied + (copied - before) * times
+        result.flops[name] = result.flops.get(name, 0) + meter.flops * times
         result.peaks[name] = max(result.peaks.get(name, 0), meter.peak)
-        meter.flops, meter.peak = 0, meter.now()
+        meter.flops, meter.peak, meter.views = 0, meter.now(), 0
+        meter.kernels.clear()
 
     student, z = networks.student, None
     if config.data.latents is not None:  # then nothing is encoded
@@ -182,7 +212,6 @@ def _run(result: Footprint, config: RunConfig, method: Method, networks: Network
         backpropagate(
             method, networks.models, batches, config.seed, progress, lambda role, value: value.backward(), freed=freed
         )
-    result.copied = sum(base.copied_bytes for base in networks.bases.values()) * accumulation // method.cycle
 
 
 def table(result: Footprint) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -18,8 +19,17 @@ from torch.utils.flop_counter import flop_registry
 CGROUP = Path("/sys/fs/cgroup")
 
 
+class Work(NamedTuple):
+    """What one call of a kernel costs: floating-point operations, and bytes read and written."""
+
+    flops: int
+    bytes: int
+
+
 class Meter(TorchDispatchMode):
     """Context manager that counts `flops`, and the `peak` bytes of new tensors alive at once on one type of device.
+
+    `kernels` counts the calls that compute, by their work, and `views` those that only return another view.
 
     Freed tensors are only looked for when the sum exceeds the peak by a fraction `slack`, so the peak may be too low by
     up to this fraction.
@@ -42,7 +52,9 @@ class Meter(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._ignored: dict[int, torch.UntypedStorage] = {}
         self._shapes: dict[tuple, Any] = {}  # results of functions on the meta device, as `_Shape`
-        self._functional: dict[Any, bool] = {}
+        self.kernels: Counter[Work] = Counter()
+        self.views = 0
+        self._kinds: dict[Any, str] = {}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
         """Do not count these existing tensors, whose views may appear as outputs."""
@@ -63,34 +75,37 @@ class Meter(TorchDispatchMode):
                 self.bytes -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        call = self._call_on_meta if self.device_type == "meta" else _call
-        out = call(func, args, kwargs or {})
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        kwargs = kwargs or {}
+        kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+        if kind == "new" and self.device_type == "meta":
+            out, work = self._call_on_meta(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+            work = None if kind == "view" else _work(func, args, kwargs, out)
+        if work is None:
+            self.views += 1
+        else:
+            self.flops += work.flops
+            self.kernels[work] += 1
         for x in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.device.type == self.device_type:
                 self._add(x.untyped_storage())
         return out
 
-    def _call_on_meta(self, func, args: tuple, kwargs: dict) -> Any:
+    def _call_on_meta(self, func, args: tuple, kwargs: dict) -> tuple[Any, Work]:
         """Call a function whose tensors have no memory; its result is computed once for arguments of each shape.
 
         PyTorch derives these shapes in Python, which takes most of the time of a dry run.
         """
-        functional = self._functional.get(func)
-        if functional is None:
-            schema = func._schema
-            functional = not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
-            self._functional[func] = functional
-        if not functional:
-            return func(*args, **kwargs)
         key = (func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items()))
-        shapes = self._shapes.get(key)
-        if shapes is None:
+        known = self._shapes.get(key)
+        if known is None:
             out = func(*args, **kwargs)
-            self._shapes[key] = tree_map_only(torch.Tensor, lambda x: _Shape(x.shape, x.stride(), x.dtype), out)
-            return out
-        return _empty(shapes) if isinstance(shapes, _Shape) else tree_map_only(_Shape, _empty, shapes)
+            shapes = tree_map_only(torch.Tensor, lambda x: _Shape(x.shape, x.stride(), x.dtype), out)
+            self._shapes[key] = shapes, _work(func, args, kwargs, out)
+            return out, self._shapes[key][1]
+        shapes, work = known
+        return (_empty(shapes) if isinstance(shapes, _Shape) else tree_map_only(_Shape, _empty, shapes)), work
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._ignored:
@@ -119,8 +134,20 @@ def _empty(shape: _Shape) -> torch.Tensor:
     return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device="meta")
 
 
-def _call(func, args: tuple, kwargs: dict) -> Any:
-    return func(*args, **kwargs)
+def _kind(func) -> str:
+    """Return whether a function returns a `new` tensor, a `view`, or works `in place`."""
+    schema = func._schema
+    if schema.is_mutable:
+        return "in place"
+    return "new" if all(value.alias_info is None for value in schema.returns) else "view"
+
+
+def _work(func, args: tuple, kwargs: dict, out: Any) -> Work:
+    """Return the FLOPs of a call, and the bytes of its inputs and outputs."""
+    formula = flop_registry.get(func._overloadpacket)
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+    tensors = [] if "empty" in func._overloadpacket.__name__ else tree_leaves((args, kwargs, out))
+    return Work(flops, sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)))
 
 
 def _key(value: Any) -> Any:

@@ -217,6 +217,16 @@ class QwenImage(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return self.codec.decode(z)
 
+    def decode_global(self, z: Tensor) -> Tensor:
+        return self.codec.decode_global(z)
+
+    def decode_local(self, features: Tensor) -> Tensor:
+        return self.codec.decode_local(features)
+
+    @property
+    def decoder_halo(self) -> int:
+        return self.codec.decoder_halo
+
     def codec_sha256(self) -> str:
         if self.config.model == "random":
             raise ValueError("data.latents: cached latents do not belong to a random VAE; remove data.latents")

@@ -108,8 +108,28 @@ class QwenCodec(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, 8 h, 8 w] fp32, differentiable and not clamped."""
+        return self.decode_local(self.decode_global(z))
+
+    def decode_global(self, z: Tensor) -> Tensor:
+        """Run the part of the decoder with attention over the whole picture, [B, C, h, w] -> [B, C', 1, h, w]."""
         z = (z * self.latents_std + self.latents_mean)[:, :, None].to(self._dtype)
-        return self.vae.decoder(self.vae.post_quant_conv(z))[:, :, 0].float()
+        return self.vae.decoder.mid_block(self.vae.decoder.conv_in(self.vae.post_quant_conv(z)))
+
+    def decode_local(self, features: Tensor) -> Tensor:
+        """Run the rest, whose layers see their surroundings only, [B, C', 1, h, w] -> [B, 3, 8 h, 8 w] fp32."""
+        decoder, x = self.vae.decoder, features
+        for block in decoder.up_blocks:
+            x = block(x)
+        return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))[:, :, 0].float()
+
+    @property
+    def decoder_halo(self) -> int:
+        """How far `decode_local` sees, in latent pixels, rounded up.
+
+        Its 3x3 convolutions see one pixel each at their own resolution: 2 in each of n + 1 residual blocks, and one at
+        each doubling, so 2 (n + 1) (1 + 1/2 + 1/4 + ..) + 1/2 + 1/4 + .. pixels of the latent.
+        """
+        return 4 * (self.vae.config.num_res_blocks + 1) + 1
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -85,6 +85,7 @@ class UNet(Backbone):
     """The backbone: `DualUNet` and `LinearCodec`."""
 
     exports_base = True  # the trunk is small and goes into every weight file
+    decoder_halo = 0  # its codec decodes each patch by itself
 
     def __init__(self, config: UNetConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
         """Raises ValueError if the trunk cannot be loaded, or if several trained roles share this base."""
