@@ -150,19 +150,15 @@ def run(step: Step) -> dict:
 def update(step: Step) -> dict:
     """Seconds, peaks and locked host memory of whole updates of 20 B parameters with random weights."""
     import torch
-    from train_step import LAYOUTS, measure
+    from train_step import in_layout, measure
 
-    from teasr import run_config
-    from teasr.methods.teasr import TeasrConfig
     from teasr.training.engine import engine_settings
 
-    for name, layout in LAYOUTS.items():
-        run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
     if step.memory_gib and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(
             step.memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         )
-    config = replace(load(step), method_name=step.layout).with_random_weights()
+    config = in_layout(load(step), step.layout).with_random_weights()
     with Watch() as watch:
         row = measure(config, engine_settings(config.train, 1), step.size_px, step.updates)
     return row | {"batch": config.train.batch, "size_px": step.size_px} | watch.result()

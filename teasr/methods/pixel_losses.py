@@ -39,7 +39,11 @@ class WithLpips(Method):
 
 
 def pixel_gradient(
-    student: Model, z_hat: Tensor, x_hq: Tensor, weight: Mapping[str, float], distance: Callable[[Tensor, Tensor], Tensor]
+    student: Model,
+    z_hat: Tensor,
+    x_hq: Tensor,
+    weight: Mapping[str, float],
+    distance: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the weighted pixel losses at an estimate of the clean latent, their gradient, and values to log.
 
