@@ -5,11 +5,12 @@
     python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
-Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies of
-the network, two copies, and one base). Each runs in its own process, one after another, at any image size. `predicted` is the total of the dry run
-without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is
-counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry run divided by the measured time; `of
-matmul` divides it by the rate of one large matrix product in the network's dtype on the same device.
+Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies
+of the network, two copies, and one base). Each runs in its own process, one after another, at any image size.
+`predicted` is the total of the dry run without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those
+of PyTorch; on a CPU, `allocated` is counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry
+run divided by the measured time; `of matmul` divides it by the rate of one large matrix product in the network's dtype
+on the same device.
 """
 
 from __future__ import annotations
