@@ -231,11 +231,9 @@ class ScoreDistillation(WithLpips):
             return scores.guided(models["fake"], z_s, s, self.config.cfg_fake).v
         if self.config.fake == "sample":  # the exact score of a point mass at z_hat
             return (z_s - z_hat) / flow.per_sample(s, z_s)
-        return (
-            models["real"].velocity(z_s, s, Condition(text=models["real"].null_text))
-            if real.null is None
-            else real.null
-        )
+        if real.null is not None:
+            return real.null
+        return models["real"].velocity(z_s, s, Condition(text=models["real"].null_text))
 
     def _observe(self, real: scores.Guided, v_fake: Tensor) -> dict[str, Tensor]:
         """Values to watch: rms of the score difference, and of the part of it that guidance adds."""
