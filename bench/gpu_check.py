@@ -72,7 +72,7 @@ STEPS = (  # starting an update of 20 B parameters takes 45 to 60 s of its limit
     Step("swap-nf4-1024px-in-12gb", "update", 130, "qwen_teasr_12gb", (*ONE, *SWAP), 1024, updates=1, memory_gib=11.3),
     Step("restore-bf16", "restore", 120, "qwen_teasr", ONE),
     Step("vsd-bf16", "update", 130, "qwen_teasr", (*ONE, KEEPING), layout="vsd"),
-    Step("vsd-one-base-bf16", "update", 120, "qwen_teasr", (*ONE, KEEPING), layout="vsd_one_base"),
+    Step("vsd-one-base-bf16", "update", 120, "qwen_teasr", (*ONE, KEEPING), layout="vsd1"),
     Step("teasr-bf16", "update", 120, "qwen_teasr", (*ONE, KEEPING)),
     Step("teasr-fp8", "update", 130, "qwen_teasr_24gb", (*ONE, "backbone.quantise=fp8"), updates=1),
     Step("swap-bf16", "update", 130, "qwen_teasr", (*ONE, *SWAP)),

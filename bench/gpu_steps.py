@@ -9,17 +9,15 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from apart import Starter
-from train_step import LAYOUTS, matmul_rate, measure
+from train_step import in_layout, matmul_rate, measure
 
 from teasr import run_config
 from teasr.methods.sampler import restore as restored
-from teasr.methods.teasr import TeasrConfig
 from teasr.training.engine import engine_settings
 from teasr.training.footprint import GIB
 from teasr.training.networks import Networks
@@ -38,13 +36,11 @@ def run(step) -> dict:
 
 def update(step) -> dict:
     """Seconds, peaks and locked host memory of whole updates of 20 B parameters with random weights."""
-    for name, layout in LAYOUTS.items():
-        run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
     if step.memory_gib and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(
             step.memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         )
-    config = replace(load(step), method_name=step.layout).with_random_weights()
+    config = in_layout(load(step), step.layout).with_random_weights()
     with Watch() as watch:
         row = measure(config, engine_settings(config.train, 1), step.size_px, step.updates, counted=not step.is_tiny)
     return row | {"batch": config.train.batch, "size_px": step.size_px} | watch.result()

@@ -1,9 +1,7 @@
-"""Reference updates that TEASR's update is compared with: all losses in one graph, and VSD with three models.
+"""Reference update that TEASR's update is compared with: all losses in one graph.
 
 `joint_loss` is the total loss of TEASR as one expression, written from the equations without the method's helpers; the
-tests check that the memory-saving update has the same gradient. `ThreeModelVsd` has the layout of public one-step
-distillation code (OSEDiff, TSD-SR), with three copies of the network: a generator, a fake score trained on the
-generator's results, and a frozen real score.
+tests check that the memory-saving update has the same gradient.
 """
 
 from __future__ import annotations
@@ -14,9 +12,8 @@ import torch
 from torch import Tensor
 
 from teasr.backbones.model import Condition, Model
-from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
-from teasr.diffusion import flow, losses
+from teasr.diffusion import flow
 from teasr.methods.base import Loss, Progress
 from teasr.methods.teasr import Teasr, TeasrConfig, Times
 from teasr.util.randomness import Draws
@@ -62,42 +59,3 @@ class Joint(Teasr):
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         yield Loss("joint", "student", joint_loss(self.config, models["student"], batch, draws, self.lpips))
-
-
-class ThreeModelVsd(Teasr):
-    """One-step distillation with variational score distillation (VSD).
-
-    The generator is trained with pixel losses and VSD, then the fake score gets one update.
-    """
-
-    def roles(self) -> tuple[Role, ...]:
-        return STUDENT, Role("fake", copy="fake"), Role("real", copy="real", trains="nothing")
-
-    def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
-        config, student = self.config, models["student"]
-        with torch.no_grad():
-            z_lq = student.encode(batch.x_lq)
-        times = Times.draw(config, draws, student)
-        eps, one = draws.normal("one-step noise", z_lq), torch.ones(len(z_lq), device=z_lq.device)
-        z_hat = eps - student.velocity(eps, one, Condition(z_lq, 0 * one))
-        z_fake, s = z_hat.detach(), times.score
-        x_hat = student.decode(z_hat)
-        loss = config.lambda_mse * losses.mse(x_hat, batch.x_hq)
-        if self.lpips is not None:
-            loss = loss + config.lambda_lpips * self.lpips(x_hat, batch.x_hq).mean()
-        z_s = flow.interpolate(z_fake, draws.normal("score noise", z_fake), s)
-        with torch.no_grad():
-            fake, real = (models[name].velocity(z_s, s, Condition(z_lq, s)) for name in ("fake", "real"))
-        vsd = (z_hat * (fake - real)).sum() / z_hat.numel()
-        yield Loss("generator", "student", loss - config.lambda_rectify * vsd)
-        del x_hat, z_hat, loss, vsd
-        e, t = draws.normal("fake noise", z_fake), times.fake
-        v = models["fake"].velocity(flow.interpolate(z_fake, e, t), t, Condition(z_lq, t))
-        yield Loss("fake score", "fake", losses.mse(v, e - z_fake))
-
-
-class OneBaseVsd(ThreeModelVsd):
-    """The same three networks on one base: the generator and the fake score are LoRA sets, the real score has none."""
-
-    def roles(self) -> tuple[Role, ...]:
-        return STUDENT, Role("fake"), Role("real", trains="nothing")

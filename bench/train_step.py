@@ -1,14 +1,16 @@
-"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD on three models or one.
+"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD in three layouts.
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
     python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
-Each layout runs in its own process, one after another, at any image size. `predicted` is the total of the dry run
-without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is
-counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry run divided by the measured time; `of
-matmul` divides it by the rate of one large matrix product in the network's dtype on the same device.
+Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies
+of the network, two copies, and one base). Each runs in its own process, one after another, at any image size.
+`predicted` is the total of the dry run without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those
+of PyTorch; on a CPU, `allocated` is counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry
+run divided by the measured time; `of matmul` divides it by the rate of one large matrix product in the network's dtype
+on the same device.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peer_update import Joint, OneBaseVsd, ThreeModelVsd
+from peer_update import Joint
 
 from teasr import run_config
 from teasr.data.batch import Batch
-from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from teasr.methods.teasr import Teasr
 from teasr.run_config import RunConfig
 from teasr.tracking.environment import git_commit
 from teasr.training import footprint
@@ -41,7 +44,9 @@ from teasr.training.update import Update
 from teasr.util.distributed import World
 from teasr.util.meter import Meter
 
-LAYOUTS = {"teasr": Teasr, "joint": Joint, "vsd": ThreeModelVsd, "vsd_one_base": OneBaseVsd}
+TEASR = {"teasr": Teasr, "joint": Joint}
+VSD = {"vsd": "three_copies", "vsd2": "two_copies", "vsd1": "one_base"}
+LAYOUTS = (*TEASR, *VSD)
 
 
 def main() -> None:
@@ -90,9 +95,7 @@ def run_apart(layout: str) -> dict:
 
 def one_layout(options: argparse.Namespace) -> dict:
     """Predict one layout and, unless --predict is given, measure it."""
-    for name, layout in LAYOUTS.items():
-        run_config.METHODS.setdefault(name, lambda layout=layout: (TeasrConfig, layout))
-    config = replace(run_config.load(options.config, options.overrides), method_name=options.only).with_random_weights()
+    config = in_layout(run_config.load(options.config, options.overrides), options.only).with_random_weights()
     partitioning, row = engine_settings(config.train, 1), {}
     if not options.measure:
         counted = footprint.count(config, partitioning, options.size)
@@ -107,6 +110,17 @@ def one_layout(options: argparse.Namespace) -> dict:
         return row | measure(config, partitioning, options.size, options.updates)
     except torch.OutOfMemoryError as error:
         return row | {"failed": f"out of memory: {str(error).splitlines()[0][:100]}"}
+
+
+def in_layout(config: RunConfig, layout: str) -> RunConfig:
+    """Return the config of this layout, from one of TEASR."""
+    if layout in TEASR:
+        run_config.METHODS.setdefault(layout, lambda: (type(config.method), TEASR[layout]))
+        return replace(config, method_name=layout)
+    run_config.METHODS.setdefault(layout, lambda: (ScoreDistillationConfig, ScoreDistillation))
+    teasr = config.method
+    shared = {name: getattr(teasr, name) for name in ("lambda_mse", "lambda_lpips", "lpips_net", "lpips_weights")}
+    return replace(config, method_name=layout, method=ScoreDistillationConfig(layout=VSD[layout], **shared))
 
 
 def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int, counted: bool = True) -> dict:

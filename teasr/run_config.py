@@ -49,6 +49,12 @@ def _coarse() -> tuple[type, type[Method]]:
     return CoarseConfig, Coarse
 
 
+def _score_distillation() -> tuple[type, type[Method]]:
+    from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+
+    return ScoreDistillationConfig, ScoreDistillation
+
+
 def _teasr() -> tuple[type, type[Method]]:
     from teasr.methods.teasr import Teasr, TeasrConfig
 
@@ -61,7 +67,11 @@ BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
     "unet": _unet,
     "qwen_image": _qwen_image,
 }
-METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {"coarse": _coarse, "teasr": _teasr}
+METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
+    "coarse": _coarse,
+    "score_distillation": _score_distillation,
+    "teasr": _teasr,
+}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_rehearsal_of_the_whole_script(shards, tmp_path):
     found = {row["step"]: row for row in rows}
     assert list(found) == [step.name for step in gpu_check.STEPS if step.name in steps] + ["train"]
     assert set(found["swap-nf4-in-8gb"]["seconds"]) == {"one_step", "cons", "flow", "adv", "step"}
-    assert set(found["vsd-one-base-bf16"]["seconds"]) == {"generator", "fake score", "step"}
+    assert set(found["vsd-one-base-bf16"]["seconds"]) == {"generator", "fake", "step"}
     assert found["losses"]["zero3"] == pytest.approx(found["losses"]["cpu"], rel=1e-5)
     assert found["losses"]["bf16"] == pytest.approx(found["losses"]["cpu"], rel=1e-3)
     assert all(case.get("ok", True) for case in found["swap-check"]["cases"])

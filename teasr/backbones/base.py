@@ -35,6 +35,7 @@ class Backbone(ABC):
     exports_base = False  # the exported weight file also contains the frozen base weights, because the base is small
     autocast: torch.dtype | None = None  # used if no DeepSpeed engine, which has its own autocast, wraps the network
     takes_text = False  # the network accepts a text embedding
+    has_prior = False  # without the LQ image and without LoRA, the network is a trained model of images: a real score
     latent_channels: int
     downsample: int  # image pixels per latent pixel, along each side
     pixel_multiple: int  # image height and width must be divisible by it
@@ -87,6 +88,11 @@ class Backbone(ABC):
         with torch.autocast(z_t.device.type, self.autocast) if casts else nullcontext():
             out = net(z_t, t_cur, *inputs, role=role, part=part)
         return out if out.dtype == z_t.dtype else out.float()
+
+    @property
+    def null_text(self) -> Tensor | None:
+        """Embedding of the null prompt [1, T, D], for guidance, or None if there is none."""
+        return None
 
     def snap(self, t: Tensor) -> Tensor:
         """Round times to the values that this network can distinguish.

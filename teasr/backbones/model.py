@@ -44,6 +44,20 @@ class Model:
         """Image height and width must be divisible by this number."""
         return self.backbone.pixel_multiple
 
+    @property
+    def null_text(self) -> Tensor | None:
+        """Embedding of the backbone's null prompt [1, T, D], or None if it has none."""
+        return self.backbone.null_text
+
+    def require_prior(self) -> None:
+        """Raise ValueError unless the base, without the LQ image, is a trained model of images."""
+        if not self.backbone.has_prior:
+            raise ValueError(
+                f"role {self.role.name} is a score that does not see the LQ image, but the weights of this "
+                f"{type(self.backbone).__name__} were never trained without one: use the backbone tiny with a prior "
+                "(backbone.base=small-prior), or qwen_image"
+            )
+
     def snap(self, t: Tensor) -> Tensor:
         """Round times to the values that the network can distinguish."""
         return self.backbone.snap(t)

@@ -399,11 +399,12 @@ class Tiny(Backbone):
                 net.blocks, net.norm_out, net.proj_out = net.blocks[:seen], None, None
             for name, p in net.named_parameters():
                 dual = any(role.branches == "dual" and role.trains == "adapter" for role in roles)
-                p.requires_grad_(self.trains_base or (name.endswith(".pair") and dual))
+                p.requires_grad_(dual if name.endswith(".pair") else self.trains_base)  # `pair` joins two branches
             for role in roles:
                 self._add_role(net, role, seed)
         self.net = net
         self.needs_fit, self.restores = True, config.conditional
+        self.has_prior = config.base is not None
         self.latent_channels = config.latent_channels
         self.downsample = self.pixel_multiple = self.patch_px = PATCH_PX
         self.tile_px = 192  # trained on 64 px crops; on a CPU, attention dominates the time for larger tiles

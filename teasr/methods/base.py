@@ -35,11 +35,14 @@ class Progress:
 
 
 @torch.no_grad()
-def latents(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the latents (z_hq, z_lq) of a batch: cached ones if the batch has them, else the images are encoded."""
+def latents(model: Model, batch: Batch, hq: bool = True) -> tuple[Tensor | None, Tensor]:
+    """Return the latents (z_hq, z_lq) of a batch: cached ones if the batch has them, else the images are encoded.
+
+    hq: false if the HQ latent is not needed; it is then not encoded, and None without a cache.
+    """
     if batch.z_hq is not None and batch.z_lq is not None:
         return batch.z_hq, batch.z_lq
-    return model.encode(batch.x_hq), model.encode(batch.x_lq)
+    return model.encode(batch.x_hq) if hq else None, model.encode(batch.x_lq)
 
 
 @dataclass
@@ -97,6 +100,9 @@ class Method(ABC):
     def memory_groups(self) -> dict[str, list[Tensor]]:
         """Return the tensors of these networks, grouped by purpose."""
         return {}
+
+    def check_models(self, models: Mapping[str, Model]) -> None:  # noqa: B027 - most methods run on every backbone
+        """Raise ValueError when the backbone of a role cannot do what this method needs of it."""
 
     def check(self, accumulation: int) -> None:
         """Raise ValueError when this method cannot run with `accumulation` micro-batches per update."""

@@ -12,7 +12,7 @@ loss
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
-from teasr.diffusion import flow, losses, perceptual
+from teasr.diffusion import flow, losses
 from teasr.methods import tiles
-from teasr.methods.base import Loss, Method, Progress, latents
+from teasr.methods.base import Loss, Progress, latents
+from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
 
@@ -139,35 +140,18 @@ class TeasrConfig:
             raise ValueError(f"method.cons_grid = {self.cons_grid}: must be step counts >= 1, such as [2, 4, 8]")
 
 
-class Teasr(Method):
+class Teasr(WithLpips):
     """TEASR on one network, the student, which acts as generator, real score and fake score."""
 
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
-        """`lpips`: the metric network; if None, `load` builds it when lambda_lpips > 0."""
-        super().__init__(config)
+        super().__init__(config, lpips)
         self.cycle = 4 if config.mode == "cycle" else 1
-        self.lpips = lpips
 
     def roles(self) -> tuple[Role, ...]:
         return (STUDENT,)
 
     def sampler(self) -> Sampler:
         return Restarts() if self.config.sampler == "restart" else AnyStep()
-
-    def load(self) -> None:
-        if self.config.lambda_lpips and self.lpips is None:
-            self.lpips = perceptual.load_lpips(self.config.lpips_net, self.config.lpips_weights == "pretrained")
-
-    @classmethod
-    def with_random_weights(cls, config: TeasrConfig) -> TeasrConfig:
-        return replace(config, lpips_weights="random")
-
-    def to(self, device: torch.device) -> None:
-        if self.lpips is not None:
-            self.lpips.to(device)
-
-    def memory_groups(self) -> dict[str, list[Tensor]]:
-        return {} if self.lpips is None else {"LPIPS": [*self.lpips.parameters(), *self.lpips.buffers()]}
 
     def loss_weights(self, progress: Progress) -> dict[str, float]:
         """Return the factor of each loss at this point of the run: its lambda times its ramp."""
@@ -336,28 +320,18 @@ class Teasr(Method):
         return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
 
     def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the weighted pixel losses (eqs. 12-13) at an estimate of the clean latent, and their gradient.
+        """Return the weighted pixel losses (eqs. 12-13) at an estimate of the clean latent, and their gradient."""
 
         The decoder's graph is freed before this returns.
         """
         if self.config.pixel_tile_px is not None:
             return self._data_gradient_in_tiles(inputs, z_fake, self.config.pixel_tile_px)
-        logs: dict[str, Tensor] = {}
 
-        def pixel_losses(z: Tensor) -> Tensor:
-            x_hat, total = inputs.student.decode(z), torch.zeros((), device=z.device)
-            logs["checkerboard"] = losses.checkerboard_energy(x_hat.detach(), inputs.student.patch_px)
-            if inputs.data["mse"]:
-                loss = losses.mse(x_hat, inputs.x_hq)
-                logs["mse"], total = loss.detach(), total + inputs.data["mse"] * loss
-            if inputs.data["lpips"]:
-                seen = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq)
-                with torch.autocast(z.device.type, torch.bfloat16, enabled=self.config.lpips_dtype == "bf16"):
-                    loss = self.lpips(*seen).to(x_hat.dtype).mean()
-                logs["lpips"], total = loss.detach(), total + inputs.data["lpips"] * loss
-            return total
+        def distance(x_hat: Tensor, x_hq: Tensor) -> Tensor:
+            with self._lpips_autocast(x_hat):
+                return self.lpips(*self._seen_by_lpips(inputs.draws, x_hat, x_hq)).to(x_hat.dtype)
 
-        return *losses.gradient_through(pixel_losses, z_fake), logs
+        return pixel_gradient(inputs.student, z_fake, inputs.x_hq, inputs.data, distance)
 
     def _data_gradient_in_tiles(
         self, inputs: StepInputs, z_fake: Tensor, tile_px: int
@@ -373,10 +347,14 @@ class Teasr(Method):
             total, gradient = total + weight["mse"] * logs["mse"], gradient + weight["mse"] * at_x
         if weight["lpips"]:
             seen, wanted, place = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq, gradient)
-            logs["lpips"], at_x = tiles.lpips(self.lpips, seen, wanted, tile_px)
+            with self._lpips_autocast(x_hat):
+                logs["lpips"], at_x = tiles.lpips(self.lpips, seen, wanted, tile_px)
             total = total + weight["lpips"] * logs["lpips"]
             place += weight["lpips"] * at_x  # a view of the gradient
         return total, tiles.decoder_gradient(student, z_fake, gradient, tile_px), logs
+
+    def _lpips_autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.lpips_dtype == "bf16")
 
     def _seen_by_lpips(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
         """Yield the share of the images that LPIPS sees, without up to `lpips_shift_px` rows and columns."""

@@ -22,6 +22,7 @@ class Networks:
         self.bases = {place: config.build_backbone(roles) for place, roles in places(method.roles()).items()}
         self.models = {name: Model(self.bases[role.place], role) for name, role in self.roles.items()}
         self.student: Backbone = self.bases[self.roles[FIRST].place]
+        method.check_models(self.models)
 
     @property
     def trained_roles(self) -> list[Role]:

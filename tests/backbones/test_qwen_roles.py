@@ -3,6 +3,8 @@
 Covers which LoRA set acts on which tokens, features and heads, text and guidance, and training.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import partitioning, small_recipe
@@ -14,6 +16,11 @@ from test_training import close, rows, start
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig, pack, unpack
 from teasr.backbones.roles import STUDENT, Role
+from teasr.data.batch import Batch
+from teasr.diffusion import flow
+from teasr.methods.base import Progress
+from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from teasr.util.randomness import Draws
 from teasr.util.seed import seed_of
 
 FAKE, REAL = Role("fake", branches="single", rank=2), Role("real", branches="single", trains="nothing")
@@ -131,25 +138,47 @@ def test_text_and_guidance(model, latents):  # noqa: F811
     )
 
 
+SIZES = {
+    "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48,
+    "axes_dims_rope": [8, 12, 12],
+}  # fmt: skip
+RANDOM = {
+    "lora_rank": 4, "lora_alpha": 4, "dtype": "fp32", "transformer": SIZES, "vae": {"base_dim": 8, "num_res_blocks": 1}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("student", ["dual", "single"])
+def test_score_distillation_starts_as_guidance_and_reaches_both_sets(student):
+    """With the fake set at zero, v_real - v_fake is (c - 1)(v_text - v_null); with equal prompts it is exactly zero."""
+    settings = ScoreDistillationConfig(student=student, cfg_real=7.5, weight="s2", lambda_lpips=0.0)
+    method, config = ScoreDistillation(settings), QwenImageConfig("random", "random", "random", **RANDOM)
+    b = QwenImage(config, roles=method.roles())
+    b.to(torch.device("cpu"))
+    models = {role.name: Model(b, role) for role in method.roles()}
+    method.check_models(models)
+    z_hat, draws, logs = torch.randn(2, 16, 4, 4), Draws(0, 0, (0, 1)), {}
+    found = method._score_gradient(models, z_hat, None, draws, logs)
+    s = b.snap(draws.uniform("score time", 0.02, 0.98))
+    z_s = flow.interpolate(z_hat, draws.normal("score noise", z_hat), s)
+    with torch.no_grad():
+        text, null = (models["real"].velocity(z_s, s, Condition(text=x)) for x in (None, b.null_text))
+    wanted = 6.5 * flow.per_sample(s**2, z_s) * (text - null)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max() and wanted.any() and logs["guidance_part"] > 0
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    for loss in method.losses(models, Batch(x, x, ["", ""]), draws, Progress(0, 1)):
+        loss.value.backward()
+    for role in ("student", "fake"):
+        assert all(p.grad is not None for p in b.trained(role).values()), role
+    b.net.null_prompt = b.net.prompt
+    assert method._score_gradient(models, z_hat, None, draws, logs).abs().max() < 1e-5
+    assert QwenImage.inference_config(config, None, Path("none")).null_prompt is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{"modulation_table": 20}, {"quantise": "fp8", "modulation_table": 20}], ids=str)
 def test_all_roles_run_on_a_table_and_on_quantised_weights(latents, changes):
-    sizes = {
-        "num_layers": 2,
-        "attention_head_dim": 32,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 48,
-        "axes_dims_rope": [8, 12, 12],
-    }
-    settings = {
-        "lora_rank": 4,
-        "lora_alpha": 4,
-        "dtype": "fp32",
-        "transformer": sizes,
-        "vae": {"base_dim": 8, "num_res_blocks": 1},
-    }
     table, layers = (
-        QwenImage(QwenImageConfig("random", "random", **(settings | c)), roles=ROLES)
+        QwenImage(QwenImageConfig("random", "random", **(RANDOM | c)), roles=ROLES)
         for c in (changes, changes | {"modulation_table": None})
     )
     for b in (table, layers):

@@ -164,6 +164,23 @@ def test_predicted_time_follows_from_work_bytes_copies_and_calls():
     assert "4090" in timing.table(found, 1)
 
 
+def test_layouts_of_score_distillation_differ_by_copies_of_the_base():
+    """LoRA sets on one base, two copies, three copies: the same work and trained weights, once to thrice the base."""
+    method = {"name": "score_distillation", "cfg_real": 7.5, "lambda_lpips": 0.0}
+    one, two, three = (
+        count(
+            tiny_qwen(method=method | {"layout": layout}, null_prompt="random", lora_rank=4, modulation_table=None),
+            {"zero_optimization": {"stage": 1}},
+            64,
+        )
+        for layout in ("one_base", "two_copies", "three_copies")
+    )
+    assert [x.gpu["image path"] / one.gpu["image path"] for x in (one, two, three)] == [1, 2, 3]
+    assert one.flops == two.flops == three.flops and set(one.flops) == {"generator", "fake"}
+    for item in ("trained weights", "gradients of trained weights", "fp32 master weights and Adam's moments"):
+        assert one.gpu[item] == two.gpu[item] == three.gpu[item]
+
+
 def test_wrong_sizes_and_autocast_are_named():
     with pytest.raises(ValueError, match="multiples of 16"):
         count(tiny_qwen(), {"zero_optimization": {"stage": 1}}, 100)

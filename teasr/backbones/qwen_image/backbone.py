@@ -44,6 +44,7 @@ class QwenImageConfig:
 
     model: str  # local folder of a diffusers Qwen-Image model, its name on the hub, or "random" for benchmarks
     prompt: str  # prompt file written by `teasr cache-prompt`, or "random"
+    null_prompt: str | None = None  # the same for the null (negative) prompt of guidance, if the method uses it
     lora: str | None = None  # LoRA exported by `teasr export` to start from; null: a new one without effect yet
     lora_rank: Annotated[int, "[1, 65536]"] = 128
     lora_alpha: Annotated[int, "[1, inf)"] = 128
@@ -108,6 +109,7 @@ class QwenNet(RoleNet):
         super().__init__()
         self.transformer, self.config = transformer, config
         self.register_buffer("prompt", prompt_TD, persistent=False)
+        self.register_buffer("null_prompt", None, persistent=False)
 
     def predict(
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
@@ -160,6 +162,7 @@ class QwenImage(Backbone):
     own_dtype = True
     devices = ("cpu", "cuda")  # its times are rounded in float64, which Apple GPUs do not have
     takes_text = True
+    has_prior = True
     dtypes = ("bf16", "fp32", "fp8", "nf4")
 
     def __init__(self, config: QwenImageConfig, seed: int = 0, roles: Sequence[Role] = (STUDENT,)):
@@ -168,12 +171,15 @@ class QwenImage(Backbone):
         self.pending_weights: dict[str, Tensor] = {}  # loaded before the network has memory
         dtype = DTYPES[config.dtype]
         transformer, self.codec = _random(config) if config.model == "random" else _pretrained(config)
-        embeds = _prompt(config, transformer.config.joint_attention_dim)
+        embeds = _prompt(config, "prompt", transformer.config.joint_attention_dim)
         if config.attention_backend:
             transformer.set_attention_backend(config.attention_backend)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.net = QwenNet(transformer, embeds[None].to(dtype), config)
+        if config.null_prompt is not None:
+            null = _prompt(config, "null_prompt", transformer.config.joint_attention_dim)
+            self.net.null_prompt = null[None].to(dtype)
         if seen := blocks_seen(roles):
             transformer.transformer_blocks = transformer.transformer_blocks[:seen]
         if config.swap_blocks > len(transformer.transformer_blocks):
@@ -232,6 +238,10 @@ class QwenImage(Backbone):
             raise ValueError("data.latents: cached latents do not belong to a random VAE; remove data.latents")
         return self.codec.sha256()
 
+    @property
+    def null_text(self) -> Tensor | None:
+        return self.network.null_prompt
+
     def snap(self, t: Tensor) -> Tensor:
         """Round to the times of the modulation table, so that time embedding and noise level agree."""
         steps = self.config.modulation_table
@@ -248,7 +258,8 @@ class QwenImage(Backbone):
                 except (OSError, ValueError) as error:
                     raise cannot_load("backbone.model", config.model, error) from None
                 sizes[part] = {k: v for k, v in found.items() if not k.startswith("_")}
-        return replace(config, model="random", prompt="random", lora=None, **sizes)
+        null = config.null_prompt and "random"
+        return replace(config, model="random", prompt="random", null_prompt=null, lora=None, **sizes)
 
     def offload(self, device: torch.device) -> None:
         self.to(torch.device("cpu"))
@@ -263,6 +274,7 @@ class QwenImage(Backbone):
         config = replace(
             config,
             prompt=str(prompt) if prompt.is_file() else config.prompt,
+            null_prompt=None,  # the student restores without guidance
             lora=str(folder) if lora.is_file() else None,
         )
         config = replace(config, swap_blocks=0)  # restoring has its own way to keep blocks in host memory: `offload`
@@ -348,7 +360,8 @@ class QwenImage(Backbone):
         for name, child in transformer.named_children():
             if child is not transformer.transformer_blocks:
                 self._place(name, child, device, f"transformer.{name}.")
-        self.net.prompt = self.net.prompt.to(device)
+        for name, embedding in list(self.net.named_buffers(recurse=False)):
+            setattr(self.net, name, embedding.to(device))
         table = None
         if config.modulation_table:
             blocks, width = len(transformer.transformer_blocks), transformer.inner_dim
@@ -428,19 +441,21 @@ def _random(config: QwenImageConfig) -> tuple[DualBranchTransformer, QwenCodec]:
         torch.set_default_dtype(default)
 
 
-def _prompt(config: QwenImageConfig, width: int) -> Tensor:
-    """Return the prompt embedding [T, width]. Raises ValueError if the file is unusable or of another width."""
-    if config.prompt == "random":
-        return torch.randn(5, width, generator=torch.Generator().manual_seed(0))  # the empty prompt has 5 tokens
-    embeds, mask, _ = load_prompt(Path(config.prompt).expanduser())
+def _prompt(config: QwenImageConfig, key: Literal["prompt", "null_prompt"], width: int) -> Tensor:
+    """Return a prompt embedding [T, width]. Raises ValueError if the file is unusable or of another width."""
+    path = getattr(config, key)
+    if path == "random":
+        tokens = 5  # the empty prompt has 5
+        return torch.randn(tokens, width, generator=torch.Generator().manual_seed(int(key == "null_prompt")))
+    embeds, mask, _ = load_prompt(Path(path).expanduser())
     if mask is not None:
         raise ValueError(
-            f"backbone.prompt = {config.prompt} contains a padded prompt: create it again for a single prompt with "
+            f"backbone.{key} = {path} contains a padded prompt: create it again for a single prompt with "
             "`teasr cache-prompt`"
         )
     if embeds.shape[1] != width:
         raise ValueError(
-            f"backbone.prompt = {config.prompt} has embeddings of width {embeds.shape[1]}, but {config.model} needs "
+            f"backbone.{key} = {path} has embeddings of width {embeds.shape[1]}, but {config.model} needs "
             f"width {width}: create it for this model with `teasr cache-prompt`"
         )
     return embeds
