@@ -321,9 +321,6 @@ class Teasr(WithLpips):
 
     def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the weighted pixel losses (eqs. 12-13) at an estimate of the clean latent, and their gradient."""
-
-        The decoder's graph is freed before this returns.
-        """
         if self.config.pixel_tile_px is not None:
             return self._data_gradient_in_tiles(inputs, z_fake, self.config.pixel_tile_px)
 
