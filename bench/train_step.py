@@ -1,4 +1,4 @@
-"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD on three models or one.
+"""Measure memory, phases and FLOP/s of one update with random weights: TEASR, one joint graph, VSD on 3 models or 1.
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
