@@ -121,6 +121,8 @@ def _uses_cuda() -> int:
 def _become(argv: Sequence[str]) -> NoReturn:
     """Run a Python file as the main program of this forked process, and end the process with its exit code."""
     code = 1
+    # the caller may have replaced them, as pytest does
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     try:
         sys.argv = list(argv)
         sys.path[0] = str(Path(argv[0]).parent)

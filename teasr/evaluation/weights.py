@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teasr.diffusion.perceptual import find_weights, weight_folder
+from teasr.diffusion.perceptual import BACKBONES, find_weights, weight_folder
 from teasr.evaluation.packages import Package, Packages, Unavailable, arrays_of, compare
 from teasr.evaluation.registry import ALEX, ALPHA_BETA, NIQE_TABLE, VGG, File
 from teasr.util.files import sha256_of, write_atomic
@@ -42,6 +42,11 @@ class Wanted:
     member: str
     convert: Callable[[bytes], bytes]
     torchvision: str | None = None  # enumeration of weights that downloads torchvision's own file
+
+
+def has_lpips(net: str) -> bool:
+    """Whether the weights of LPIPS on this network (`alex`, `vgg`) are where they are looked up."""
+    return find_weights(BACKBONES[net]) is not None
 
 
 def provide(folder: Path | None = None, say: Callable[[str], None] = print, packages_only: bool = False) -> list[str]:
