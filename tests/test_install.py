@@ -126,6 +126,8 @@ MISSING = [  # arguments -> the package that a light installation lacks
     (["cache-latents", "shards=set", "vae=v"], "accelerate"),
     (["upscale", "x.png", "-o", "y.png", "--model", "owner/name"], "huggingface_hub"),
     (["demo"], "gradio"),
+    (["export", "small", "--onnx", "x.onnx"], "onnx"),
+    (["export", "small", "--push-to-hub", "owner/name"], "huggingface_hub"),
 ]
 LOOP = """
 import contextlib, io, json, sys
