@@ -2,7 +2,7 @@
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
-    python bench/train_step.py --config launch/presets/tiny_teasr.yaml --size 64  # on any CPU
+    python bench/train_step.py --config launch/presets/small_teasr.yaml --size 64 --layouts teasr joint vsd  # any CPU
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
 Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies
