@@ -101,6 +101,13 @@ class Backbone(ABC):
         """
         return t
 
+    def uncertainty(self, z_lq: Tensor) -> float | None:
+        """How much of an image's detail is unknown, predicted from its LQ latents [1, C, h, w] before restoring it.
+
+        0 stands for nothing; None: this backbone does not predict it.
+        """
+        return None
+
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 - most codecs are pretrained
         """Fit the parts that are fitted to data instead of trained, on pairs (x_hq, x_lq) [3, H, W] in [-1, 1]."""
 

@@ -1,8 +1,12 @@
-"""Choose the number of sampling steps for a picture: the smallest number that doubling would hardly change.
+"""Choose the number of sampling steps for a picture, by predicted gain or by trying.
 
-All step counts start from the same noise. If the model is self-consistent (L_cons, TEASR eq. 4), they all end at the
-same picture; otherwise their results differ. The most detailed part of the picture is restored in 1, 2, 4 and 8 steps
-until doubling the number of steps changes the result by no more than a tolerance.
+Where the backbone predicts how much of the detail is unknown (`Backbone.uncertainty`), this decides: several steps add
+what suits a clean picture, and noise to one of which little is left (docs/log.md, "Steps by predicted gain").
+
+Other backbones get the smallest number of steps that doubling would hardly change. All step counts start from the same
+noise. If the model is self-consistent (L_cons, TEASR eq. 4), they all end at the same picture; otherwise their results
+differ. The most detailed part of the picture is restored in 1, 2, 4 and 8 steps until doubling the number of steps
+changes the result by no more than a tolerance.
 """
 
 from __future__ import annotations
@@ -16,9 +20,15 @@ import numpy as np
 from teasr.util.scratch import MEMORY, Scratch
 
 MOST = 8
+MOST_UNCERTAIN = {4: 2.25, 2: 5.0}  # step count: the uncertainty from which on fewer steps have a lower LPIPS
 TOLERANCE = 4.0  # root mean square, in grey levels of 255: 36 dB between the two results
 LOOKED_AT_PX = 512  # longer side of the downscaled picture in which detail is measured
 BAND_BYTES = 2**28  # larger frames are downscaled in bands of rows
+
+
+def by_uncertainty(uncertainty: float) -> int:
+    """Return the step count for a picture: 4, 2 or 1, fewer the more of its detail is unknown."""
+    return next((steps for steps, most in MOST_UNCERTAIN.items() if uncertainty < most), 1)
 
 
 def choose(restore: Callable[[int], np.ndarray], most: int = MOST, tolerance: float = TOLERANCE) -> tuple[int, float]:

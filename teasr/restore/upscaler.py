@@ -151,8 +151,7 @@ class Upscaler:
 
         picture: path of a PNG, JPEG, WebP, TIFF or BMP, PIL image of any mode, [H, W, 3] uint8 or uint16, `Picture`,
         or tensor [3, H, W] or [B, 3, H, W] in [0, 1]. The result has the same type; that of a path is a PIL image.
-        steps: number of steps, or `auto` for the smallest number that doubling would hardly change
-        (`teasr.restore.auto_steps`).
+        steps: number of steps, or `auto` for a number that suits the picture (`teasr.restore.auto_steps`).
         fidelity: 0 to 1, blends the result of several steps with the one-step result; short for dials={"fidelity": ..}.
         dials: trade-offs that the model's method offers, listed in `descriptor`.
         scale: upscaling factor of the sides, at least 1 (default: the model's). size: alternatively, the (width,
@@ -218,10 +217,19 @@ class Upscaler:
         side = tile_px or self._fitting_tile(*frame.shape[:2], scratch)
         if steps == "auto":
             part = auto_steps.busiest(frame, max(SMALLEST, side // 2 // m) * m, m, scratch)
-            steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
-            say(f"{steps} step{'s' * (steps > 1)} chosen: twice as many would change the result by {change:.1f} levels")
+            steps, why = self._chosen_steps(part, side, say)
+            say(f"{steps} step{'s' * (steps > 1)} chosen: {why}")
             dials = dials if steps > 1 else {}
         return self._frame(frame, steps, seed, dials, side, on_progress, on_step, say, scratch)
+
+    def _chosen_steps(self, part: np.ndarray, side: int, say: Callable[[str], None]) -> tuple[int, str]:
+        """Return the number of steps for a picture with this most detailed part, and the reason."""
+        z_lq = Tiled(self.model, *part.shape[:2], side, self.device, say).encode(part)
+        if (uncertainty := self.backbone.uncertainty(z_lq.to(self.device))) is not None:
+            share = f"{uncertainty:.1f} times the visible detail is expected to be missing"
+            return auto_steps.by_uncertainty(uncertainty), share
+        steps, change = auto_steps.choose(lambda n: self._frame(part.copy(), n, 0, {}, side, None, None, say))
+        return steps, f"twice as many would change the result by {change:.1f} levels"
 
     def _frame(self, frame, steps, seed, dials, tile_px, on_progress, on_step, say, scratch=MEMORY) -> np.ndarray:
         done = 0

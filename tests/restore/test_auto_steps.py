@@ -1,10 +1,12 @@
 """auto_steps.py: the fewest steps whose result doubling would not change, judged in the most detailed region."""
 
+import cv2
 import numpy as np
 import pytest
+import skimage.data
 
 from teasr import Upscaler
-from teasr.restore.auto_steps import busiest, choose
+from teasr.restore.auto_steps import busiest, by_uncertainty, choose
 
 
 def converging(first_change):
@@ -59,3 +61,23 @@ def test_a_picture_gets_the_steps_that_were_chosen_and_is_told(untrained, monkey
     assert np.array_equal(
         upscaler(photo, "auto", fidelity=0.5, say=told.append), upscaler(photo, 1)
     )  # one step leaves nothing to blend
+
+
+@pytest.mark.parametrize(("uncertainty", "steps"), [(1.7, 4), (2.25, 2), (4.9, 2), (5.0, 1), (40.0, 1)])
+def test_less_is_invented_where_less_is_known(uncertainty, steps):
+    assert by_uncertainty(uncertainty) == steps
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_small_model_predicts_it_without_trying(dtype):
+    """The same photograph is more uncertain when it is blurred and noisy, and the steps follow from that."""
+    upscaler, said = Upscaler.from_pretrained("small", device="cpu", dtype=dtype), []
+    clean = np.ascontiguousarray(skimage.data.chelsea()[40:168:2, 100:228:2])
+    noise = np.random.default_rng(0).normal(0, 12, clean.shape)
+    poor = np.clip(cv2.GaussianBlur(clean, (0, 0), 2) + noise, 0, 255).astype(np.uint8)
+    results = [upscaler(x, "auto", say=said.append) for x in (clean, poor)]
+    shares = [float(line.split("chosen: ")[1].split()[0]) for line in said]
+    assert len(said) == 2 and shares[0] < shares[1]
+    for x, line, share, result in zip((clean, poor), said, shares, results, strict=True):
+        assert int(line.split()[0]) == by_uncertainty(share)
+        assert np.array_equal(result, upscaler(x, int(line.split()[0])))
