@@ -217,7 +217,7 @@ def test_broken_shards_are_passed_over_counted_named_and_reach_mlflow(photos, tm
     assert "shard-000002.tar cannot be read" in named and len(named.splitlines()) <= ranks
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
-    assert [m.value for m in client.get_metric_history(run.info.run_id, "bad_samples")] == wanted
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "data/bad_samples")] == wanted
     assert "bad_samples.txt" in {f.path for f in client.list_artifacts(run.info.run_id)}
     if ranks == 1:
         assert "1 of 4 checked shards are bad" in (tmp_path / "refuses/error.txt").read_text()
