@@ -12,6 +12,7 @@ loss
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -350,8 +351,11 @@ class Teasr(WithLpips):
             place += weight["lpips"] * at_x  # a view of the gradient
         return total, tiles.decoder_gradient(student, z_fake, gradient, tile_px), logs
 
-    def _lpips_autocast(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.lpips_dtype == "bf16")
+    def _lpips_autocast(self, x: Tensor) -> AbstractContextManager:
+        """The precision of LPIPS. The dry run, which computes nothing, counts it in fp32."""
+        if self.config.lpips_dtype == "fp32" or x.is_meta:
+            return nullcontext()
+        return torch.autocast(x.device.type, torch.bfloat16)
 
     def _seen_by_lpips(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
         """Yield the share of the images that LPIPS sees, without up to `lpips_shift_px` rows and columns."""
