@@ -21,7 +21,7 @@ from teasr.methods.sampler import restore as restored
 from teasr.training.engine import engine_settings
 from teasr.training.footprint import GIB
 from teasr.training.networks import Networks
-from teasr.util.distributed import World
+from teasr.util.distributed import World, free_port
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE.parent / "launch/presets"
@@ -147,6 +147,7 @@ def losses(step) -> dict:
             hidden = (
                 {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" and "gpu" in {d for d, *_ in kinds.values()} else {}
             )
+            hidden["MASTER_PORT"] = str(free_port())  # they start at the same moment
             argv = [str(HERE / "gpu_losses.py"), "2" if step.is_tiny else "10", step.preset, f"train.dtype={dtype}",
                     f"train.deepspeed=ds_configs/{zero}.json"]  # fmt: skip
             started[name] = starter.start(argv, log, hidden, group=False), log

@@ -29,7 +29,13 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
     run("data_prep/demo_photos.py", f"{folder}/photos")
     preset = ("--config", "data_prep/presets/demo_train.yaml")
-    run("data_prep/make_shards.py", *preset, f"photos={folder}/photos/train", f"out={folder}/shards")
+    run(
+        "data_prep/make_shards.py",
+        *preset,
+        f"photos={folder}/photos/train",
+        f"out={folder}/shards",
+        "crops_per_photo=500",
+    )
     preset = ("--config", "launch/presets/tiny_teasr.yaml")
     overrides = (
         f"data.shards={folder}/shards",

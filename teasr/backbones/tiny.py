@@ -463,6 +463,8 @@ class Tiny(Backbone):
         return self.codec.state_dict()
 
     def load_fixed_state(self, state: dict[str, Tensor]) -> None:
+        if missing := self.codec.state_dict().keys() - state.keys():
+            raise ValueError(f"there is no fitted codec in it ({', '.join(sorted(missing))} are missing)")
         self.codec.load_state_dict(state)
         self._fitted()
 

@@ -16,19 +16,22 @@ from teasr.config.settings import TrackingConfig
 from teasr.config.strict_yaml import flatten
 from teasr.tracking.mlflow_open import Place, opened
 from teasr.util.files import sha256_of
+from teasr.util.optional import needed_for
 
 LOADER = "teasr.restore.mlflow_flavor"
 NEEDED = ("torch", "numpy", "pillow", "opencv-python-headless", "safetensors", "PyYAML", "psutil")
 DIGEST = "digest"  # tag of a logged model: a hash of its weights and config
 LOGGED_PARAMS = ("method.name", "backbone.name", "scale", "train.updates", "commit")
-EXAMPLE = """\
-import mlflow, numpy as np
-
-model = mlflow.pyfunc.load_model("{uri}")  # teasr must be installed
-pictures = np.zeros((1, 64, 64, 3), np.uint8)  # [N, H, W, 3]
-restored = model.predict(pictures, params={{"steps": 4, "fidelity": 0.5}})
-restored = model.get_raw_model().predict(["photo.jpg"])  # paths: a list of arrays
-"""
+EXAMPLE = "\n".join(
+    (
+        "import mlflow, numpy as np",
+        "",
+        'model = mlflow.pyfunc.load_model("{uri}")  # teasr must be installed',
+        "pictures = np.zeros((1, 64, 64, 3), np.uint8)  # [N, H, W, 3]",
+        'restored = model.predict(pictures, params={{"steps": 4, "fidelity": 0.5}})',
+        'restored = model.get_raw_model().predict(["photo.jpg"])  # paths: a list of arrays',
+    )
+)
 
 
 def log_model(run_dir: Path, config: TrackingConfig, params: dict, folder: Path, tags: dict[str, str]) -> str:
@@ -69,7 +72,8 @@ def register_model(
 
 def _log(client, place: Place, params: dict, folder: Path, tags: dict[str, str]) -> str:
     """Log the folder unless the run has a model with the same weights; return the id of the model."""
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    with needed_for("storing a model in MLflow"):
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     digest = _digest(folder)
     outputs = client.get_run(place.run_id).outputs

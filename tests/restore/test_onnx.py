@@ -71,7 +71,7 @@ def test_the_shipped_model_is_exported_by_the_command(tmp_path, capsys):
     assert command.main(["small", "--onnx", str(file), "--dtype", "fp16"]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.startswith(f"{file}: ")
     upscaler = Upscaler.from_pretrained("small", device="cpu")
-    assert 1e-6 < max(differences(upscaler, file)) < 0.02  # 5 grey levels of 255
+    assert max(differences(upscaler, file)) < 1e-5  # the shipped weights are in fp16 already
     facts = ort.InferenceSession(file).get_modelmeta().custom_metadata_map
     expected = {name: str(getattr(upscaler.backbone, name)) for name in onnx_export.FACTS}
     assert facts == expected | {"scale": str(upscaler.scale)}
