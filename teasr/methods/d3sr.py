@@ -178,7 +178,9 @@ class D3sr(WithLpips):
         weight = {name: getattr(self.config, f"lambda_{name}") for name in PIXELS}
         others = {"dists": self._of_a_share(self.dists)}
         others["ea_dists"] = self._of_a_share(partial(losses.ea_dists, self.dists))
-        _, gradient, logs = pixel_gradient(student, z_hat, batch.x_hq, weight, self._of_a_share(self.lpips), others)
+        _, gradient, logs = pixel_gradient(
+            student, z_hat, batch.x_hq, weight, self._of_a_share(self.lpips), others=others
+        )
         logs |= {"z_hat_mean": z_hat.mean(), "z_hat_std": z_hat.flatten(1).std(1).mean()}
         return gradient, logs
 

@@ -43,8 +43,8 @@ def one_step(
 ) -> tuple[Tensor, Tensor]:
     """Return the student's estimate z_hat and its velocity v, from time `start`; d z_hat / d v = -start.
 
-    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z_lq - start v(z_lq, start): the LQ latent takes
-    the place of the noised one, and nothing is random. OSEDiff and TSD-SR start at 1, D3SR at an intermediate time.
+    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z_lq - start v(z_lq, start): the LQ latent
+    takes the place of the noised one, and nothing is random. OSEDiff and TSD-SR start at 1, D3SR in between.
     """
     t = student.snap(torch.full((len(z_lq),), start, device=z_lq.device))
     z, condition = (eps, Condition(z_lq, torch.zeros_like(t))) if branches == "dual" else (z_lq, NOTHING)
