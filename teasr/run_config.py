@@ -49,6 +49,12 @@ def _coarse() -> tuple[type, type[Method]]:
     return CoarseConfig, Coarse
 
 
+def _d3sr() -> tuple[type, type[Method]]:
+    from teasr.methods.d3sr import D3sr, D3srConfig
+
+    return D3srConfig, D3sr
+
+
 def _score_distillation() -> tuple[type, type[Method]]:
     from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
 
@@ -69,6 +75,7 @@ BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
 }
 METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
     "coarse": _coarse,
+    "d3sr": _d3sr,
     "score_distillation": _score_distillation,
     "teasr": _teasr,
 }

@@ -29,11 +29,12 @@ PLACES = {
     "Teasr": "methods.teasr.Teasr",
     "scores": "methods.scores",
     "ScoreDistillation": "methods.score_distillation.ScoreDistillation",
+    "D3sr": "methods.d3sr.D3sr",
     "sampler": "methods.sampler",
 }
 
 
-@pytest.mark.parametrize("section", ["Equations to code", "Score distillation"])
+@pytest.mark.parametrize("section", ["Equations to code", "Score distillation", "D3SR"])
 def test_code_named_beside_equations_exists(section):
     table = (ROOT / "docs/method.md").read_text().split(f"## {section}")[1].split("\n## ")[0].split("\nOne update")[0]
     named = re.findall(r"`([\w./]+)`", table)

@@ -1,4 +1,4 @@
-"""Losses on tensors (MSE, squared rectification), a checkerboard detector, and gradients of inputs."""
+"""Losses on tensors (MSE, squared rectification, EA-DISTS, GAN), a checkerboard detector, and gradients of inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teasr.diffusion.flow import per_sample
 
+FLAT = 1e-6  # below the root of the Sobel magnitude, whose gradient is not finite on flat regions without it
 _ONLY_INPUT: ContextVar[bool] = ContextVar("only_input_gradient", default=False)
 
 
@@ -61,6 +62,37 @@ def rectification(v: Tensor, difference: Tensor, w: Tensor) -> Tensor:
 def rectification_gradient(difference: Tensor, w: Tensor) -> Tensor:
     """Gradient of `rectification` with respect to v, w D / numel, without building a graph."""
     return per_sample(w, difference) * difference / difference.numel()
+
+
+def sobel(x: Tensor) -> Tensor:
+    """Sobel magnitude of each channel, sqrt(Gx^2 + Gy^2 + 1e-6), [B, C, H, W] in [0, 1] -> the same shape, 0 to 5.7.
+
+    Sides are continued by reflection and must be at least 2 px.
+    """
+    smooth, difference = x.new_tensor([1.0, 2.0, 1.0]), x.new_tensor([-1.0, 0.0, 1.0])
+    kernels = torch.stack((torch.outer(smooth, difference), torch.outer(difference, smooth)))[:, None]
+    b, c, h, w = x.shape
+    gradients = F.conv2d(F.pad(x.reshape(b * c, 1, h, w), (1, 1, 1, 1), mode="reflect"), kernels)
+    return (gradients.square().sum(1) + FLAT).sqrt().view(b, c, h, w)
+
+
+def ea_dists(dists: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Edge-aware DISTS (D3SR), DISTS(x, y) + DISTS(S(x), S(y)) with S = `sobel`, as [B].
+
+    Images are [B, 3, H, W] in [-1, 1]. S acts on each channel in [0, 1]. Both terms share one call of `dists`.
+    """
+    x, y = (torch.cat((z, 2 * sobel((z + 1) / 2) - 1)) for z in (x, y))
+    return sum(dists(x, y).chunk(2))
+
+
+def gan_generator(fake: Tensor) -> Tensor:
+    """Non-saturating generator loss (D3SR), mean -log sigma(l) = mean softplus(-l) of the logits of fakes."""
+    return F.softplus(-fake).mean()
+
+
+def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator loss (D3SR), mean -log sigma(l_real) + mean -log(1 - sigma(l_fake)); 2 ln 2 for logits of zero."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def rms(x: Tensor) -> Tensor:

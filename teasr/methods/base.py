@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,31 @@ class Progress:
     updates: int
     micro: int = 0
     micros: int = 1
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A factor that is zero until `start` and then rises linearly to one over `length`; both are in `unit`."""
+
+    start: Annotated[float, "[0, inf)"]
+    length: Annotated[float, "[0, inf)"]
+    unit: Literal["updates", "fraction"] = "updates"  # fraction: of the whole run
+
+    def __post_init__(self):
+        if self.start < 0 or self.length < 0:
+            raise ValueError(f"a ramp needs start >= 0 and length >= 0, got start={self.start} length={self.length}")
+        if self.unit == "fraction" and self.start + self.length > 1:
+            raise ValueError(
+                f"a ramp with unit=fraction ends at {self.start + self.length:g} of the run: "
+                "start + length must be <= 1"
+            )
+
+    def factor(self, progress: Progress) -> float:
+        """Return the factor at `progress`: 0 before the start, 1 after the end."""
+        at = progress.update / progress.updates if self.unit == "fraction" else progress.update
+        if at < self.start:
+            return 0.0
+        return min(1.0, (at - self.start) / self.length) if self.length else 1.0
 
 
 @torch.no_grad()

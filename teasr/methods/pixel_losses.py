@@ -1,4 +1,4 @@
-"""Losses of decoded images, MSE and LPIPS (TEASR eqs. 12-13), for every method whose student makes an image."""
+"""Losses of decoded images, such as MSE and LPIPS (TEASR eqs. 12-13), for every method whose student makes an image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from teasr.backbones.model import Model
 from teasr.diffusion import losses, perceptual
 from teasr.methods.base import Method
+
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class WithLpips(Method):
@@ -43,12 +45,13 @@ def pixel_gradient(
     z_hat: Tensor,
     x_hq: Tensor,
     weight: Mapping[str, float],
-    distance: Callable[[Tensor, Tensor], Tensor] | None,
+    lpips: Distance | None,
+    others: Mapping[str, Distance] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the weighted pixel losses at an estimate of the clean latent, their gradient, and values to log.
 
-    weight: factors of `mse` and `lpips`; a loss with factor 0 is not computed. distance(x_hat, x_hq): LPIPS, [B]. The
-    decoder's graph is freed before this returns.
+    weight: factors of `mse`, `lpips` and of the names in `others`; a loss with factor 0 is not computed. lpips and
+    others: distances of (x_hat, x_hq), [B] each. The decoder's graph is freed before this returns.
     """
     logs: dict[str, Tensor] = {}
 
@@ -58,9 +61,10 @@ def pixel_gradient(
         if weight["mse"]:
             loss = losses.mse(x_hat, x_hq)
             logs["mse"], total = loss.detach(), total + weight["mse"] * loss
-        if weight["lpips"]:
-            loss = distance(x_hat, x_hq).mean()
-            logs["lpips"], total = loss.detach(), total + weight["lpips"] * loss
+        for name, distance in {"lpips": lpips, **(others or {})}.items():
+            if weight[name]:
+                loss = distance(x_hat, x_hq).mean()
+                logs[name], total = loss.detach(), total + weight[name] * loss
         return total
 
     return *losses.gradient_through(pixel_losses, z_hat), logs

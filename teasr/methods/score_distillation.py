@@ -30,7 +30,8 @@ from teasr.diffusion import flow, losses
 from teasr.methods import scores
 from teasr.methods.base import Loss, Progress, latents
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
-from teasr.methods.sampler import OnStep, Restorer, Sampler
+from teasr.methods.sampler import Sampler
+from teasr.methods.scores import OneStep
 from teasr.util.randomness import Draws
 
 Factor = Annotated[float, "[0, inf)"]
@@ -89,41 +90,6 @@ class ScoreDistillationConfig:
     def trains_fake(self) -> bool:
         """Whether there is a fake score to train."""
         return self.uses_scores and self.fake == "trained"
-
-
-class OneStep(Sampler):
-    """The student's jump from time 1 to 0: from noise with two branches, from the LQ latent with one."""
-
-    step_counts = (1,)
-
-    def __init__(self, branches: scores.Branches):
-        self.branches = branches
-
-    def times(self, steps: int) -> list[tuple[float, float]]:
-        return [(1.0, 0.0)]
-
-    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
-        if steps > 1:
-            raise ValueError(
-                f"steps = {steps}: score distillation trains the jump from time 1 to 0 alone, so that the model "
-                "restores in 1 step; set steps to 1 (previews: preview.steps=[1]), or train with the method teasr"
-            )
-        return super().check(steps, dials)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        model: Restorer,
-        z_lq: Tensor,
-        eps: Tensor,
-        steps: int,
-        dials: Mapping[str, float] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        self.check(steps, dials)
-        z, _ = scores.one_step(model, self.branches, z_lq, eps)
-        other = on_step(1, 1, z) if on_step else None
-        return z if other is None else other
 
 
 class ScoreDistillation(WithLpips):

@@ -8,16 +8,17 @@ here is one with respect to z_hat, times the number of its elements.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from teasr.backbones.model import Condition, Model
+from teasr.backbones.model import NOTHING, Condition, Model
 from teasr.backbones.roles import Role
 from teasr.diffusion import flow, losses
-from teasr.methods.sampler import Restorer
+from teasr.methods.sampler import OnStep, Restorer, Sampler
 from teasr.util.randomness import Draws
 
 Branches = Literal["dual", "single"]
@@ -37,18 +38,53 @@ def score_roles(layout: Layout, fake: bool = True, rate: float = 1.0, rank: int 
     return (real, Role("fake", copy=copies[1], rate=rate, rank=rank, branches="single")) if fake else (real,)
 
 
-def one_step(student: Restorer, branches: Branches, z_lq: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the student's estimate z_hat and its velocity v, from time 1; d z_hat / d v = -1.
+def one_step(
+    student: Restorer, branches: Branches, z_lq: Tensor, eps: Tensor, start: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the student's estimate z_hat and its velocity v, from time `start`; d z_hat / d v = -start.
 
-    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z_lq - v(z_lq, 1), as OSEDiff and TSD-SR
-    publish it: the LQ latent takes the place of the noise, and nothing is random.
+    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z_lq - start v(z_lq, start): the LQ latent
+    takes the place of the noised one, and nothing is random. OSEDiff and TSD-SR start at 1, D3SR in between.
     """
-    one = student.snap(torch.ones(len(z_lq), device=z_lq.device))
-    if branches == "dual":
-        v = student.velocity(eps, one, Condition(z_lq, torch.zeros_like(one)))
-        return flow.z0_from_velocity(eps, v, one), v
-    v = student.velocity(z_lq, one)
-    return flow.z0_from_velocity(z_lq, v, one), v
+    t = student.snap(torch.full((len(z_lq),), start, device=z_lq.device))
+    z, condition = (eps, Condition(z_lq, torch.zeros_like(t))) if branches == "dual" else (z_lq, NOTHING)
+    v = student.velocity(z, t, condition)
+    return flow.z0_from_velocity(z, v, t), v
+
+
+class OneStep(Sampler):
+    """The student's one jump to time 0: from noise with two branches, from the LQ latent at time `start` with one."""
+
+    step_counts = (1,)
+
+    def __init__(self, branches: Branches, start: float = 1.0):
+        self.branches, self.start = branches, start
+
+    def times(self, steps: int) -> list[tuple[float, float]]:
+        return [(self.start, 0.0)]
+
+    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
+        if steps > 1:
+            raise ValueError(
+                f"steps = {steps}: this method trains the jump from time {self.start:g} to 0 alone, so that the model "
+                "restores in 1 step; set steps to 1 (previews: preview.steps=[1]), or train with the method teasr"
+            )
+        return super().check(steps, dials)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Restorer,
+        z_lq: Tensor,
+        eps: Tensor,
+        steps: int,
+        dials: Mapping[str, float] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        self.check(steps, dials)
+        z, _ = one_step(model, self.branches, z_lq, eps, self.start)
+        other = on_step(1, 1, z) if on_step else None
+        return z if other is None else other
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import tiles
-from teasr.methods.base import Loss, Progress, latents
+from teasr.methods.base import Loss, Progress, Ramp, latents
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
@@ -32,31 +32,6 @@ from teasr.util.randomness import Draws
 WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "restart")
 SPLIT = (("rectify", "mse", "lpips", "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
 Weight = Annotated[float, "[0, inf)"]
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A factor that is zero until `start` and then rises linearly to one over `length`; both are in `unit`."""
-
-    start: Annotated[float, "[0, inf)"]
-    length: Annotated[float, "[0, inf)"]
-    unit: Literal["updates", "fraction"] = "updates"  # fraction: of the whole run
-
-    def __post_init__(self):
-        if self.start < 0 or self.length < 0:
-            raise ValueError(f"a ramp needs start >= 0 and length >= 0, got start={self.start} length={self.length}")
-        if self.unit == "fraction" and self.start + self.length > 1:
-            raise ValueError(
-                f"a ramp with unit=fraction ends at {self.start + self.length:g} of the run: "
-                "start + length must be <= 1"
-            )
-
-    def factor(self, progress: Progress) -> float:
-        """Return the factor at `progress`: 0 before the start, 1 after the end."""
-        at = progress.update / progress.updates if self.unit == "fraction" else progress.update
-        if at < self.start:
-            return 0.0
-        return min(1.0, (at - self.start) / self.length) if self.length else 1.0
 
 
 @dataclass(frozen=True)

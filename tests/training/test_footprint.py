@@ -181,6 +181,18 @@ def test_layouts_of_score_distillation_differ_by_copies_of_the_base():
         assert one.gpu[item] == two.gpu[item] == three.gpu[item]
 
 
+def test_a_discriminator_with_its_head_is_counted():
+    """D3SR: the student's gradient through half of the base, then the discriminator on originals and results."""
+    method = {"name": "d3sr", "disc_blocks": 1, "adv_ramp": {"start": 0, "length": 0}, "dists_weights": "random"}
+    found, alone = (
+        count(tiny_qwen(method=method | {"lambda_adv": weight}), {"zero_optimization": {"stage": 1}}, 64)
+        for weight in (0.01, 0.0)
+    )
+    assert set(found.flops) == {"generator", "discriminator"} and set(alone.flops) == {"generator"}
+    assert found.flops["generator"] > alone.flops["generator"] and found.flops["discriminator"] > 0
+    assert found.gpu["trained weights"] > alone.gpu["trained weights"] and found.gpu["DISTS"] > 50e6
+
+
 def test_wrong_sizes_and_autocast_are_named():
     with pytest.raises(ValueError, match="multiples of 16"):
         count(tiny_qwen(), {"zero_optimization": {"stage": 1}}, 100)

@@ -27,17 +27,23 @@ TSD = VSD | {
     "student": "single", "weight": "s2", "lambda_vsd": 0.7, "lambda_tsm": 0.3, "mse_space": "latent", "time_shift": 3.0,
     "dasm_weights": [1.0, 0.3],
 }  # fmt: skip
+D3SR = {
+    "name": "d3sr", "lambda_mse": 10.0, "lambda_ea_dists": 0.0, "lambda_adv": 0.5, "disc_blocks": 1, "disc_rate": 3.0,
+    "adv_ramp": {"start": 1, "length": 2},
+}  # fmt: skip
 CASES = {  # name -> method, and changes of the config
     "osediff": (VSD, LORA),
     "osediff, two copies": (VSD | {"layout": "two_copies"}, LORA),
     "osediff, full copies": (VSD | {"layout": "three_copies"}, LORA | {"backbone__train": "full"}),
     "tsdsr": (TSD, LORA),
     "csd": (VSD | {"fake": "sample", "weight": "kl"}, LORA),
+    "d3sr": (D3SR, LORA),
+    "d3sr, full copy": (D3SR | {"student": "dual", "discriminator": "copy"}, LORA | {"backbone__train": "full"}),
 }
 STAGES = {  # the shared base in every stage, the other cases in one
     "osediff": ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
     "osediff, two copies": ("zero2",), "osediff, full copies": ("zero3",), "tsdsr": ("zero2_offload",),
-    "csd": ("zero1",),
+    "csd": ("zero1",), "d3sr": ("zero2", "zero3_offload"), "d3sr, full copy": ("zero1", "zero3"),
 }  # fmt: skip
 COVERED = {"coarse", "teasr", "two_roles", "one_sided", "timed"}  # by test_unet.py, test_training.py and test_roles.py
 PAIRS = [(case, stage) for case, stages in STAGES.items() for stage in stages]
@@ -114,7 +120,8 @@ def test_all_stages_and_ranks_train_as_plain_torch(runs, references, case, stage
     assert len(found) == len(wanted) == 5
     for want, have in zip(wanted, found, strict=True):
         for name, value in want.items():
-            assert have[name] == pytest.approx(value, rel=5e-4, abs=2e-5), (have["update"], name)
+            near = 2e-2 if name.startswith("accuracy") else 2e-5  # a logit near zero may change its sign
+            assert have[name] == pytest.approx(value, rel=5e-4, abs=near), (have["update"], name)
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
     for role, own in trained.items():
         saved = load_file(last / ("weights.safetensors" if role == "student" else f"weights-{role}.safetensors"))
@@ -122,14 +129,17 @@ def test_all_stages_and_ranks_train_as_plain_torch(runs, references, case, stage
     assert not any("real" in path.name for path in last.iterdir())
 
 
-@pytest.mark.parametrize(("case", "stage"), [("osediff", "zero3"), ("osediff, full copies", "zero2_offload")])
+@pytest.mark.parametrize(
+    ("case", "stage"), [("osediff", "zero3"), ("osediff, full copies", "zero2_offload"), ("d3sr", "zero3")]
+)
 def test_stopped_it_resumes_to_the_same_bits(shards, tmp_path, case, stage):
     def part(name, n):
         return job(shards, tmp_path / name, case, stage, train__updates=n, train__save_every_updates=2)
 
     start([part("whole", 4), part("halves", 2), part("halves", 4)], tmp_path, 1)
     a, b = (tmp_path / name / "checkpoints/step-00000004" for name in ("whole", "halves"))
-    assert {"weights-fake.safetensors", "optimiser-fake.safetensors"} <= {path.name for path in a.iterdir()}
+    second = "discriminator" if case.startswith("d3sr") else "fake"
+    assert {f"weights-{second}.safetensors", f"optimiser-{second}.safetensors"} <= {path.name for path in a.iterdir()}
     for file in a.glob("*.safetensors"):
         assert file.read_bytes() == (b / file.name).read_bytes(), file.name
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "halves/metrics.csv").read_bytes()
