@@ -55,6 +55,12 @@ def _score_distillation() -> tuple[type, type[Method]]:
     return ScoreDistillationConfig, ScoreDistillation
 
 
+def _tadsr() -> tuple[type, type[Method]]:
+    from teasr.methods.tadsr import Tadsr, TadsrConfig
+
+    return TadsrConfig, Tadsr
+
+
 def _teasr() -> tuple[type, type[Method]]:
     from teasr.methods.teasr import Teasr, TeasrConfig
 
@@ -70,6 +76,7 @@ BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
 METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
     "coarse": _coarse,
     "score_distillation": _score_distillation,
+    "tadsr": _tadsr,
     "teasr": _teasr,
 }
 

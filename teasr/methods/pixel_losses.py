@@ -44,11 +44,12 @@ def pixel_gradient(
     x_hq: Tensor,
     weight: Mapping[str, float],
     distance: Callable[[Tensor, Tensor], Tensor] | None,
+    mse: Callable[[Tensor, Tensor], Tensor] = losses.mse,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the weighted pixel losses at an estimate of the clean latent, their gradient, and values to log.
 
-    weight: factors of `mse` and `lpips`; a loss with factor 0 is not computed. distance(x_hat, x_hq): LPIPS, [B]. The
-    decoder's graph is freed before this returns.
+    weight: factors of `mse` and `lpips`; a loss with factor 0 is not computed. distance(x_hat, x_hq): LPIPS, [B]. mse: a
+    scalar, of the pictures themselves or blurred. The decoder's graph is freed before this returns.
     """
     logs: dict[str, Tensor] = {}
 
@@ -56,7 +57,7 @@ def pixel_gradient(
         x_hat, total = student.decode(z), torch.zeros((), device=z.device)
         logs["checkerboard"] = losses.checkerboard_energy(x_hat.detach(), student.patch_px)
         if weight["mse"]:
-            loss = losses.mse(x_hat, x_hq)
+            loss = mse(x_hat, x_hq)
             logs["mse"], total = loss.detach(), total + weight["mse"] * loss
         if weight["lpips"]:
             loss = distance(x_hat, x_hq).mean()
