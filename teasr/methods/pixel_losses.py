@@ -48,8 +48,8 @@ def pixel_gradient(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the weighted pixel losses at an estimate of the clean latent, their gradient, and values to log.
 
-    weight: factors of `mse` and `lpips`; a loss with factor 0 is not computed. distance(x_hat, x_hq): LPIPS, [B]. mse: a
-    scalar, of the pictures themselves or blurred. The decoder's graph is freed before this returns.
+    weight: factors of `mse` and `lpips`; a loss with factor 0 is not computed. distance(x_hat, x_hq): LPIPS, [B].
+    mse(x_hat, x_hq): a scalar, of the pictures themselves or blurred. The decoder's graph is freed before this returns.
     """
     logs: dict[str, Tensor] = {}
 

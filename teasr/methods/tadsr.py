@@ -2,8 +2,8 @@
 
 The student is told a time t_s that is drawn for each sample, through a time-aware encoder and in the network itself.
 The two scores (methods/scores.py) are compared at a time t_v that is computed from t_s: a larger t_s means guidance by
-a noisier, more semantic score. While restoring, t_s is the dial `strength`. An update has two graphs, one after another:
-`generator`, and the denoising loss of the fake score, `fake`, which knows neither the LQ image nor t_s.
+a noisier, more semantic score. While restoring, t_s is the dial `strength`. An update has two graphs, one after
+another: `generator`, and the denoising loss of the fake score, `fake`, which knows neither the LQ image nor t_s.
 
 Source: arXiv:2508.16557, built from its formulas. docs/method.md has the equations beside the code, and
 docs/comparison.md says where this differs from the paper and its public code.
@@ -98,7 +98,7 @@ class TimedStep(Sampler):
 
     step_counts = (1,)
     # the default is index 500, at which the paper tests
-    dials = (Dial("strength", 0.62, "from faithful to the picture (0) to realistic (1), at the cost of one step"),)
+    dials = (Dial("strength", 0.62, "from faithful (0) to realistic (1) within one step", previewed=(0.1, 0.9)),)
 
     def __init__(self, config: TadsrConfig):
         self.config = config

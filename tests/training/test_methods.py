@@ -27,17 +27,19 @@ TSD = VSD | {
     "student": "single", "weight": "s2", "lambda_vsd": 0.7, "lambda_tsm": 0.3, "mse_space": "latent", "time_shift": 3.0,
     "dasm_weights": [1.0, 0.3],
 }  # fmt: skip
+TADSR = {"name": "tadsr", "lambda_mse": 10.0, "lambda_lpips": 0.0, "fake_rate": 3.0}
 CASES = {  # name -> method, and changes of the config
     "osediff": (VSD, LORA),
     "osediff, two copies": (VSD | {"layout": "two_copies"}, LORA),
     "osediff, full copies": (VSD | {"layout": "three_copies"}, LORA | {"backbone__train": "full"}),
     "tsdsr": (TSD, LORA),
     "csd": (VSD | {"fake": "sample", "weight": "kl"}, LORA),
+    "tadsr": (TADSR, LORA),
 }
 STAGES = {  # the shared base in every stage, the other cases in one
     "osediff": ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
     "osediff, two copies": ("zero2",), "osediff, full copies": ("zero3",), "tsdsr": ("zero2_offload",),
-    "csd": ("zero1",),
+    "csd": ("zero1",), "tadsr": ("zero3",),
 }  # fmt: skip
 COVERED = {"coarse", "teasr", "two_roles", "one_sided", "timed"}  # by test_unet.py, test_training.py and test_roles.py
 PAIRS = [(case, stage) for case, stages in STAGES.items() for stage in stages]
@@ -122,7 +124,7 @@ def test_all_stages_and_ranks_train_as_plain_torch(runs, references, case, stage
     assert not any("real" in path.name for path in last.iterdir())
 
 
-@pytest.mark.parametrize(("case", "stage"), [("osediff", "zero3"), ("osediff, full copies", "zero2_offload")])
+@pytest.mark.parametrize(("case", "stage"), [("tadsr", "zero3"), ("osediff, full copies", "zero2_offload")])
 def test_stopped_it_resumes_to_the_same_bits(shards, tmp_path, case, stage):
     def part(name, n):
         return job(shards, tmp_path / name, case, stage, train__updates=n, train__save_every_updates=2)
