@@ -1,6 +1,5 @@
 """TADSR: reductions to VSD bit for bit, pairing of times, blur, gradients, what no score may see, and the dial."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,25 +241,15 @@ def test_where_student_and_teacher_agree_the_gradient_is_finite_at_small_times()
     assert torch.isfinite(w).all()
 
 
-def test_the_low_end_of_the_dial_restores_with_the_residual_form():
-    """On the flow's path the network's output would weigh t_s = 0.02 there. One pair is overfitted, without encoder."""
-    method, models = built(encoder=False, lambda_vsd=0.0)
-    student, x, t_s = models["student"], batch(1), torch.full((1,), 0.02)
-    z_lq, z_hq, own = student.encode(x.x_lq), student.encode(x.x_hq), list(student.backbone.net.parameters())
+def test_at_the_low_end_of_the_dial_the_residual_form_changes_as_much_as_at_the_high_end():
+    """On the flow's path the network's output weighs t_s = 0.02 there: the step is fifty times shorter."""
+    method, models = built(encoder=False)
+    z, t_s = latents()[0].repeat(1, 6, 1, 1), torch.full((3,), 0.02)
     as_flow = TadsrConfig(**PLAIN, encoder=False, step="flow")
     with torch.no_grad():
-        steps = [one_step(student, config, z_lq, t_s) - z_lq for config in (method.config, as_flow)]
-    assert torch.allclose(steps[1], 0.02 * steps[0])
-    optimizer, errors = torch.optim.Adam(own, lr=3e-3), []
-    for p in own:
-        p.requires_grad_(True)
-    for _ in range(40):
-        optimizer.zero_grad()
-        error = (one_step(student, method.config, z_lq, t_s) - z_hq).square().mean()
-        error.backward()
-        optimizer.step()
-        errors.append(error.item())
-    assert 10 * np.log10((z_lq - z_hq).square().mean().item() / errors[-1]) > 3  # dB above the LQ picture
+        v = models["student"].velocity(z, t_s)
+        assert torch.equal(one_step(models["student"], method.config, z, t_s), z - v)
+        assert torch.allclose(one_step(models["student"], as_flow, z, t_s), z - 0.02 * v)
 
 
 @pytest.mark.parametrize("student", ["single", "dual"])
