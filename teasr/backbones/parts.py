@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     freqs = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = TIME_SCALE * t[:, None] * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Context in which layers compute in the dtype of their weights; the meta device of a dry run has no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class LatentAdapter(nn.Module):
@@ -43,7 +49,7 @@ class LatentAdapter(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """Map latents [B, C, h, w] and times [B] to a residual [B, C, h, w], fp32."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             film = self.embed(sinusoid(t.float(), self.embed[0].in_features).to(self.last.weight.dtype))
             scale1, shift1, scale2, shift2 = film[..., None, None].chunk(4, dim=1)
             y = F.silu(self.first(z.to(film.dtype)) * (1 + scale1) + shift1)
@@ -64,7 +70,7 @@ class RegionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D, h', w'] -> [B, h', w'], fp32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return self.last(F.silu(self.hidden(features.to(self.last.weight.dtype))))[:, 0]
 
 

@@ -190,7 +190,7 @@ class Tadsr(WithLpips):
         if c.blur != "none":
             size = blur.smooth(t_s) if c.blur == "smooth" else blur.published(sd_times.index_of(t_s))
             mse = partial(blur.mse, sigma=size[0], radius=size[1])
-        _, gradient, more = pixel_gradient(student, z_hat, batch.x_hq, weight, self.lpips, mse)
+        _, gradient, more = pixel_gradient(student, z_hat, batch.x_hq, weight, self.lpips, mse=mse)
         return gradient, logs | more
 
     @torch.no_grad()
