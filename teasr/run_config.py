@@ -61,6 +61,12 @@ def _score_distillation() -> tuple[type, type[Method]]:
     return ScoreDistillationConfig, ScoreDistillation
 
 
+def _tadsr() -> tuple[type, type[Method]]:
+    from teasr.methods.tadsr import Tadsr, TadsrConfig
+
+    return TadsrConfig, Tadsr
+
+
 def _teasr() -> tuple[type, type[Method]]:
     from teasr.methods.teasr import Teasr, TeasrConfig
 
@@ -77,6 +83,7 @@ METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
     "coarse": _coarse,
     "d3sr": _d3sr,
     "score_distillation": _score_distillation,
+    "tadsr": _tadsr,
     "teasr": _teasr,
 }
 

@@ -31,10 +31,14 @@ PLACES = {
     "ScoreDistillation": "methods.score_distillation.ScoreDistillation",
     "D3sr": "methods.d3sr.D3sr",
     "sampler": "methods.sampler",
+    "blur": "diffusion.blur",
+    "sd_times": "diffusion.sd_times",
+    "tadsr": "methods.tadsr",
+    "Tadsr": "methods.tadsr.Tadsr",
 }
 
 
-@pytest.mark.parametrize("section", ["Equations to code", "Score distillation", "D3SR"])
+@pytest.mark.parametrize("section", ["Equations to code", "Score distillation", "D3SR", "TADSR"])
 def test_code_named_beside_equations_exists(section):
     table = (ROOT / "docs/method.md").read_text().split(f"## {section}")[1].split("\n## ")[0].split("\nOne update")[0]
     named = re.findall(r"`([\w./]+)`", table)
@@ -43,7 +47,7 @@ def test_code_named_beside_equations_exists(section):
         if name.endswith(".py"):
             assert (ROOT / "teasr" / name).is_file(), name
             continue
-        if name in ("flow", "cons", "adv", "dual", "single", "real", "fake"):
+        if name in ("flow", "cons", "adv", "dual", "single", "real", "fake", "residual", "smooth", "steps"):
             continue
         first, _, rest = name.removeprefix("teasr.").partition(".")
         module = importlib.import_module("teasr")

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   {prog} runs/demo --data runs/demo/shards/heldout --steps 1 2 4 8
   {prog} runs/mine --data RealSR --data-root ~/testsets --metric-weights ~/metric_weights
   {prog} runs/mine --data lq_folder:hq_folder --protocol crop4
+  {prog} runs/mine --data runs/mine/heldout --steps 1 --strengths 0 0.25 0.5 0.75 1     a model of the method tadsr
   {prog} --predictions their_pictures --hq hq_folder --name theirs --out results/theirs
   torchrun --nproc_per_node 8 --module teasr.commands.benchmark runs/mine --data DIV2K-Val     on 8 GPUs
 
@@ -74,6 +75,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="0 to 1: how far to blend the results of several steps with the one-step result (default: 0, no blending)",
+    )
+    parser.add_argument(
+        "--strengths",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="values of the dial strength to score, 0 to 1, each with each number of steps; only for models of the "
+        "method tadsr (default: the model's own value)",
     )
     parser.add_argument(
         "--color",

@@ -17,6 +17,8 @@ EXAMPLES = """examples:
       a folder with its sub-folders, with your own model
   {prog} portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5
       8 steps, blended halfway to the one-step result
+  {prog} portrait.png -o out/ --model runs/mine --strength 0.3
+      one step, faithful rather than realistic, with a model trained by the method tadsr
   {prog} 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png
   {prog} holiday/ -o restored/ --model runs/mine --skip-existing
       continue after Ctrl-C
@@ -56,6 +58,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         metavar="F",
         help="0 to 1: how far to blend the result of several steps with the one-step result (default: 0, no blending)",
+    )
+    quality.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="0 to 1: from faithful to realistic within one step; only for models of the method tadsr (default: 0.62)",
     )
     quality.add_argument(
         "-s",
@@ -117,8 +125,7 @@ def _upscale(options: argparse.Namespace) -> int:
         print(f"all {len(todo)} results already exist; nothing to do")
         return 0
     upscaler = Upscaler.from_pretrained(options.model, options.weights, options.device, options.dtype, options.offload)
-    dials = {} if options.fidelity is None else {"fidelity": options.fidelity}
-    upscaler.sampler.check(2 if steps == "auto" else steps, dials)
+    upscaler.sampler.check(2 if steps == "auto" else steps, settings["dials"])
     factor = frames.factor(upscaler.scale, options.scale, settings["size"])
     outputs.check_formats(
         pairs, partial(frames.size_of_result, factor=factor, size=settings["size"]), options.skip_existing
@@ -144,7 +151,9 @@ def _numbers(options: argparse.Namespace) -> tuple[int | str, dict]:
         raise ValueError(f"--seed {options.seed}: must be a whole number from 0 to {2**63 - 1}")
     steps = "auto" if options.steps == "auto" else int(options.steps)
     settings = {"scale": options.scale, "size": _size(options.size), "color_fix": options.color}
-    settings |= {"fidelity": options.fidelity, "tile_px": None if options.tile == "auto" else int(options.tile)}
+    dials = {"fidelity": options.fidelity, "strength": options.strength}
+    settings |= {"dials": {name: value for name, value in dials.items() if value is not None}}
+    settings |= {"tile_px": None if options.tile == "auto" else int(options.tile)}
     return steps, settings
 
 

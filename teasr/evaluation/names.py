@@ -18,6 +18,11 @@ def step_name(steps: int) -> str:
     return f"{steps} step{'s' * (steps != 1)}"
 
 
+def dial_name(steps: int, strength: float) -> str:
+    """Return the name of a value of the dial strength in tables, such as "1 step at 0.25"."""
+    return f"{step_name(steps)} at {strength:g}"
+
+
 def steps_of(name: str) -> int | None:
     """Return the step count from a method's name, or None if the name is not a step count."""
     head, _, tail = name.partition(" ")

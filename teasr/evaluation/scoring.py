@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from teasr import assets
@@ -18,7 +19,7 @@ from teasr.data.pairs import Pairs
 from teasr.data.shards import Sample, ShardSet
 from teasr.evaluation.benchmark import Evaluation, table
 from teasr.evaluation.metrics import Scorer
-from teasr.evaluation.names import SHOWN, step_name, steps_of
+from teasr.evaluation.names import SHOWN, dial_name, step_name, steps_of
 from teasr.tracking.environment import command_line_of_process, git_commit
 from teasr.tracking.mlflow_open import Place
 from teasr.tracking.mlflow_results import log_results
@@ -83,18 +84,22 @@ def _of_model(options: argparse.Namespace, scorer: Scorer, datasets: Path) -> Ev
     made_by |= {"fidelity": options.fidelity, "color": options.color}
     load = functools.cache(lambda: Upscaler.from_pretrained(folder, options.weights, _device()))  # loaded on first use
 
-    def method(steps: int):
+    def method(steps: int, dials: Mapping[str, float]):
         def restore(sample: Sample):
             if sample.scale != scale:
                 raise ValueError(f"{sample.key} is a pair of scale {sample.scale}, but the model restores at {scale}")
-            fidelity = options.fidelity if options.fidelity and steps > 1 else None
-            settings = {"fidelity": fidelity, "color_fix": options.color}
+            blend = {"fidelity": options.fidelity} if options.fidelity and steps > 1 else {}
+            settings = {"dials": blend | dials, "color_fix": options.color}
             return load()(sample.lq, steps, seed_of(options.seed, sample.key), **settings)
 
         return restore
 
     out = options.out or options.home / "eval" / pairs.name
-    methods = {step_name(n): method(n) for n in options.steps}
+    methods = {step_name(n): method(n, {}) for n in options.steps}
+    if options.strengths:
+        if wrong := [s for s in options.strengths if not 0 <= s <= 1]:
+            raise ValueError(f"--strengths {wrong[0]:g}: must be between 0 and 1")
+        methods = {dial_name(n, s): method(n, {"strength": s}) for n in options.steps for s in options.strengths}
     return Evaluation(pairs, scorer, out, methods, made_by, **_here())
 
 

@@ -47,11 +47,13 @@ def pixel_gradient(
     weight: Mapping[str, float],
     lpips: Distance | None,
     others: Mapping[str, Distance] | None = None,
+    mse: Distance = losses.mse,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the weighted pixel losses at an estimate of the clean latent, their gradient, and values to log.
 
     weight: factors of `mse`, `lpips` and of the names in `others`; a loss with factor 0 is not computed. lpips and
-    others: distances of (x_hat, x_hq), [B] each. The decoder's graph is freed before this returns.
+    others: distances of (x_hat, x_hq), [B] each. mse(x_hat, x_hq): a scalar, of the pictures themselves or blurred. The
+    decoder's graph is freed before this returns.
     """
     logs: dict[str, Tensor] = {}
 
@@ -59,7 +61,7 @@ def pixel_gradient(
         x_hat, total = student.decode(z), torch.zeros((), device=z.device)
         logs["checkerboard"] = losses.checkerboard_energy(x_hat.detach(), student.patch_px)
         if weight["mse"]:
-            loss = losses.mse(x_hat, x_hq)
+            loss = mse(x_hat, x_hq)
             logs["mse"], total = loss.detach(), total + weight["mse"] * loss
         for name, distance in {"lpips": lpips, **(others or {})}.items():
             if weight[name]:

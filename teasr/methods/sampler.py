@@ -30,6 +30,7 @@ class Dial:
     name: str
     default: float
     help: str
+    previewed: tuple[float, ...] = ()  # values that previews show beside the default
 
 
 class Restorer(Protocol):

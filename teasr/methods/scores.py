@@ -96,13 +96,16 @@ class Guided:
     null: Tensor | None = None
 
 
-def guided(score: Model, z_t: Tensor, t: Tensor, guidance: float) -> Guided:
+def guided(score: Model, z_t: Tensor, t: Tensor, guidance: float | Tensor) -> Guided:
     """Evaluate a score with classifier-free guidance, v = v_null + guidance (v_text - v_null).
 
-    v_text has the default prompt of the backbone, v_null its null prompt. With guidance 1 the latter is not evaluated.
+    v_text has the default prompt of the backbone, v_null its null prompt. guidance: a number, or one for each sample
+    [B]. With the number 1 the null prompt is not evaluated.
     """
     text = score.velocity(z_t, t)
-    if guidance == 1:
+    if isinstance(guidance, Tensor):
+        guidance = flow.per_sample(guidance, text)
+    elif guidance == 1:
         return Guided(text, text)
     null = score.velocity(z_t, t, Condition(text=score.null_text))
     return Guided(null + guidance * (text - null), text, null)

@@ -73,6 +73,12 @@ def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
     name = "" if upscaler.config is None else upscaler.config.backbone_name
     if name not in BACKBONES:
         raise ValueError(f"the backbone {name} cannot be exported to ONNX: only {' and '.join(BACKBONES)} can")
+    role = upscaler.model.role
+    if role.branches != "dual" or role.encoder:
+        raise ValueError(
+            "only a model that starts from noise can be exported to ONNX, and this one starts from the LQ picture: "
+            "export it without --onnx"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"an ONNX file cannot hold weights in {dtype}: use --dtype fp32 or fp16")
     with needed_for("exporting to ONNX"):

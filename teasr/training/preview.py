@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -65,27 +68,43 @@ class Preview:
     def make(self, model: Model, sampler: Sampler, device: torch.device) -> tuple[bytes, dict[str, float]]:
         """Restore the images; return a comparison sheet as PNG and the mean scores by metric and number of steps.
 
-        The sheet has one row per image: LQ | restored with each number of steps | HQ.
+        The sheet has one row per image: LQ | restored with each number of steps, and the dials that previews show | HQ.
         """
-        rows, sums = [], {}
+        rows, sums, columns = [], {}, _columns(self.config.steps, sampler)
         for sample in self.samples:
             x_lq = images.to_tensor(sample.lq_up)[None].to(device)
             row = [sample.lq_up]
-            for steps in self.config.steps:
-                restored = images.to_uint8(
-                    restore(model, sampler, x_lq, steps, seed_of(self.seed, "preview", sample.key))[0]
-                )
+            for column in columns:
+                seed = seed_of(self.seed, "preview", sample.key)
+                restored = images.to_uint8(restore(model, sampler, x_lq, column.steps, seed, column.dials)[0])
                 row.append(restored)
                 for name, metric in SCORES.items():
-                    sums.setdefault(f"preview/{name}_{steps}", []).append(metric(restored, sample.hq))
+                    sums.setdefault(f"preview/{name}_{column.name}", []).append(metric(restored, sample.hq))
             rows.append([*row, sample.hq])
-        titles = [
-            "LQ" if self.scale == 1 else "LQ (bicubic)",
-            *(f"{n} step{'s' * (n > 1)}" for n in self.config.steps),
-            "HQ",
-        ]
+        titles = ["LQ" if self.scale == 1 else "LQ (bicubic)", *(column.title for column in columns), "HQ"]
         sheet = images.png_bytes(images.comparison(rows, titles))
         return sheet, {name: float(np.mean(values)) for name, values in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One way of restoring in the sheet; name: end of the names of its scores."""
+
+    title: str
+    name: str
+    steps: int
+    dials: dict[str, float]
+
+
+def _columns(step_counts: Sequence[int], sampler: Sampler) -> list[_Column]:
+    found = []
+    for steps in step_counts:
+        title = f"{steps} step{'s' * (steps > 1)}"
+        found.append(_Column(title, str(steps), steps, {}))
+        for dial in sampler.dials:
+            for value in dial.previewed:
+                found.append(_Column(f"{dial.name} {value:g}", f"{steps}_at_{value:g}", steps, {dial.name: value}))
+    return found
 
 
 def _spread(shards: ShardSet, pictures: int) -> list[Sample]:

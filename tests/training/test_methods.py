@@ -31,6 +31,7 @@ D3SR = {
     "name": "d3sr", "lambda_mse": 10.0, "lambda_ea_dists": 0.0, "lambda_adv": 0.5, "disc_blocks": 1, "disc_rate": 3.0,
     "adv_ramp": {"start": 1, "length": 2},
 }  # fmt: skip
+TADSR = {"name": "tadsr", "lambda_mse": 10.0, "lambda_lpips": 0.0, "fake_rate": 3.0}
 CASES = {  # name -> method, and changes of the config
     "osediff": (VSD, LORA),
     "osediff, two copies": (VSD | {"layout": "two_copies"}, LORA),
@@ -39,11 +40,12 @@ CASES = {  # name -> method, and changes of the config
     "csd": (VSD | {"fake": "sample", "weight": "kl"}, LORA),
     "d3sr": (D3SR, LORA),
     "d3sr, full copy": (D3SR | {"student": "dual", "discriminator": "copy"}, LORA | {"backbone__train": "full"}),
+    "tadsr": (TADSR, LORA),
 }
 STAGES = {  # the shared base in every stage, the other cases in one
     "osediff": ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
     "osediff, two copies": ("zero2",), "osediff, full copies": ("zero3",), "tsdsr": ("zero2_offload",),
-    "csd": ("zero1",), "d3sr": ("zero2", "zero3_offload"), "d3sr, full copy": ("zero1", "zero3"),
+    "csd": ("zero1",), "d3sr": ("zero2", "zero3_offload"), "d3sr, full copy": ("zero1", "zero3"), "tadsr": ("zero3",),
 }  # fmt: skip
 COVERED = {"coarse", "teasr", "two_roles", "one_sided", "timed"}  # by test_unet.py, test_training.py and test_roles.py
 PAIRS = [(case, stage) for case, stages in STAGES.items() for stage in stages]
@@ -130,7 +132,7 @@ def test_all_stages_and_ranks_train_as_plain_torch(runs, references, case, stage
 
 
 @pytest.mark.parametrize(
-    ("case", "stage"), [("osediff", "zero3"), ("osediff, full copies", "zero2_offload"), ("d3sr", "zero3")]
+    ("case", "stage"), [("tadsr", "zero3"), ("osediff, full copies", "zero2_offload"), ("d3sr", "zero3")]
 )
 def test_stopped_it_resumes_to_the_same_bits(shards, tmp_path, case, stage):
     def part(name, n):

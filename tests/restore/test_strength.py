@@ -1,0 +1,96 @@
+"""The dial `strength` of TADSR through export, `teasr upscale`, `teasr benchmark` and previews."""
+
+import json
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from conftest import small_recipe
+from PIL import Image
+
+from teasr import cli
+from teasr.backbones.model import Model
+from teasr.config.settings import PreviewConfig
+from teasr.data.shards import ShardSet
+from teasr.imaging.exact_metrics import psnr
+from teasr.restore import onnx_export
+from teasr.restore.upscaler import Upscaler
+from teasr.run_config import parse
+from teasr.training.preview import Preview
+from teasr.util.seed import seed_of
+
+PHOTO = np.ascontiguousarray(skimage.data.coffee()[100:164, 200:264])
+LQ = np.ascontiguousarray(PHOTO[2::4, 2::4])
+
+
+@pytest.fixture(scope="module")
+def upscaler(tmp_path_factory):
+    """A student of TADSR that was never trained but whose encoder and LoRA have an effect."""
+    folder = tmp_path_factory.mktemp("tadsr")
+    method = {"name": "tadsr", "lambda_lpips": 0.0}
+    config = parse(small_recipe(folder, folder / "run", method=method, backbone__train="lora", backbone__base="random"))
+    made = config.build_method()
+    backbone = config.build_backbone(roles=made.roles()[:1])
+    g = torch.Generator().manual_seed(0)
+    backbone.fit([torch.rand(2, 3, 64, 64, generator=g) * 2 - 1 for _ in range(8)])
+    for name, p in backbone.net.named_parameters():
+        if "lora_B" in name or "encoder.last" in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    return Upscaler(Model(backbone, made.roles()[0]), made.sampler(), config)
+
+
+@pytest.fixture(scope="module")
+def folder(upscaler, tmp_path_factory):
+    return upscaler.save_pretrained(tmp_path_factory.mktemp("export") / "model")
+
+
+def test_an_export_keeps_it_and_the_command_sets_it(upscaler, folder, tmp_path, capsys):
+    loaded = Upscaler.from_pretrained(folder)
+    (dial,) = loaded.descriptor.dials
+    assert (dial.name, dial.default, loaded.descriptor.step_counts) == ("strength", 0.62, (1,))
+    at = {s: upscaler(LQ, dials={"strength": s}) for s in (0.1, 0.62, 0.9)}
+    assert np.abs(at[0.1].astype(int) - at[0.9]).max() > 2
+    assert np.array_equal(loaded(LQ), at[0.62]) and np.array_equal(loaded(LQ, dials={"strength": 0.9}), at[0.9])
+    Image.fromarray(LQ).save(tmp_path / "a.png")
+    command = ["upscale", str(tmp_path / "a.png"), "--model", str(folder)]
+    assert cli.main([*command, "-o", str(tmp_path / "b.png"), "--strength", "0.9"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), at[0.9])
+    for more, message in (
+        (["--strength", "1.5"], "strength = 1.5: must be between 0 and 1"),
+        (["--fidelity", "0.5"], "no setting fidelity: its settings are strength"),
+        (["--steps", "2", "--strength", "0.5"], "TADSR restores in 1 step"),
+        (["--model", "small", "--strength", "0.5"], "no setting strength: its settings are fidelity"),
+    ):
+        assert cli.main([*command, "-o", str(tmp_path / "c.png"), *more]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="starts from the LQ picture"):
+        onnx_export.export(upscaler, tmp_path / "a.onnx")
+
+
+def test_the_benchmark_scores_each_strength(upscaler, folder, tmp_path, capsys):
+    for name, x in (("lq", LQ), ("hq", PHOTO)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(x).save(tmp_path / name / "0.png")
+    command = ["benchmark", str(folder), "--data", f"{tmp_path / 'lq'}:{tmp_path / 'hq'}", "--metrics", "psnr"]
+    command += ["--steps", "1", "--protocol", "rgb", "--out", str(tmp_path / "out"), "--strengths"]
+    assert cli.main([*command, "0.1", "0.9"]) == 0
+    found = json.loads((tmp_path / "out/scores.json").read_text())["methods"]
+    assert list(found) == ["bicubic", "1 step at 0.1", "1 step at 0.9"]
+    for s in (0.1, 0.9):
+        x = upscaler(LQ, dials={"strength": s}).astype(float)
+        wanted = 10 * np.log10(255**2 / np.square(x - PHOTO).mean())
+        assert found[f"1 step at {s}"]["psnr"]["mean"] == pytest.approx(wanted, abs=1e-3)
+    assert cli.main([*command, "0.1", "2"]) == 2
+    assert "--strengths 2: must be between 0 and 1" in capsys.readouterr().err
+
+
+def test_previews_show_the_default_and_both_ends(upscaler, shards):
+    preview = Preview(PreviewConfig(pictures=1, steps=(1,)), ShardSet.open(str(shards)), 0)
+    sheet, scores = preview.make(upscaler.model, upscaler.sampler, torch.device("cpu"))
+    assert sheet.startswith(b"\x89PNG")
+    assert set(scores) == {f"preview/{m}_1{end}" for m in ("psnr_y", "ssim_y") for end in ("", "_at_0.1", "_at_0.9")}
+    (sample,) = preview.samples
+    for end, dials in (("", None), ("_at_0.9", {"strength": 0.9})):
+        restored = upscaler(sample.lq, seed=seed_of(0, "preview", sample.key), dials=dials)
+        assert scores[f"preview/psnr_y_1{end}"] == pytest.approx(psnr(restored, sample.hq), abs=0.05)
