@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from teasr import Upscaler, assets, cli
 from teasr.degradation import degrade, preset
-from teasr.imaging.exact_metrics import psnr, ssim
+from teasr.imaging.exact_metrics import psnr, seam_ratio, ssim
 from teasr.imaging.images import upsample
 from teasr.restore import pretrained
 from teasr.util import checkpoint_folder
@@ -75,23 +75,22 @@ def test_the_package_takes_every_file_along():
     assert all(any(fnmatch.fnmatch(str(file), glob) for glob in globs) for file in files)
 
 
-def test_one_step_is_nearer_to_the_originals_than_bicubic():
-    """On five unseen photographs with three degradations each: better PSNR-Y and SSIM-Y, and more steps are sharper."""
+def test_it_is_nearer_to_the_originals_than_bicubic_in_any_number_of_steps():
+    """On five unseen photographs with three degradations each: PSNR-Y and SSIM-Y of one step, and what four cost."""
     upscaler = Upscaler.from_pretrained("small")
-    gains, sharper = [], []
+    gains, costs, seams = [], [], []
     for name, y, x in CROPS:
         for seed in range(3):
             hq, lq = degraded(name, y, x, seed)
             plain, one = upsample(lq, 4), upscaler(lq)
             gains.append((psnr(one, hq) - psnr(plain, hq), ssim(one, hq) - ssim(plain, hq)))
+            seams.append(seam_ratio(one) - seam_ratio(plain))
             if seed == 0:
-                sharper.append(
-                    np.diff(upscaler(lq, steps=4).astype(float), axis=1).std()
-                    / np.diff(one.astype(float), axis=1).std()
-                )
+                costs.append(psnr(one, hq) - psnr(upscaler(lq, steps=4), hq))
     gain = np.mean(gains, axis=0)
-    assert gain[0] > 0.5 and gain[1] > 0.03, gain
-    assert np.mean(sharper) > 1.2, sharper
+    assert gain[0] > 0.3 and gain[1] > 0.02, gain
+    assert np.mean(costs) < 0.4, costs  # the model before it lost 2 dB
+    assert np.mean(seams) < 0, seams  # no grid of blocks
 
 
 def test_no_model_named_is_the_small_one_and_says_so(tmp_path, caplog, capsys):
