@@ -10,7 +10,7 @@ specific backbone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -32,6 +32,12 @@ class Progress:
     updates: int
     micro: int = 0
     micros: int = 1
+
+
+def require_loss(config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if every `lambda_<name>` of a method's config is 0."""
+    if not any(getattr(config, f"lambda_{name}") for name in names):
+        raise ValueError("every method.lambda_* is 0: there is nothing to train; set at least one above 0")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,39 @@ class Sampler(ABC):
         return known | dict(dials or {})
 
 
+class SingleStep(Sampler):
+    """Base class of samplers that restore in one jump."""
+
+    step_counts = (1,)
+    why: str  # why there is one step, in the error for other numbers
+
+    @abstractmethod
+    def jump(self, model: Restorer, z_lq: Tensor, eps: Tensor, dials: Mapping[str, float]) -> Tensor:
+        """Return the restored latents [B, C, h, w]; dials: a value for each of the sampler's."""
+
+    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
+        if steps > 1:
+            raise ValueError(
+                f"steps = {steps}: {self.why}; set steps to 1 (previews: preview.steps=[1]), or train with the method "
+                "teasr"
+            )
+        return super().check(steps, dials)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Restorer,
+        z_lq: Tensor,
+        eps: Tensor,
+        steps: int,
+        dials: Mapping[str, float] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        z = self.jump(model, z_lq, eps, self.check(steps, dials))
+        other = on_step(1, 1, z) if on_step else None
+        return z if other is None else other
+
+
 class AnyStep(Sampler):
     """TEASR's Algorithm 1: one pure loop over average velocities, for any number of steps."""
 

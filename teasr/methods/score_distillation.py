@@ -28,7 +28,7 @@ from teasr.backbones.roles import Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import scores
-from teasr.methods.base import Loss, Progress, latents
+from teasr.methods.base import Loss, Progress, latents, require_loss
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import Sampler
 from teasr.methods.scores import OneStep
@@ -68,11 +68,8 @@ class ScoreDistillationConfig:
     fake_loss: scores.FakeLoss = "velocity"
 
     def __post_init__(self):
-        if not any(getattr(self, f"lambda_{name}") for name in WEIGHTED):
-            raise ValueError("every method.lambda_* is 0: there is nothing to train; set at least one above 0")
-        low, high = self.s_range
-        if not 0 < low < high < 1:
-            raise ValueError(f"method.s_range = {self.s_range}: must be [low, high] with 0 < low < high < 1")
+        require_loss(self, WEIGHTED)
+        scores.check_range("s_range", self.s_range)
         if not self.dasm_weights:
             raise ValueError("method.dasm_weights is empty: give one weight for each sub-step, [1.0] for one")
         if self.layout == "three_copies" and self.fake != "trained":

@@ -18,7 +18,7 @@ from torch import Tensor
 from teasr.backbones.model import NOTHING, Condition, Model
 from teasr.backbones.roles import Role
 from teasr.diffusion import flow, losses
-from teasr.methods.sampler import OnStep, Restorer, Sampler
+from teasr.methods.sampler import Restorer, SingleStep
 from teasr.util.randomness import Draws
 
 Branches = Literal["dual", "single"]
@@ -52,39 +52,25 @@ def one_step(
     return flow.z0_from_velocity(z, v, t), v
 
 
-class OneStep(Sampler):
+class OneStep(SingleStep):
     """The student's one jump to time 0: from noise with two branches, from the LQ latent at time `start` with one."""
-
-    step_counts = (1,)
 
     def __init__(self, branches: Branches, start: float = 1.0):
         self.branches, self.start = branches, start
+        self.why = f"this method trains the jump from time {start:g} to 0 alone, so that the model restores in 1 step"
 
     def times(self, steps: int) -> list[tuple[float, float]]:
         return [(self.start, 0.0)]
 
-    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
-        if steps > 1:
-            raise ValueError(
-                f"steps = {steps}: this method trains the jump from time {self.start:g} to 0 alone, so that the model "
-                "restores in 1 step; set steps to 1 (previews: preview.steps=[1]), or train with the method teasr"
-            )
-        return super().check(steps, dials)
+    def jump(self, model: Restorer, z_lq: Tensor, eps: Tensor, dials: Mapping[str, float]) -> Tensor:
+        return one_step(model, self.branches, z_lq, eps, self.start)[0]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: Restorer,
-        z_lq: Tensor,
-        eps: Tensor,
-        steps: int,
-        dials: Mapping[str, float] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        self.check(steps, dials)
-        z, _ = one_step(model, self.branches, z_lq, eps, self.start)
-        other = on_step(1, 1, z) if on_step else None
-        return z if other is None else other
+
+def check_range(name: str, times: tuple[float, float]) -> None:
+    """Raise ValueError if a setting is not a range of times in which scores are defined."""
+    low, high = times
+    if not 0 < low < high < 1:
+        raise ValueError(f"method.{name} = {times}: must be [low, high] with 0 < low < high < 1")
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from teasr.backbones.roles import Role
 from teasr.data.batch import Batch
 from teasr.diffusion import blur, flow, losses, sd_times
 from teasr.methods import scores
-from teasr.methods.base import Loss, Progress, latents
+from teasr.methods.base import Loss, Progress, latents, require_loss
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
-from teasr.methods.sampler import Dial, OnStep, Restorer, Sampler
+from teasr.methods.sampler import Dial, Restorer, Sampler, SingleStep
 from teasr.util.randomness import Draws
 
 Factor = Annotated[float, "[0, inf)"]
@@ -67,11 +67,8 @@ class TadsrConfig:
     fake_loss: scores.FakeLoss = "velocity"
 
     def __post_init__(self):
-        if not any(getattr(self, f"lambda_{name}") for name in WEIGHTED):
-            raise ValueError("every method.lambda_* is 0: there is nothing to train; set at least one above 0")
-        low, high = self.s_range
-        if not 0 < low < high < 1:
-            raise ValueError(f"method.s_range = {self.s_range}: must be [low, high] with 0 < low < high < 1")
+        require_loss(self, WEIGHTED)
+        scores.check_range("s_range", self.s_range)
 
     @property
     def guided(self) -> bool:
@@ -93,12 +90,12 @@ def one_step(student: Restorer, config: TadsrConfig, z_lq: Tensor, t_s: Tensor) 
     return flow.z0_from_velocity(z_in, v, torch.ones_like(t_s) if config.step == "residual" else t_s)
 
 
-class TimedStep(Sampler):
+class TimedStep(SingleStep):
     """The student's one step, at the time that the dial `strength` sets."""
 
-    step_counts = (1,)
     # the default is index 500, at which the paper tests
     dials = (Dial("strength", 0.62, "from faithful (0) to realistic (1) within one step", previewed=(0.1, 0.9)),)
+    why = "TADSR restores in 1 step, of which the time is the dial strength"
 
     def __init__(self, config: TadsrConfig):
         self.config = config
@@ -106,29 +103,10 @@ class TimedStep(Sampler):
     def times(self, steps: int) -> list[tuple[float, float]]:
         return [(self.dials[0].default, 0.0)]
 
-    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
-        if steps > 1:
-            raise ValueError(
-                f"steps = {steps}: TADSR restores in 1 step, of which the time is the dial strength; set steps to 1 "
-                "(previews: preview.steps=[1]), or train with the method teasr"
-            )
-        return super().check(steps, dials)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        model: Restorer,
-        z_lq: Tensor,
-        eps: Tensor,
-        steps: int,
-        dials: Mapping[str, float] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
+    def jump(self, model: Restorer, z_lq: Tensor, eps: Tensor, dials: Mapping[str, float]) -> Tensor:
         """Uses no noise. A strength below the smallest time of the training, method.t_min, counts as that time."""
-        t_s = max(self.check(steps, dials)["strength"], self.config.t_min)
-        z = one_step(model, self.config, z_lq, model.snap(torch.full((len(z_lq),), t_s, device=z_lq.device)))
-        other = on_step(1, 1, z) if on_step else None
-        return z if other is None else other
+        t_s = max(dials["strength"], self.config.t_min)
+        return one_step(model, self.config, z_lq, model.snap(torch.full((len(z_lq),), t_s, device=z_lq.device)))
 
 
 class Tadsr(WithLpips):

@@ -24,7 +24,7 @@ from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import tiles
-from teasr.methods.base import Loss, Progress, Ramp, latents
+from teasr.methods.base import Loss, Progress, Ramp, latents, require_loss
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.util.randomness import Draws
@@ -77,8 +77,7 @@ class TeasrConfig:
                 raise ValueError(
                     f"method.lambda_{name} = {getattr(self, f'lambda_{name}')}: a loss weight must be >= 0"
                 )
-        if not any(getattr(self, f"lambda_{name}") for name in WEIGHTED):
-            raise ValueError("every method.lambda_* is 0: there is nothing to train; set at least one above 0")
+        require_loss(self, WEIGHTED)
         unknown = sorted(set(self.ramps) - set(WEIGHTED))
         if unknown:
             raise ValueError(f"method.ramps.{unknown[0]}: there is no such loss; the losses are {', '.join(WEIGHTED)}")

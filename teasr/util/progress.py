@@ -17,7 +17,7 @@ BAR_COLUMNS = (8, 16)  # fewest and most
 
 
 class Rate:
-    """Units per second over the later half of the time so far: steady, and soon free of a slow beginning."""
+    """Units per second over the later half of the time so far. A slow beginning is soon left out."""
 
     def __init__(self):
         self.reports, self.marks = 0, deque()  # marks: (time, units done), the oldest one first

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_score_distillation import NOW, models_of
 from torch.distributions import Normal
 
 from teasr.backbones.model import Condition, Model
-from teasr.backbones.roles import places
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.backbones.unet.backbone import UNet, UNetConfig
 from teasr.data.batch import Batch
@@ -19,10 +19,8 @@ from teasr.methods.d3sr import BINS, D3sr, D3srConfig, _accuracy
 from teasr.training.update import backpropagate
 from teasr.util.randomness import Draws
 
-NOW = Progress(0, 1)
 AT_ONCE = Ramp(0, 0)
 PLAIN = {"lambda_ea_dists": 0.0, "adv_ramp": AT_ONCE, "lambda_adv": 0.5}
-SIZES = {"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2}
 REAL, FAKE = (0.4, 0.8), (1.3, 0.5)  # mean and deviation of originals and of results
 
 
@@ -93,21 +91,7 @@ def test_minimising_the_loss_of_the_discriminator_finds_the_ratio_of_the_laws(t)
 def built(student="single", noisy=True, dists=None, net=None, **settings):
     """A method and its models on small networks in which every adapter set and the head have an effect if `noisy`."""
     method = D3sr(D3srConfig(student=student, **(PLAIN | {"disc_blocks": 1} | settings)), dists=dists)
-    config, models = TinyConfig(**SIZES, train="lora", base="random", **(net or {})), {}
-    g = torch.Generator().manual_seed(0)
-    pairs = [tuple(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)] * 8
-    for roles in places(method.roles()).values():
-        backbone = Tiny(config, roles=roles)
-        backbone.fit(pairs)
-        for name, p in backbone.net.named_parameters():
-            if noisy and ("lora_B" in name or "head.last" in name):
-                own = torch.Generator().manual_seed(sum(map(ord, name)))
-                p.data.copy_(torch.randn(p.shape, generator=own) * 0.2)
-        backbone.net.double()
-        backbone.codec.double()
-        models |= {role.name: Model(backbone, role) for role in roles}
-    method.check_models(models)
-    return method, models
+    return method, models_of(method, noisy=noisy, effective=("head.last",), **(net or {}))
 
 
 def batch(n=4) -> Batch:

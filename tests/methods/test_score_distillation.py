@@ -130,25 +130,35 @@ def test_target_score_matching_attracts_at_every_time(s):
     assert in_velocities < -1e-3 if s < 0.5 else in_velocities > -1e-9
 
 
-def built(layout="one_base", student="dual", dtype=torch.float64, noisy=True, net=None, **settings):
-    """A method and its models on small networks in which every adapter set has an effect if `noisy`."""
-    method = ScoreDistillation(ScoreDistillationConfig(layout=layout, student=student, **(PLAIN | settings)))
-    sizes = {"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2}
-    config = TinyConfig(**sizes, train="lora", base="random", **(net or {}))
-    g, models = torch.Generator().manual_seed(0), {}
+SIZES = {"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2}
+
+
+def models_of(method, dtype=torch.float64, noisy=True, effective=(), **net):
+    """Models on small networks in which every adapter set has an effect if `noisy`.
+
+    effective: parts of the names of further parameters that start at zero and get an effect too. net: settings.
+    """
+    config, models = TinyConfig(**SIZES, train="lora", base="random", **net), {}
+    g = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)] * 8
     for roles in places(method.roles()).values():
         backbone = Tiny(config, roles=roles)
         backbone.fit(pairs)
         for name, p in backbone.net.named_parameters():
-            if noisy and "lora_B" in name:
+            if noisy and any(part in name for part in ("lora_B", *effective)):
                 own = torch.Generator().manual_seed(sum(map(ord, name)))
                 p.data.copy_(torch.randn(p.shape, generator=own) * 0.2)
         backbone.net.to(dtype)
         backbone.codec.to(dtype)
         models |= {role.name: Model(backbone, role) for role in roles}
     method.check_models(models)
-    return method, models
+    return models
+
+
+def built(layout="one_base", student="dual", dtype=torch.float64, noisy=True, net=None, **settings):
+    """A method and its models on small networks in which every adapter set has an effect if `noisy`."""
+    method = ScoreDistillation(ScoreDistillationConfig(layout=layout, student=student, **(PLAIN | settings)))
+    return method, models_of(method, dtype, noisy, **(net or {}))
 
 
 def batch(n=3, dtype=torch.float64) -> Batch:

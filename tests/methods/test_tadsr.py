@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_score_distillation import NOW, Gaussian, batch, farthest, gradients, latents, train, trained
+from test_score_distillation import NOW, Gaussian, batch, farthest, gradients, latents, models_of, train, trained
 
-from teasr.backbones.model import Condition, Model
-from teasr.backbones.roles import places
-from teasr.backbones.tiny import Tiny, TinyConfig
+from teasr.backbones.model import Condition
 from teasr.diffusion import blur, flow, losses, sd_times
 from teasr.methods import scores
 from teasr.methods.sampler import AnyStep
@@ -22,28 +20,9 @@ AS_VSD = {"encoder": False, "blur": "none", "t_min": 0.99999999, "time_factor": 
 DRAWS = Draws(0, 0, (0, 1, 2))
 
 
-def models_of(method, noisy=True):
-    """Small networks in float64, in which every adapter set has an effect if `noisy`."""
-    sizes = {"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank": 2}
-    g, models = torch.Generator().manual_seed(0), {}
-    pairs = [tuple(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)] * 8
-    for roles in places(method.roles()).values():
-        backbone = Tiny(TinyConfig(**sizes, train="lora", base="random"), roles=roles)
-        backbone.fit(pairs)
-        for name, p in backbone.net.named_parameters():
-            if noisy and ("lora_B" in name or "encoder.last" in name):
-                own = torch.Generator().manual_seed(sum(map(ord, name)))
-                p.data.copy_(torch.randn(p.shape, generator=own) * 0.2)
-        backbone.net.double()
-        backbone.codec.double()
-        models |= {role.name: Model(backbone, role) for role in roles}
-    method.check_models(models)
-    return models
-
-
 def built(noisy=True, **settings):
     method = Tadsr(TadsrConfig(**(PLAIN | settings)))
-    return method, models_of(method, noisy)
+    return method, models_of(method, noisy=noisy, effective=("encoder.last",))
 
 
 def run(method, models, draws=DRAWS):
