@@ -31,9 +31,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at
 import torch
 from torch import Tensor, nn
 
+from teasr.backbones.memory.swapping import Copier, HostArena
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
-from teasr.backbones.swapping import Copier, HostArena
 
 DELAY_CYCLES = 20_000_000  # of the GPU's clock: about 10 ms, as long as a copy
 TINY = {

@@ -18,9 +18,9 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "ray": {"data/prep/engines.py"},
     "onnx": {"restore/onnx_export.py"},
     "peft": {"backbones/lora.py"},
-    "bitsandbytes": {"backbones/quantised.py"},
+    "bitsandbytes": {"backbones/memory/quantised.py"},
     "diffusers": {
-        "backbones/offloading.py",
+        "backbones/memory/offloading.py",
         "backbones/prompts.py",
         "backbones/qwen_image/backbone.py",
         "backbones/qwen_image/transformer.py",
@@ -142,7 +142,7 @@ def test_every_module_says_what_it_is():
         if path.name != "__init__.py" or path.parent.name == "teasr":
             assert ast.get_docstring(tree), path
         # the base class's docstrings document these methods
-        inherits = path.parent.name in ("methods", "backbones", "qwen_image", "unet")
+        inherits = path.parent.name in ("methods", "backbones", "memory", "qwen_image", "unet")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name}"

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from teasr.backbones.base import Backbone, find_weights
 from teasr.backbones.lora import add_branch_lora, branch, with_lora
-from teasr.backbones.offloading import offload_blocks
+from teasr.backbones.memory.offloading import offload_blocks
 from teasr.backbones.parts import RoleNet, sinusoid
 from teasr.backbones.roles import DEFAULT_SET, STUDENT, Adapters, Role, blocks_seen
 from teasr.diffusion.flow import per_sample

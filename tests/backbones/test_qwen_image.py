@@ -20,8 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import run_config as recipe
-from teasr.backbones import quantised
 from teasr.backbones.lora import inject_peft_lora
+from teasr.backbones.memory import quantised
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig, QwenNet, pack, unpack
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image.vae import QwenCodec

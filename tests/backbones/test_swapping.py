@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from teasr import run_config
-from teasr.backbones import quantised, swapping
+from teasr.backbones.memory import quantised, swapping
+from teasr.backbones.memory.swapping import Copier, HostArena, Ring, SwappedLinear, spaced
 from teasr.backbones.model import Model
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
-from teasr.backbones.swapping import Copier, HostArena, Ring, SwappedLinear, spaced
 from teasr.data.batch import Batch
 from teasr.methods.base import Progress
 from teasr.training.engine import check_swap

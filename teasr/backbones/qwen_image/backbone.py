@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from teasr.backbones import lora_file
 from teasr.backbones.base import Backbone
 from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linears
-from teasr.backbones.offloading import offload_blocks
+from teasr.backbones.memory.offloading import offload_blocks
+from teasr.backbones.memory.quantised import KINDS, FullLinear
+from teasr.backbones.memory.swapping import Ring, spaced
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
-from teasr.backbones.quantised import KINDS, FullLinear
 from teasr.backbones.qwen_image.modulation import ModulationTable
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
-from teasr.backbones.swapping import Ring, spaced
 from teasr.util.optional import check_installed
 from teasr.util.seed import seed_of
 

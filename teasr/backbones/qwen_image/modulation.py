@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teasr.backbones.lora import base, replace_linears
-from teasr.backbones.swapping import HostArena
+from teasr.backbones.memory.swapping import HostArena
 
 # modulation of one block, each [B, 6 D]: noise and text tokens at t_cur, condition tokens at t_tar
 Rows = tuple[Tensor, Tensor, Tensor | None]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from teasr.backbones.lora import replace_linears
-from teasr.backbones.quantised import QuantisedLinear
+from teasr.backbones.memory.quantised import QuantisedLinear
 
 PAGE = 4096  # bytes; the unit in which host memory is locked
 ALIGNMENT = 256  # bytes, of every tensor in a slot, as PyTorch's own allocator gives at least
