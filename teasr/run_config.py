@@ -43,6 +43,12 @@ def _unet() -> tuple[type, type[Backbone]]:
     return UNetConfig, UNet
 
 
+def _pixel_cnn() -> tuple[type, type[Backbone]]:
+    from teasr.backbones.pixel_cnn import PixelCnn, PixelCnnConfig
+
+    return PixelCnnConfig, PixelCnn
+
+
 def _coarse() -> tuple[type, type[Method]]:
     from teasr.methods.coarse import Coarse, CoarseConfig
 
@@ -78,6 +84,7 @@ BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
     "tiny": _tiny,
     "unet": _unet,
     "qwen_image": _qwen_image,
+    "pixel_cnn": _pixel_cnn,
 }
 METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
     "coarse": _coarse,

@@ -40,6 +40,7 @@ class Backbone(ABC):
     downsample: int  # image pixels per latent pixel, along each side
     pixel_multiple: int  # image height and width must be divisible by it
     needs_fit = False  # `fit` must be called before anything else
+    sees_pixels = False  # its network takes pictures instead of latents: a discriminator of pictures
     restores = True  # false: an unconditional prior, which serves only as a starting point for training
     own_dtype = False  # the compute dtype comes from the backbone's config, so autocast is not used
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # dtypes in which a trained model can restore

@@ -45,6 +45,11 @@ class Model:
         return self.backbone.pixel_multiple
 
     @property
+    def sees_pixels(self) -> bool:
+        """Whether the network takes pictures [B, 3, H, W] instead of latents."""
+        return self.backbone.sees_pixels
+
+    @property
     def null_text(self) -> Tensor | None:
         """Embedding of the backbone's null prompt [1, T, D], or None if it has none."""
         return self.backbone.null_text

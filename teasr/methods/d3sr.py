@@ -19,7 +19,7 @@ Source: D3SR (arXiv:2410.04224 v3), of which no code is public. docs/comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -49,7 +49,8 @@ class D3srConfig:
     # single: from the LQ latent at t_start, as published; dual: TEASR's student, from noise, LQ in the condition branch
     student: scores.Branches = "single"
     t_start: Annotated[float, "(0, 1]"] = 0.43  # of student single; .43 is the noise level of index 273 of SD 2.1
-    # own: a LoRA set on the student's base; copy: a copy of this base; prior: the base of the section `prior:`
+    # own: a LoRA set on the student's base; copy: a copy of this base; prior: the base of the section `prior:`, a
+    # diffusion model of the same latents, or pixel_cnn, which judges pictures (not in D3SR, for comparison)
     discriminator: Literal["own", "copy", "prior"] = "own"
     # the discriminator ends after this block; half of the depth, as the down and middle blocks of a U-Net
     disc_blocks: Annotated[int, "[1, inf)"] = 2
@@ -91,6 +92,10 @@ class D3srConfig:
     def uses_dists(self) -> bool:
         """Whether a loss needs the DISTS network."""
         return bool(self.lambda_dists or self.lambda_ea_dists)
+
+
+def _as_it_is(z: Tensor) -> Tensor:
+    return z
 
 
 class D3sr(WithLpips):
@@ -148,29 +153,37 @@ class D3sr(WithLpips):
 
     def check_models(self, models: Mapping[str, Model]) -> None:
         """Raise ValueError for a discriminator whose weights know nothing of images."""
-        if "discriminator" in models and not (backbone := models["discriminator"].backbone).has_prior:
+        discriminator = models.get("discriminator")
+        if discriminator and not (discriminator.sees_pixels or discriminator.backbone.has_prior):
             raise ValueError(
                 "role discriminator judges by the features of a diffusion model of images, but the weights of this "
-                f"{type(backbone).__name__} were never trained without an LQ image: use the backbone tiny with a prior "
-                "(backbone.base=small-prior) or qwen_image, or train without a discriminator (method.lambda_adv=0)"
+                f"{type(discriminator.backbone).__name__} were never trained without an LQ image: use the backbone "
+                "tiny with a prior (backbone.base=small-prior) or qwen_image, or train without a discriminator "
+                "(method.lambda_adv=0)"
             )
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         """Yield the loss of the student and, if there is a discriminator, its own."""
         c, weight, student = self.config, self.loss_weights(progress), models["student"]
-        z_hq, z_lq = latents(student, batch, hq=bool(c.lambda_adv))
+        discriminator = models.get("discriminator")
+        judges_pixels = discriminator is not None and discriminator.sees_pixels
+        seen = student.decode if judges_pixels else _as_it_is
+        z_hq, z_lq = latents(student, batch, hq=discriminator is not None and not judges_pixels)
         z_hat = scores.one_step(student, c.student, z_lq, draws.normal("one-step noise", z_lq), c.start)[0]
         z_fake = z_hat.detach()
         gradient, logs = self._pixel_gradient(student, batch, z_fake)
         if weight.get("adv"):
-            logs["adv"], adv = self._adversarial_gradient(models["discriminator"], z_fake, draws)
+            logs["adv"], adv = self._adversarial_gradient(discriminator, z_fake, draws, seen)
             adv = weight["adv"] * adv
             logs["adv_to_pixels"] = (losses.rms(adv) / losses.rms(gradient).clamp(min=1e-12)).mean()
             gradient = gradient + adv
         yield Loss("generator", "student", (z_hat * gradient).sum(), logs)
         del z_hat
-        if c.lambda_adv:
-            loss, logs = self._discriminator_loss(models["discriminator"], z_hq, z_fake, draws)
+        if discriminator is not None:
+            with torch.no_grad():
+                fake = seen(z_fake)
+            real = batch.x_hq if judges_pixels else z_hq
+            loss, logs = self._discriminator_loss(discriminator, real, fake, draws)
             yield Loss("discriminator", "discriminator", loss, logs)
 
     def _pixel_gradient(self, student: Model, batch: Batch, z_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,24 +206,33 @@ class D3sr(WithLpips):
 
         return distances
 
-    def _adversarial_gradient(self, discriminator: Model, z_hat: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return L_G and its gradient with respect to z_hat; the discriminator gets none."""
-        t, noise = self._times(draws, discriminator), draws.normal("fake noise", z_hat)
-        return losses.gradient_through(
-            lambda z: losses.gan_generator(discriminator.logits(flow.interpolate(z, noise, t), t)), z_hat
-        )
+    def _adversarial_gradient(
+        self, discriminator: Model, z_hat: Tensor, draws: Draws, seen: Callable[[Tensor], Tensor] = _as_it_is
+    ) -> tuple[Tensor, Tensor]:
+        """Return L_G of `seen`(z_hat) and its gradient with respect to z_hat; the discriminator gets none."""
+        t = self._times(draws, discriminator)
+
+        def generator_loss(z: Tensor) -> Tensor:
+            fake = seen(z)
+            fake = flow.interpolate(fake, draws.normal("fake noise", fake), t)
+            return losses.gan_generator(discriminator.logits(fake, t))
+
+        return losses.gradient_through(generator_loss, z_hat)
 
     def _discriminator_loss(
-        self, discriminator: Model, z_hq: Tensor, z_hat: Tensor, draws: Draws
+        self, discriminator: Model, real: Tensor, fake: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_D and values to log. Real and fake have the same time and different noise; one batched call.
+        """Return L_D of originals and results, latents or pictures, and values to log.
+
+        Real and fake have the same time and different noise; one batched call.
 
         The accuracy counts logits of zero as half right. That of a part of t_range is exact if the batch of the update
         is a multiple of BINS, since each sample then has its part.
         """
-        t, n = self._times(draws, discriminator), draws.normal("fake noise", z_hat)
-        h_t, z_t = flow.interpolate(z_hq, draws.normal("real noise", z_hq), t), flow.interpolate(z_hat, n, t)
-        real, fake = discriminator.logits(torch.cat((h_t, z_t)), t.repeat(2)).chunk(2)
+        t = self._times(draws, discriminator)
+        real = flow.interpolate(real, draws.normal("real noise", real), t)
+        fake = flow.interpolate(fake, draws.normal("fake noise", fake), t)
+        real, fake = discriminator.logits(torch.cat((real, fake)), t.repeat(2)).chunk(2)
         loss, right = losses.gan_discriminator(real, fake), _accuracy(real, fake)
         logs = {"disc": loss, "logit_real": real.mean(), "logit_fake": fake.mean(), "accuracy": right.mean()}
         part = _parts(draws)

@@ -10,6 +10,7 @@ from test_score_distillation import NOW, models_of
 from torch.distributions import Normal
 
 from teasr.backbones.model import Condition, Model
+from teasr.backbones.pixel_cnn import PixelCnn, PixelCnnConfig
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.backbones.unet.backbone import UNet, UNetConfig
 from teasr.data.batch import Batch
@@ -128,7 +129,9 @@ def test_a_zero_head_starts_at_two_log_two_and_moves_nothing():
     assert all(logs[name] == 0.5 for name in ("accuracy", *(f"accuracy_t{k + 1}" for k in range(BINS))))
 
 
-@pytest.mark.parametrize("settings", [{}, {"student": "dual"}, {"discriminator": "copy"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"student": "dual"}, {"discriminator": "copy"}, {"discriminator": "prior"}], ids=str
+)
 def test_each_loss_reaches_its_own_network_alone(settings):
     """A plain backward pass of L_G would add to the discriminator's gradient, with the wrong sign."""
     method, models = built(**settings)
@@ -219,6 +222,24 @@ def test_the_discriminator_is_its_base_up_to_a_block_and_sees_the_time():
     with torch.no_grad():
         assert not torch.allclose(disc.features(z, t), stock, atol=1e-4)
         assert not torch.allclose(disc.logits(z, t), disc.logits(z, 1 - t), atol=1e-6)
+
+
+def test_a_discriminator_of_pictures_sees_what_the_decoder_makes_and_the_noise_level():
+    method, models = built(discriminator="prior", t_range=(0.0, 0.0))
+    disc, student, draws = models["discriminator"], models["student"], Draws(0, 1, tuple(range(4)))
+    x = batch().x_hq
+    z, zero = student.encode(x).float().double(), torch.zeros(4)
+    value, gradient = method._adversarial_gradient(disc, z, draws, student.decode)
+    assert torch.allclose(value, F.softplus(-disc.logits(student.decode(z), zero)).mean())
+    at_picture = losses.gradient_through(lambda x: losses.gan_generator(disc.logits(x, zero)), student.decode(z))[1]
+    wanted = losses.gradient_through(lambda z: (student.decode(z) * at_picture).sum(), z)[1]
+    assert torch.allclose(gradient, wanted, atol=1e-12) and wanted.abs().max() > 1e-8
+    assert disc.logits(x, zero).shape == (4, 16, 16)  # one stage
+    assert (disc.logits(x, zero) - disc.logits(x, zero + 0.5)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="use it in the section prior of the method d3sr"):
+        PixelCnn(PixelCnnConfig())
+    with pytest.raises(ValueError, match="disc_blocks = 5, but pixel_cnn has 4 stages"):
+        PixelCnn(PixelCnnConfig(), roles=D3sr(D3srConfig(discriminator="prior", disc_blocks=5)).roles()[1:])
 
 
 def test_every_sample_has_its_own_time_and_the_parts_are_hit_equally():

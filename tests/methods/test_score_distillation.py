@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from teasr.backbones.model import Condition, Model
+from teasr.backbones.pixel_cnn import PixelCnn, PixelCnnConfig
 from teasr.backbones.roles import places
 from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.backbones.unet.backbone import UNet, UNetConfig
@@ -136,20 +137,25 @@ SIZES = {"width": 16, "depth": 2, "heads": 2, "latent_channels": 12, "lora_rank"
 def models_of(method, dtype=torch.float64, noisy=True, effective=(), **net):
     """Models on small networks in which every adapter set has an effect if `noisy`.
 
+    A role on the base `prior` judges pictures.
+
     effective: parts of the names of further parameters that start at zero and get an effect too. net: settings.
     """
     config, models = TinyConfig(**SIZES, train="lora", base="random", **net), {}
     g = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)] * 8
     for roles in places(method.roles()).values():
-        backbone = Tiny(config, roles=roles)
-        backbone.fit(pairs)
+        if roles[0].base == "prior":
+            backbone = PixelCnn(PixelCnnConfig(width=4, depth=2), roles=roles)
+        else:
+            backbone = Tiny(config, roles=roles)
+            backbone.fit(pairs)
+            backbone.codec.to(dtype)
         for name, p in backbone.net.named_parameters():
             if noisy and any(part in name for part in ("lora_B", *effective)):
                 own = torch.Generator().manual_seed(sum(map(ord, name)))
                 p.data.copy_(torch.randn(p.shape, generator=own) * 0.2)
         backbone.net.to(dtype)
-        backbone.codec.to(dtype)
         models |= {role.name: Model(backbone, role) for role in roles}
     method.check_models(models)
     return models

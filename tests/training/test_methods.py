@@ -39,13 +39,15 @@ CASES = {  # name -> method, and changes of the config
     "tsdsr": (TSD, LORA),
     "csd": (VSD | {"fake": "sample", "weight": "kl"}, LORA),
     "d3sr": (D3SR, LORA),
+    "d3sr, pixels": (D3SR | {"discriminator": "prior"}, LORA | {"prior": {"name": "pixel_cnn", "width": 4}}),
     "d3sr, full copy": (D3SR | {"student": "dual", "discriminator": "copy"}, LORA | {"backbone__train": "full"}),
     "tadsr": (TADSR, LORA),
 }
 STAGES = {  # the shared base in every stage, the other cases in one
     "osediff": ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
     "osediff, two copies": ("zero2",), "osediff, full copies": ("zero3",), "tsdsr": ("zero2_offload",),
-    "csd": ("zero1",), "d3sr": ("zero2", "zero3_offload"), "d3sr, full copy": ("zero1", "zero3"), "tadsr": ("zero3",),
+    "csd": ("zero1",), "d3sr": ("zero2", "zero3_offload"), "d3sr, full copy": ("zero1", "zero3"),
+    "d3sr, pixels": ("zero3",), "tadsr": ("zero3",),
 }  # fmt: skip
 COVERED = {"coarse", "teasr", "two_roles", "one_sided", "timed"}  # by test_unet.py, test_training.py and test_roles.py
 PAIRS = [(case, stage) for case, stages in STAGES.items() for stage in stages]
