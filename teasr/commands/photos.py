@@ -143,7 +143,7 @@ def _make_sets(out: Path, photos: dict[str, Path], crops: int, crop_px: int, sca
             how |= {"crops_per_photo": 4}
         else:
             how = {"photos": str(photos["train"]), "degradation": name, "crop_px": crop_px}
-            how |= {"crops_per_photo": max(1, crops // count), "scales": (1.0, 0.7, 0.5, 0.35)}
+            how |= {"crops_per_photo": max(1, crops // count), "candidates": 4, "scales": (1.0, 0.7, 0.5, 0.35)}
         make_set(PrepConfig(**common, **how), "local", engines.cores(), 0, 1, overwrite=True)
         sets[name] = common["out"]
     shards = [sets[name] for name in DEGRADATIONS]

@@ -252,6 +252,22 @@ def test_scaled_crops_come_from_the_shrunken_photo(photos, tmp_path):
     assert sum(r["scale"] == 0.25 for r in rows) == 12
 
 
+def test_of_several_candidates_the_crop_with_the_most_detail_is_taken(tmp_path):
+    rng, picture = np.random.default_rng(0), np.full((256, 512, 3), 90, np.uint8)
+    picture[:, 384:] = rng.integers(0, 255, (256, 128, 3))  # a quarter of it is not flat
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture).save(tmp_path / "in/half_flat.png")
+    common = {"crops_per_photo": 40, "min_sharpness": 0, "min_contrast": 0}
+    first, best = (make_shards(tmp_path / "in", tmp_path / str(n), candidates=n, **common) for n in (1, 8))
+    textured = [np.mean([pair.hq.std() > 5 for pair in samples(out)]) for out in (first, best)]
+    assert textured[0] < 0.5 and textured[1] > 0.8
+    for row, pair in zip(records(best), samples(best), strict=True):
+        left, top, n, _ = row["crop"]
+        assert np.array_equal(pair.hq, picture[top : top + n, left : left + n])
+    with pytest.raises(ValueError, match="candidates = 8: layout = grid takes every place"):
+        config_of(tmp_path / "in", tmp_path / "x", candidates=8, layout="grid")
+
+
 def test_variants_are_other_degradations_of_one_hq(photos, shards, tmp_path):
     out = make_shards(photos, tmp_path / "k", variants=3, crops_per_photo=2)
     with tarfile.open(out / "shard-000000.tar") as tar:

@@ -14,6 +14,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from teasr.data.layout import FORMAT, commit, commit_shard, lq_field, read_manif
 from teasr.data.prep import lossless
 from teasr.data.prep.card import card
 from teasr.data.prep.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
+from teasr.data.prep.sources import detail
 from teasr.imaging import images
 from teasr.util.files import Hashed, atomic_file, write_atomic
 from teasr.util.seed import seed_of
@@ -77,6 +79,8 @@ def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
     photo, n = crop.photo, config.crop_px
     path = Path(config.photos) / photo.name
     picture = _read_photo(path, photo.sha256, crop.scale)
+    if crop.others:
+        crop = _most_detailed(picture, crop, n)
     plain = np.ascontiguousarray(picture[crop.top : crop.top + n, crop.left : crop.left + n])
     hq = degradation.sharpen(plain, config.preset) if config.lq is None else plain
     members, kept = {}, config.keeps_jpeg and photo.mcu_px > 0 and crop.scale == 1
@@ -109,6 +113,13 @@ def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
             record["degradation"].append({"seed": seed} | drawn)
     record["crc32"] = {name: zlib.crc32(data) for name, data in members.items()}
     return members | {"json": json.dumps(record, sort_keys=True).encode()}
+
+
+def _most_detailed(picture: np.ndarray, crop: Crop, n: int) -> Crop:
+    """Return the crop at the place with the most fine detail, the first one if several have as much."""
+    places = [(crop.left, crop.top), *crop.others]
+    left, top = max(places, key=lambda place: detail(picture[place[1] : place[1] + n, place[0] : place[0] + n]))
+    return replace(crop, left=left, top=top, others=())
 
 
 def _encode(hq: np.ndarray, hq_format: str) -> bytes:

@@ -42,6 +42,8 @@ class PrepConfig:
     crop_px: Annotated[int, "[1, inf)"] = 512
     layout: Literal["random", "grid"] = "random"  # grid: adjacent crops without overlap, for held-out sets
     crops_per_photo: Annotated[int, "[1, inf)"] = 1  # for the random layout
+    # random places for each crop, of which the one with the most fine detail is taken; flat crops teach little
+    candidates: Annotated[int, "[1, inf)"] = 1
     scales: tuple[float, ...] = (1.0,)  # resize factors of the photo, used in turn; small ones show more structure
     variants: Annotated[int, "[1, inf)"] = 1  # degraded versions of every crop, stored with one HQ
     hq_format: Literal["png", "webp-lossless", "jpeg98"] = "png"
@@ -67,12 +69,16 @@ class PrepConfig:
             )
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise ValueError(f"scales = {self.scales}: must be resize factors in (0, 1], such as [1.0, 0.5]")
-        for name in ("crops_per_photo", "shard_samples", "variants"):
+        for name in ("candidates", "crops_per_photo", "shard_samples", "variants"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be >= 1")
         if self.lq is not None and (self.scales != (1.0,) or self.variants != 1):
             raise ValueError(
                 "a paired set (lq=FOLDER) has one LQ image per photo, at its own size: do not set scales and variants"
+            )
+        if self.candidates > 1 and self.layout == "grid":
+            raise ValueError(
+                f"candidates = {self.candidates}: layout = grid takes every place; set candidates=1, or layout=random"
             )
         if self.keeps_jpeg:
             lossless.check()
@@ -90,19 +96,24 @@ class PrepConfig:
     def identity(self) -> dict:
         """The config values that, together with its crops, determine the bytes of a shard."""
         names = ("degradation", "peer_exact", "crop_px", "variants", "hq_format", "keep_jpeg", "seed")
-        scale = {} if self.scale == DEFAULT_SCALE else {"scale": self.scale}  # sets of older versions stay valid
-        return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None} | scale
+        newer = {} if self.scale == DEFAULT_SCALE else {"scale": self.scale}  # sets of older versions stay valid
+        newer |= {} if self.candidates == 1 else {"candidates": self.candidates}
+        return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None} | newer
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of a photograph that is first resized by `scale`; `index` is the number of the crop in its photo."""
+    """A square of a photograph that is first resized by `scale`; `index` is the number of the crop in its photo.
+
+    `others` are further places (left, top), if the one with the most detail is to be taken.
+    """
 
     photo: Photo
     index: int
     scale: float
     left: int
     top: int
+    others: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,11 +195,14 @@ def _crops(photo: Photo, config: PrepConfig) -> list[Crop]:
         places = [(f, x, y) for f, w, h in sizes for y in range(0, h - n + 1, n) for x in range(0, w - n + 1, n)]
     else:
         chosen = [sizes[j % len(sizes)] for j in range(config.crops_per_photo)]
+        chosen = [size for size in chosen for _ in range(config.candidates)]
         places = [(f, int(rng.integers(w - n + 1)), int(rng.integers(h - n + 1))) for f, w, h in chosen]
     step = config.scale if config.lq is not None else photo.mcu_px if config.keeps_jpeg else 0
     if step:
         places = [(f, x // step * step, y // step * step) if f == 1 else (f, x, y) for f, x, y in places]
-    return [Crop(photo, j, *place) for j, place in enumerate(places)]
+    k = config.candidates
+    others = [tuple(place[1:] for place in places[j + 1 : j + k]) for j in range(0, len(places), k)]
+    return [Crop(photo, j, *places[j * k], others=rest) for j, rest in enumerate(others)]
 
 
 def _arrange(of_photo: list[list[Crop]], config: PrepConfig) -> list[Crop]:

@@ -208,12 +208,20 @@ def _with_lq(photo: Photo, path: Path, name: str, scale: int) -> Photo:
 
 def measure(x: np.ndarray) -> tuple[float, float]:
     """(sharpness, contrast) of an image [H, W, 3], as defined in `Photo`."""
-    luma = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
-    detail = cv2.Laplacian(luma, cv2.CV_16S, ksize=1).astype(np.float32)
+    luma, edges = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), _laplacian(x)
     tile = min(TILE_PX, *luma.shape)
     rows, columns = luma.shape[0] // tile, luma.shape[1] // tile
-    tiles = detail[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile)
+    tiles = edges[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile)
     return float(np.quantile(tiles.std((1, 3)), 0.9)), float(luma.std())
+
+
+def detail(x: np.ndarray) -> float:
+    """Standard deviation of the Laplacian of an image [H, W, 3], in grey levels: how much fine detail it has."""
+    return float(_laplacian(x).std())
+
+
+def _laplacian(x: np.ndarray) -> np.ndarray:
+    return cv2.Laplacian(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.CV_16S, ksize=1).astype(np.float32)
 
 
 def lossless_grid(data: bytes) -> int:
