@@ -9,14 +9,14 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-from teasr.evaluation.names import BASELINES, dial_of, steps_of
+from teasr.evaluation.names import BASELINES, dial_of, step_name, steps_of
 from teasr.evaluation.registry import METRICS
 from teasr.evaluation.report import Result, cell, header
 from teasr.evaluation.report_chart import BOTTOM, COLORS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, digits, ticks
 
 FIDELITY, PERCEPTION = "psnr", ("lpips", "dists")
 LINE_PX, LETTER_PX = 12, 6.5  # size of a label of a point
-GAP_PX = 7  # between a point and its label
+GAP_PX, DOT_PX = 7, 4  # between a point and its label; radius of a point
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def trade(metric: str, found: list[Result]) -> str:
     points = [p for line in curves.values() for p in line]
     if len({(p.x, p.y) for p in points}) < 2:
         return ""
-    axes, taken = _Plane([p.x for p in points], [p.y for p in points]), []
+    axes = _Plane([p.x for p in points], [p.y for p in points])
+    taken = [(axes.x(p.x) - DOT_PX, axes.y(p.y) - DOT_PX, axes.x(p.x) + DOT_PX, axes.y(p.y) + DOT_PX) for p in points]
     parts, keys = [axes.drawn()], []
     for i, (name, line) in enumerate(curves.items()):
         color = COLORS[i % len(COLORS)]
@@ -62,7 +63,7 @@ def _curves(metric: str, found: list[Result]) -> dict[str, list[Point]]:
             if method in BASELINES:
                 name = method
             elif dial := dial_of(method):
-                name = f"{result.name}, strength, {method.partition(' at ')[0]}"
+                name = f"{result.name}, strength of {step_name(dial[0])}"
                 order, label = dial[1], f"{dial[1]:g}"
             elif steps := steps_of(method):
                 name, order, label = f"{result.name}, steps", steps, f"{steps}"
@@ -100,7 +101,7 @@ def _drawn(axes: _Plane, name: str, line: list[Point], metric: str, color: str) 
     for p in line:
         scores = f"{METRICS[FIDELITY].label} {cell(FIDELITY, {FIDELITY: p.x})}, {METRICS[metric].label} "
         told = html.escape(f"{name}: {p.method}, {scores}{cell(metric, {metric: p.y})}")
-        dot = f'<circle cx="{axes.x(p.x)}" cy="{axes.y(p.y)}" r="4" fill="{color}">'
+        dot = f'<circle cx="{axes.x(p.x)}" cy="{axes.y(p.y)}" r="{DOT_PX}" fill="{color}">'
         parts.append(f"{dot}<title>{told}</title></circle>")
     return "".join(parts)
 
