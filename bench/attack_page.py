@@ -128,9 +128,12 @@ class Page:
     def restore(self, path: str, *rest: object) -> tuple[int, str]:
         """Restore a file of the server in one step; return the status and the last event.
 
-        rest: steps, fidelity, scale, tile, colour correction and seed.
+        rest: steps, fidelity, strength, scale, tile, colour correction and seed.
         """
-        data = [[{"path": path, "meta": {"_type": "gradio.FileData"}}], *(rest or (1, 0, 4, "auto", "none", 0))]
+        data = [
+            [{"path": path, "meta": {"_type": "gradio.FileData"}}],
+            *(rest or (1, 0, "the model's own", 4, "auto", "none", 0)),
+        ]
         address = self.url + "/gradio_api/call/restore"
         kind = {"Content-Type": "application/json"}
         status, text = self._ask(urllib.request.Request(address, json.dumps({"data": data}).encode(), kind))

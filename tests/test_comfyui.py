@@ -25,7 +25,7 @@ class Cancelled(Exception):
 @pytest.fixture
 def comfy(monkeypatch, tmp_path):
     """ComfyUI's modules: a progress bar that remembers, a cancel button, a models folder."""
-    state = types.SimpleNamespace(progress=[], cancelled=False, models=tmp_path / "models")
+    state = types.SimpleNamespace(progress=[], cancelled=False, models=tmp_path / "models", memory=[])
 
     class ProgressBar:
         def __init__(self, total):
@@ -38,10 +38,20 @@ def comfy(monkeypatch, tmp_path):
         if state.cancelled:
             raise Cancelled
 
+    def free_memory(memory_required, device, keep_loaded=()):
+        state.memory.append(("free", memory_required, device))
+
+    def told(name, value=None):
+        return lambda: state.memory.append((name,)) or value
+
+    cpu = torch.device("cpu")
+    management = {"throw_exception_if_processing_interrupted": throw, "free_memory": free_memory}
+    management |= {"get_torch_device": lambda: cpu, "intermediate_device": lambda: cpu}
+    management |= {name: told(name, cpu) for name in ("unet_offload_device", "soft_empty_cache")}
     modules = {
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
-        "comfy.model_management": {"throw_exception_if_processing_interrupted": throw},
+        "comfy.model_management": management,
         "folder_paths": {"models_dir": str(state.models)},
     }
     for name, content in modules.items():
@@ -110,11 +120,37 @@ def test_a_model_in_the_models_folder(nodes, comfy, untrained):
         nodes["TeasrLoad"]().load("nothing", "as trained", False)
 
 
-def test_the_cancel_button_ends_a_restoration(nodes, comfy, untrained):
+def test_other_models_make_room_and_the_model_leaves_at_the_end_and_when_cancelled(nodes, comfy, untrained):
     (model,) = nodes["TeasrLoad"]().load(str(untrained), "as trained", False)
+    moved, move = [], model.to
+    model.to = lambda device: moved.append(device) or move(device)
     comfy.cancelled = True
     with pytest.raises(Cancelled):
         nodes["TeasrUpscale"]().upscale(model, torch.rand(1, 8, 8, 3), 1, **SETTINGS)
+    (first, needed, device), *rest = comfy.memory
+    weights = sum(p.numel() * p.element_size() for p in model.backbone.net.parameters())
+    assert first == "free" and needed > weights and device == moved[0]
+    assert rest == [("unet_offload_device",), ("soft_empty_cache",)] and len(moved) == 2
+    model.offloaded, comfy.cancelled = True, False
+    comfy.memory.clear()
+    nodes["TeasrUpscale"]().upscale(model, torch.rand(1, 8, 8, 3), 1, **SETTINGS)
+    assert not comfy.memory and len(moved) == 2
+
+
+def test_the_strength_of_one_step(nodes, comfy, untrained):
+    from teasr import Upscaler
+
+    small, node, image = (
+        Upscaler.from_pretrained("small", device="cpu"),
+        nodes["TeasrUpscale"](),
+        torch.rand(1, 8, 8, 3),
+    )
+    own, set_ = (node.upscale(small, image, 1, **SETTINGS, strength=strength)[0] for strength in (-1.0, 0.5))
+    assert torch.equal(own, small(image.movedim(-1, 1)).movedim(1, -1))
+    assert torch.equal(set_, small(image.movedim(-1, 1), strength=0.5).movedim(1, -1))
+    (without,) = nodes["TeasrLoad"]().load(str(untrained), "as trained", False)
+    with pytest.raises(ValueError, match="this model has no setting strength: its settings are fidelity"):
+        node.upscale(without, image, 1, **SETTINGS, strength=0.5)
 
 
 def test_the_example_workflow_fits_the_nodes(nodes):
@@ -126,14 +162,17 @@ def test_the_example_workflow_fits_the_nodes(nodes):
         assert number in by_id[source]["outputs"][output]["links"] and by_id[target]["inputs"][slot]["link"] == number
     for node in by_id.values():
         if kind := nodes.get(node["type"]):
-            inputs = kind.INPUT_TYPES()["required"]
+            inputs = {name: about for group in kind.INPUT_TYPES().values() for name, about in group.items()}
             linked = {socket["name"]: socket["type"] for socket in node["inputs"]}
             assert {name: inputs[name][0] for name in linked} == linked
-            widgets = [name for name in inputs if name not in linked]
-            extra = sum(len(options) > 1 and "control_after_generate" in options[1] for options in inputs.values())
-            assert len(node["widgets_values"]) == len(widgets) + extra
-            for name, value in zip(widgets, node["widgets_values"], strict=False):
-                type_, *options = inputs[name]
+            widgets = []
+            for name, (_, *options) in inputs.items():
+                if name not in linked:  # the frontend adds a widget that says how a seed changes
+                    control = options and options[0].get("control_after_generate")
+                    widgets += [name, "control"] if control else [name]
+            assert len(node["widgets_values"]) == len(widgets)
+            for name, value in zip(widgets, node["widgets_values"], strict=True):
+                type_, *options = inputs.get(name, ("CONTROL",))
                 assert value in type_ if isinstance(type_, tuple) else True
                 assert options[0]["min"] <= value <= options[0]["max"] if type_ in ("INT", "FLOAT") else True
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ except ModuleNotFoundError as error:
 
 DTYPES = ("as trained", "fp32", "bf16", "fp16", "fp8", "nf4")
 OWN_SCALE = 0.0  # stands for the scale of the model
+WORKING_BYTES = 2**30  # room for a tile's activations that other models make; tiles shrink to what is free
+OWN_STRENGTH = -1.0  # stands for the strength of the model
 
 
 class TeasrLoad:
@@ -81,7 +84,14 @@ class TeasrUpscale:
                 ),
                 "color_fix": (tuple(color.KINDS), {"tooltip": "restores the colours of the source"}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
-            }
+            },
+            "optional": {  # comes last, so that workflows made without it keep their values
+                "strength": (
+                    "FLOAT",
+                    {"default": OWN_STRENGTH, "min": OWN_STRENGTH, "max": 1.0, "step": 0.05,
+                     "tooltip": "of one step: from 0, faithful, to 1, detailed; below 0: what the model was made for"},
+                ),
+            },
         }  # fmt: skip
 
     def upscale(
@@ -94,19 +104,46 @@ class TeasrUpscale:
         tile_px: int,
         color_fix: str,
         seed: int,
+        strength: float = OWN_STRENGTH,
     ) -> tuple[Tensor]:
         """image [B, H, W, C] in [0, 1] -> ([B, s H, s W, 3],); every image of a batch gets the same noise.
 
         Raises ValueError for settings that the model does not have.
         """
+        import comfy.model_management as management
+
         options = {"scale": scale or None, "tile_px": tile_px or None, "color_fix": color_fix}
         if steps > 1 and fidelity > 0:
             options["fidelity"] = fidelity
-        restored = [
-            model(one, steps, seed, on_progress=_reporter(i, len(image)), **options)
-            for i, one in enumerate(image[..., :3].movedim(-1, 1))
-        ]
-        return (torch.stack(restored).movedim(1, -1),)
+        if strength >= 0:
+            options["strength"] = strength
+        with _loaded(model):
+            restored = [
+                model(one, steps, seed, on_progress=_reporter(i, len(image)), **options)
+                for i, one in enumerate(image[..., :3].movedim(-1, 1))
+            ]
+        return (torch.stack(restored).movedim(1, -1).to(management.intermediate_device()),)
+
+
+@contextmanager
+def _loaded(model: Upscaler) -> Iterator[None]:
+    """Move the model to ComfyUI's device, after other models have made room there, and away again at the end.
+
+    A model with `offload` stays where it is: only one of its blocks is on the device at a time.
+    """
+    import comfy.model_management as management
+
+    if model.offloaded:
+        yield
+        return
+    device, weights = management.get_torch_device(), model.backbone.network.parameters()
+    management.free_memory(sum(p.numel() * p.element_size() for p in weights) + WORKING_BYTES, device)
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(management.unet_offload_device())
+        management.soft_empty_cache()
 
 
 def _reporter(index: int, count: int) -> Callable[[int, int], None]:

@@ -35,6 +35,7 @@ class Backbone(ABC):
     exports_base = False  # the exported weight file also contains the frozen base weights, because the base is small
     autocast: torch.dtype | None = None  # used if no DeepSpeed engine, which has its own autocast, wraps the network
     takes_text = False  # the network accepts a text embedding
+    has_coarse = False  # the network has a coarse restoration, `RoleNet.coarse`
     has_prior = False  # without the LQ image and without LoRA, the network is a trained model of images: a real score
     latent_channels: int
     downsample: int  # image pixels per latent pixel, along each side

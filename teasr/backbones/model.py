@@ -123,6 +123,10 @@ class Model:
         """
         return self.backbone.call(self.role, "coarse", z_lq, z_lq.new_zeros(len(z_lq))).chunk(2, dim=1)
 
+    def coarse_mean(self, z_lq: Tensor) -> Tensor:
+        """Return the coarse restoration of z_lq alone, [B, C, h, w]; raises ValueError like `coarse`."""
+        return self.coarse(z_lq)[0]
+
     def features(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the tokens after block k = `role.blocks` (default: the last) as a feature map [B, D, h', w'].
 

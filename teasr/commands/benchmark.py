@@ -14,7 +14,7 @@ EXAMPLES = """examples:
   {prog} runs/demo --data runs/demo/shards/heldout --steps 1 2 4 8
   {prog} runs/mine --data RealSR --data-root ~/testsets --metric-weights ~/metric_weights
   {prog} runs/mine --data lq_folder:hq_folder --protocol crop4
-  {prog} runs/mine --data runs/mine/heldout --steps 1 --strengths 0 0.25 0.5 0.75 1     a model of the method tadsr
+  {prog} small --data runs/demo/shards/heldout --steps 1 2 4 --strengths 0 0.25 0.5 0.75 1     a curve in the report
   {prog} --predictions their_pictures --hq hq_folder --name theirs --out results/theirs
   torchrun --nproc_per_node 8 --module teasr.commands.benchmark runs/mine --data DIV2K-Val     on 8 GPUs
 
@@ -81,8 +81,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="S",
-        help="values of the dial strength to score, 0 to 1, each with each number of steps; only for models of the "
-        "method tadsr (default: the model's own value)",
+        default=[],
+        help="values of the dial strength, 0 to 1, to score with one step besides --steps, for a model that has this "
+        "dial (default: none)",
     )
     parser.add_argument(
         "--color",

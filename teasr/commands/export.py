@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   {prog} runs/demo --out exported/demo --register teasr-demo    also a version in MLflow's model registry
   {prog} runs/mine --push-to-hub me/restorer                    for others: --model me/restorer
   {prog} small --onnx small.onnx --dtype fp16                   one step, for programs without PyTorch
+  {prog} small --onnx small_4.onnx --steps 4
 """
 
 
@@ -38,7 +39,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--onnx",
         type=Path,
         metavar="FILE",
-        help="write the single step of a small model as an ONNX file (docs/onnx.md)",
+        help="write a small model as an ONNX file (docs/onnx.md)",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="with --onnx: number of steps that the file takes (default: 1)"
     )
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload the weights and the model card to the Hugging Face hub"
@@ -75,6 +79,8 @@ def _export_all(options: argparse.Namespace) -> None:
         raise ValueError("--register needs the folder that is registered: add --out FOLDER")
     if options.private and not options.push_to_hub:
         raise ValueError("--private is for a model on the hub: add --push-to-hub OWNER/NAME, or omit it")
+    if options.steps is not None and not options.onnx:
+        raise ValueError("--steps is for an ONNX file, other exports take any number: add --onnx FILE, or omit it")
     folder = checkpoint_folder.resolve(assets.find(options.model) or options.model)
     if options.onnx:
         _to_onnx(options, folder)
@@ -95,7 +101,7 @@ def _to_onnx(options: argparse.Namespace, folder: Path) -> None:
     from teasr.restore.upscaler import Upscaler
 
     upscaler = Upscaler.from_pretrained(folder, options.weights, device="cpu")
-    onnx_export.export(upscaler, options.onnx, options.dtype)
+    onnx_export.export(upscaler, options.onnx, options.dtype, 1 if options.steps is None else options.steps)
     print(f"{options.onnx}: {options.onnx.stat().st_size / 1e6:,.1f} MB")
 
 

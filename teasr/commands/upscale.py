@@ -17,8 +17,8 @@ EXAMPLES = """examples:
       a folder with its sub-folders, with your own model
   {prog} portrait.png -o out/ --model runs/mine --steps 8 --fidelity 0.5
       8 steps, blended halfway to the one-step result
-  {prog} portrait.png -o out/ --model runs/mine --strength 0.3
-      one step, faithful rather than realistic, with a model trained by the method tadsr
+  {prog} portrait.png -o out/ --strength 0.3
+      one step, faithful rather than detailed
   {prog} 'scans/*.tif' -o out/ --model runs/mine --suffix _x4 --format png
   {prog} holiday/ -o restored/ --model runs/mine --skip-existing
       continue after Ctrl-C
@@ -63,7 +63,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--strength",
         type=float,
         metavar="S",
-        help="0 to 1: from faithful to realistic within one step; only for models of the method tadsr (default: 0.62)",
+        help="0 to 1: from faithful to detailed within one step, for a model that has this dial, such as `small` "
+        "(default: what the model was trained for)",
     )
     quality.add_argument(
         "-s",

@@ -27,3 +27,13 @@ def steps_of(name: str) -> int | None:
     """Return the step count from a method's name, or None if the name is not a step count."""
     head, _, tail = name.partition(" ")
     return int(head) if head.isdigit() and tail in ("step", "steps") else None
+
+
+def dial_of(name: str) -> tuple[int, float] | None:
+    """Return the step count and the strength from a method's name such as "1 step at 0.25", or None for other names."""
+    head, _, tail = name.partition(" at ")
+    steps = steps_of(head)
+    try:
+        return None if steps is None else (steps, float(tail))
+    except ValueError:
+        return None

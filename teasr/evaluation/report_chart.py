@@ -42,7 +42,7 @@ def chart(metric: str, found: list[Result]) -> str:
     values = [v for _, points in lines for _, p in points for v in (p.get("low", p["mean"]), p.get("high", p["mean"]))]
     if base is not None:
         values.append(base)
-    axes = _Axes(values, sorted({s for _, points in lines for s, _ in points}))
+    axes = Axes(values, sorted({s for _, points in lines for s, _ in points}))
     parts, right = [axes.drawn()], WIDTH - RIGHT
     if base is not None:
         y = axes.y(base)
@@ -64,8 +64,10 @@ def _points(result: Result, metric: str) -> Points:
     return sorted(((s, row[metric]) for m, row in rows if (s := steps_of(m)) and metric in row), key=lambda p: p[0])
 
 
-class _Axes:
+class Axes:
     """Where values lie in the chart: numbers of steps on a logarithmic axis, metrics on a linear one."""
+
+    title = "steps"
 
     def __init__(self, values: list[float], steps: list[int]):
         low, high = min(values), max(values)
@@ -73,28 +75,35 @@ class _Axes:
         self.low, self.high, self.steps = low - margin, high + margin, steps
 
     def x(self, steps: int) -> float:
+        """Place of a number of steps, in px."""
         span = math.log2(self.steps[-1] / self.steps[0]) or 1
         return round(LEFT + 14 + (WIDTH - LEFT - RIGHT - 28) * math.log2(steps / self.steps[0]) / span, 1)
 
     def y(self, value: float) -> float:
+        """Place of a metric's value, in px."""
         return round(TOP + (HEIGHT - BOTTOM - TOP) * (self.high - value) / (self.high - self.low), 1)
 
     def drawn(self) -> str:
+        """Grid, labels of both axes, and what the x axis shows."""
         parts, marks = [], ticks(self.low, self.high)
         for value in marks:
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{value:.{digits(marks)}f}</text>')
-        last = -math.inf
+        middle, title = (LEFT + WIDTH) / 2, self.title
+        return f'{"".join(parts)}{self._along()}<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{title}</text>'
+
+    def _along(self) -> str:
+        """Labels of the x axis."""
+        parts, last = [], -math.inf
         for steps in self.steps:
             if self.x(steps) - last >= LABEL_PX:
                 last = self.x(steps)
                 parts.append(f'<text x="{last}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{steps}</text>')
-        parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">steps</text>')
         return "".join(parts)
 
 
-def _curve(axes: _Axes, name: str, points: Points, color: str) -> str:
+def _curve(axes: Axes, name: str, points: Points, color: str) -> str:
     upper = [f"{axes.x(s)},{axes.y(p.get('high', p['mean']))}" for s, p in points]
     lower = [f"{axes.x(s)},{axes.y(p.get('low', p['mean']))}" for s, p in reversed(points)]
     path = " ".join(f"{axes.x(s)},{axes.y(p['mean'])}" for s, p in points)

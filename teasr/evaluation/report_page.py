@@ -24,6 +24,7 @@ from teasr.evaluation.report import (
 )
 from teasr.evaluation.report_chart import chart
 from teasr.evaluation.report_style import SCRIPT, STYLE
+from teasr.evaluation.report_trade import PERCEPTION, trade
 
 
 def page(results: list[Result], blocks: list[dict], made: Mapping[str, str]) -> str:
@@ -41,7 +42,7 @@ def _section(dataset: str, found: list[Result], blocks: list[dict]) -> str:
     scores, rows = found[0].scores, rows_of(dataset, found, blocks)
     columns = columns_of(rows)
     protocol = scores["metrics"].get("psnr", {}).get("protocol", scores["protocol"])
-    charts = "".join(chart(m, found) for m in columns)
+    charts = "".join(trade(m, found) for m in PERCEPTION if m in columns) + "".join(chart(m, found) for m in columns)
     pictures = "".join(
         comparison(folder, result) for result in found for folder in sorted((result.folder / SHOWN).glob("*"))
     )

@@ -96,10 +96,9 @@ def _of_model(options: argparse.Namespace, scorer: Scorer, datasets: Path) -> Ev
 
     out = options.out or options.home / "eval" / pairs.name
     methods = {step_name(n): method(n, {}) for n in options.steps}
-    if options.strengths:
-        if wrong := [s for s in options.strengths if not 0 <= s <= 1]:
-            raise ValueError(f"--strengths {wrong[0]:g}: must be between 0 and 1")
-        methods = {dial_name(n, s): method(n, {"strength": s}) for n in options.steps for s in options.strengths}
+    if wrong := [s for s in options.strengths if not 0 <= s <= 1]:
+        raise ValueError(f"--strengths {wrong[0]:g}: must be between 0 and 1")
+    methods |= {dial_name(1, s): method(1, {"strength": s}) for s in options.strengths}
     return Evaluation(pairs, scorer, out, methods, made_by, **_here())
 
 

@@ -1,7 +1,7 @@
 """Samplers that restore with a trained student, for previews, evaluation and inference, and the dials they offer.
 
-A sampler is a pure loop over times. It takes a `Model`, or any object with `snap`, `velocity` and `adapt` like one
-(restore/tiled.py). Its dials are numbers in [0, 1].
+A sampler is a pure loop over times. It takes a `Model`, or any object with the methods of `Restorer`, as
+restore/tiled.py has one. Its dials are numbers in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Dial:
     """A trade-off between 0 and 1 that the user can choose without retraining."""
 
     name: str
-    default: float
+    default: float | None  # None: without effect unless set
     help: str
     previewed: tuple[float, ...] = ()  # values that previews show beside the default
+    one_step: bool = False  # it can be set for one step only
 
 
 class Restorer(Protocol):
@@ -41,6 +42,8 @@ class Restorer(Protocol):
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor: ...
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor: ...
+
+    def coarse_mean(self, z_lq: Tensor) -> Tensor: ...
 
 
 class Sampler(ABC):
@@ -69,7 +72,11 @@ class Sampler(ABC):
         like `check`.
         """
 
-    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float]:
+    def suited(self, model: Model) -> Sampler:
+        """Return this sampler, or one with further dials for a model that allows them."""
+        return self
+
+    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float | None]:
         """Return the values of all dials, with defaults filled in.
 
         Raises ValueError for a number of steps or a dial that the method does not support.
@@ -174,11 +181,53 @@ class AnyStep(Sampler):
         return z
 
 
+MOST_NOISE = 0.15  # time of the noised coarse restoration at strength 1; beyond it, noise grows faster than detail
+STRENGTH = Dial(
+    "strength", None, "from faithful (0) to detailed (1) within one step", previewed=(0.0, 1.0), one_step=True
+)
+
+
 class Restarts(AnyStep):
     """One step to the image, then N - 1 restarts: re-noise the result to a lower time and jump to the image again.
 
     Deviation: not TEASR's Algorithm 1; it is the few-step mode of TwinFlow. The fresh noise is a function of `eps`.
+
+    With a backbone that has a coarse restoration, one step can start there instead of from pure noise: the dial
+    `strength` is the time to which the coarse restoration is noised, as a share of MOST_NOISE.
     """
+
+    def __init__(self, from_coarse: bool = False):
+        """from_coarse: whether the model has a coarse restoration."""
+        self.dials = (*AnyStep.dials, STRENGTH) if from_coarse else AnyStep.dials
+
+    def suited(self, model: Model) -> Sampler:
+        return Restarts(model.backbone.has_coarse)
+
+    def check(self, steps: int, dials: Mapping[str, float] | None = None) -> dict[str, float | None]:
+        """Also raise ValueError for a strength with several steps."""
+        values = super().check(steps, dials)
+        if values.get("strength") is not None and steps > 1:
+            raise ValueError("strength sets how far one step goes: use 1 step, or fidelity with several")
+        return values
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Restorer,
+        z_lq: Tensor,
+        eps: Tensor,
+        steps: int,
+        dials: Mapping[str, float] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        strength = self.check(steps, dials).get("strength")
+        if strength is None:
+            return super().sample(model, z_lq, eps, steps, dials, on_step)
+        t = model.snap(torch.full((len(z_lq),), MOST_NOISE * strength, device=z_lq.device))
+        z_t = flow.interpolate(model.coarse_mean(z_lq), eps, t)
+        z = flow.z0_from_velocity(z_t, model.velocity(z_t, t, Condition(z_lq, torch.zeros_like(t))), t)
+        other = on_step(1, 1, z) if on_step else None
+        return z if other is None else other
 
     def times(self, steps: int) -> list[tuple[float, float]]:
         """Jumps (t, 0): t = 1, then N - 1 times that fall geometrically, from a higher start the more there are.

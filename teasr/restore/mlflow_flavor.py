@@ -24,12 +24,14 @@ class Restorer:
     ) -> np.ndarray | list[np.ndarray]:
         """Restore pictures: uint8 [N, H, W, 3], of which the result is [N, H', W', 3], or paths, then a list of arrays.
 
-        params: `steps` (default 1), `fidelity` (0 to 1, default 0) and `seed` (default 0). Raises ValueError for
-        another shape or dtype, and for values that the model does not take.
+        params: `steps` (default 1), `fidelity` (0 to 1, default 0), `strength` (0 to 1, default: the model's own) and
+        `seed` (default 0). Raises ValueError for another shape or dtype, and for values that the model does not take.
         """
         given = dict(params or {})
         steps, fidelity = int(given.get("steps", 1)), float(given.get("fidelity", 0))
         how = {"steps": steps, "seed": int(given.get("seed", 0)), "fidelity": fidelity if steps > 1 else None}
+        if given.get("strength") is not None:
+            how["strength"] = float(given["strength"])
         if isinstance(pictures, np.ndarray) and pictures.dtype != object and pictures.dtype.kind != "U":
             if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
                 raise ValueError(

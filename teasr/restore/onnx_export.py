@@ -1,8 +1,8 @@
-"""Export the single step of a small model to ONNX, for programs without PyTorch: browsers, C++, C#, mobile phones.
+"""Export a small model with its number of steps to ONNX, for programs without PyTorch: browsers, C++, mobile phones.
 
 The graph has two inputs. `image` [1, 3, h, w] is the low-quality picture in [0, 1], of any size; `noise` is Gaussian
-noise [1, C, h', w'] of the size that `noise_shape` returns. It has one output, `restored` [1, 3, scale h, scale w] in
-[0, 1]. Enlarging, codec and padding are part of the graph.
+noise [N, C, h', w'] of the size that `noise_shape` returns: one, or one for each step of a sampler with restarts. It
+has one output, `restored` [1, 3, scale h, scale w] in [0, 1]. Enlarging, codec and padding are part of the graph.
 
 The noise is an input because only then a result can be repeated, compared with PyTorch's, and made of tiles that see
 parts of one noise: random numbers that ONNX draws itself differ between programs.
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teasr.backbones.model import Condition
+from teasr.diffusion import flow
+from teasr.methods.sampler import Restarts
 from teasr.restore.upscaler import Upscaler
 from teasr.util.optional import check_installed, needed_for
 
@@ -31,23 +33,30 @@ SMALL = 1024  # tensors with fewer values stay in fp32
 EXAMPLE_PX = (24, 32)  # size of the picture with which the network is traced
 
 
-class OneStep(nn.Module):
-    """The whole way of a picture in one step: z = eps - v(eps, 1, z_lq, 0) (TEASR eq. 6)."""
+class Steps(nn.Module):
+    """The whole way of a picture in a number of steps, as the model's sampler takes it."""
 
-    def __init__(self, upscaler: Upscaler):
-        """upscaler: a model of one of `BACKBONES`."""
+    def __init__(self, upscaler: Upscaler, steps: int = 1):
+        """upscaler: a model of one of `BACKBONES`. Raises ValueError for a number of steps that it does not have."""
         super().__init__()
+        upscaler.sampler.check(steps)
         self.net, self.codec = upscaler.backbone.network, upscaler.backbone.codec
-        self.model, self.scale = upscaler.model, upscaler.scale
+        self.model, self.scale, self.times = upscaler.model, upscaler.scale, upscaler.sampler.times(steps)
+        self.restarts = isinstance(upscaler.sampler, Restarts)
+        self.noises = steps if self.restarts else 1
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """image [1, 3, h, w] in [0, 1], noise [1, C, h', w'] -> [1, 3, scale h, scale w] in [0, 1]."""
+        """image [1, 3, h, w] in [0, 1], noise [noises, C, h', w'] -> [1, 3, scale h, scale w] in [0, 1]."""
         height, width = image.shape[-2] * self.scale, image.shape[-1] * self.scale
         x = F.interpolate(image, size=(height, width), mode="bicubic").clamp(0, 1) * 2 - 1
         z_lq = self.codec.encode(x[:, :, self._padded(height)][:, :, :, self._padded(width)])
-        one = torch.ones(1, device=image.device)
-        v = self.model.velocity(noise, one, Condition(z_lq, torch.zeros_like(one)))
-        restored = self.codec.decode(noise - v)[:, :, :height, :width]
+        z = noise[:1]
+        for i, times in enumerate(self.times):
+            t, r = (torch.full((1,), time, device=image.device) for time in times)
+            if i and self.restarts:
+                z = flow.interpolate(z, noise[i : i + 1], t)
+            z = flow.step(z, self.model.velocity(z, t, Condition(z_lq, r)), t, r)
+        restored = self.codec.decode(z)[:, :, :height, :width]
         return (restored.clamp(-1, 1) + 1) / 2
 
     def _padded(self, length: int) -> Tensor:
@@ -56,19 +65,19 @@ class OneStep(nn.Module):
         return torch.arange((length + multiple - 1) // multiple * multiple).clamp(max=length - 1)
 
 
-def noise_shape(upscaler: Upscaler, height: int, width: int) -> tuple[int, int, int, int]:
+def noise_shape(upscaler: Upscaler, height: int, width: int, steps: int = 1) -> tuple[int, int, int, int]:
     """Return the shape of the graph's noise for a low-quality picture of height x width px."""
     multiple, per_pixel = upscaler.backbone.pixel_multiple, upscaler.backbone.downsample
     sides = (-(-side * upscaler.scale // multiple) * multiple // per_pixel for side in (height, width))
-    return (1, upscaler.backbone.latent_channels, *sides)
+    return (Steps(upscaler, steps).noises, upscaler.backbone.latent_channels, *sides)
 
 
-def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
-    """Write the single step of a model to an ONNX file, atomically.
+def export(upscaler: Upscaler, path: Path, dtype: str = "fp32", steps: int = 1) -> None:
+    """Write a model that restores in so many steps to an ONNX file, atomically.
 
     dtype: fp16 halves the file: weights are stored in it, and the graph still computes in fp32. The metadata of the
-    file says what a program needs to know: scale, and `FACTS`. Raises ValueError for a
-    backbone or a dtype that cannot be exported, and if the packages of the extra `onnx` are missing.
+    file says what a program needs to know: scale, `FACTS`, steps and the number of noises. Raises ValueError for a
+    backbone, a dtype or a number of steps that cannot be exported, and if the packages of the extra `onnx` are missing.
     """
     name = "" if upscaler.config is None else upscaler.config.backbone_name
     if name not in BACKBONES:
@@ -84,14 +93,14 @@ def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
     with needed_for("exporting to ONNX"):
         import onnx
     check_installed("onnxscript", "exporting to ONNX")
-    step = OneStep(upscaler).cpu().eval()
-    inputs = torch.rand(1, 3, *EXAMPLE_PX), torch.randn(noise_shape(upscaler, *EXAMPLE_PX))
-    made = _traced(step, inputs)
+    module = Steps(upscaler, steps).cpu().eval()
+    made = _traced(module, (torch.rand(1, 3, *EXAMPLE_PX), torch.randn(noise_shape(upscaler, *EXAMPLE_PX, steps))))
     if dtype == "fp16":
         _store_in_fp16(made)
     backbone = upscaler.backbone
     facts = {name: getattr(backbone, name) for name in FACTS}
-    onnx.helper.set_model_props(made, {k: str(v) for k, v in ({"scale": upscaler.scale} | facts).items()})
+    facts |= {"scale": upscaler.scale, "steps": steps, "noises": module.noises}
+    onnx.helper.set_model_props(made, {name: str(fact) for name, fact in facts.items()})
     onnx.checker.check_model(made)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
@@ -99,14 +108,14 @@ def export(upscaler: Upscaler, path: Path, dtype: str = "fp32") -> None:
     os.replace(temporary, path)
 
 
-def _traced(step: OneStep, inputs: tuple[Tensor, Tensor]):
-    """Return the graph of a step as an onnx.ModelProto whose heights and widths are dynamic."""
+def _traced(module: Steps, inputs: tuple[Tensor, Tensor]):
+    """Return the graph as an onnx.ModelProto whose heights and widths are dynamic."""
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            step,
+            module,
             inputs,
             dynamo=True,
             input_names=["image", "noise"],

@@ -46,36 +46,58 @@ class TeasrPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | str | None = None, **load_options
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        torch_dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        **load_options,
     ) -> TeasrPipeline:
         """Load a model like `Upscaler.from_pretrained`, which receives the other arguments (weights, device, offload).
 
-        torch_dtype: torch.float32, torch.bfloat16 or torch.float16, or a name such as `nf4`. Raises ValueError for a
-        dtype that the model does not support.
+        torch_dtype: torch.float32, torch.bfloat16 or torch.float16, or a name such as `nf4`. variant: the dtype in
+        which the weights must be stored, fp32, bf16 or fp16; a model has them in one dtype only. Raises ValueError for
+        a dtype that the model does not support, and for another variant than the model's.
         """
-        if isinstance(torch_dtype, torch.dtype) and torch_dtype not in DTYPES:
-            raise ValueError(
-                f"torch_dtype = {torch_dtype}: use one of {', '.join(map(str, DTYPES))}, or a name such as 'nf4'"
-            )
-        origin = {"path": pretrained_model_name_or_path, "dtype": DTYPES.get(torch_dtype, torch_dtype)} | load_options
+        if variant is not None:
+            pretrained.check_variant(pretrained_model_name_or_path, load_options.get("weights", "ema"), variant)
+        origin = {"path": pretrained_model_name_or_path, "dtype": _dtype_name(torch_dtype)} | load_options
         return cls(Upscaler.from_pretrained(**origin), origin)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Save the model like `Upscaler.save_pretrained`."""
-        self.upscaler.save_pretrained(save_directory)
+    def save_pretrained(self, save_directory: str | Path, variant: str | None = None) -> None:
+        """Save the model like `Upscaler.save_pretrained`; variant: dtype of the weights, fp32 (default), bf16, fp16."""
+        self.upscaler.save_pretrained(save_directory, variant or "fp32")
 
     @property
     def device(self) -> torch.device:
         """The device on which the model computes."""
         return self.upscaler.device
 
-    def to(self, device: str | torch.device) -> TeasrPipeline:
-        """Move the model. Raises ValueError if it is offloaded, or if the machine has no such device."""
-        if self._origin and self._origin.get("offload"):
-            raise ValueError("an offloaded model cannot be moved: load it without offload to choose its device")
-        device = pretrained.pick_device(device)
-        self.upscaler.backbone.to(device)
-        self.upscaler.device = device
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes."""
+        backbone = self.upscaler.backbone
+        return backbone.autocast or next(backbone.network.parameters()).dtype
+
+    def to(
+        self,
+        *args: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> TeasrPipeline:
+        """Move the model to a device, let it compute in another precision, or both: `pipe.to("cuda", torch.bfloat16)`.
+
+        Raises ValueError if it is offloaded, if the machine has no such device, or if the precision of its weights
+        cannot be changed after loading.
+        """
+        for given in args:
+            if isinstance(given, torch.dtype):
+                dtype = given
+            else:
+                device = given
+        self.upscaler.to(device, _dtype_name(dtype))
+        if self._origin:
+            moved = {"device": device, "dtype": _dtype_name(dtype)}
+            self._origin |= {name: value for name, value in moved.items() if value is not None}
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
@@ -113,6 +135,7 @@ class TeasrPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         fidelity: float | None = None,
         color_fix: str = "none",
+        strength: float | None = None,
     ) -> PipelineOutput | tuple:
         """Restore one picture or several.
 
@@ -120,6 +143,7 @@ class TeasrPipeline:
         [0, 1]), or a tensor [B, 3, H, W].
         generator: for the noise, on any device; a list holds one generator per picture.
         height, width: size of the result in px (default: that of the input times the model's scale).
+        fidelity, strength: 0 to 1, for models that have these dials (`Upscaler.descriptor`).
         output_type: `pil`, `np` (float in [0, 1], [B, H, W, 3]) or `pt` ([B, 3, H, W]).
         callback_on_step_end(pipe, i, t, {"latents": [1, C, h, w]}) is called after each step of each picture and may
         return other latents, in a dictionary with the same key.
@@ -149,6 +173,7 @@ class TeasrPipeline:
                 options = {
                     "size": size,
                     "fidelity": fidelity,
+                    "strength": strength,
                     "color_fix": color_fix,
                     "tile_px": self._tile_px,
                     "on_step": step,
@@ -166,6 +191,12 @@ class TeasrPipeline:
             return (callback(self, i - 1, t_cur, {"latents": z}) or {}).get("latents")
 
         return on_step
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    if isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+        raise ValueError(f"torch_dtype = {dtype}: use one of {', '.join(map(str, DTYPES))}, or a name such as 'nf4'")
+    return DTYPES.get(dtype, dtype)
 
 
 def _list(image: Pictures | Sequence[Image.Image]) -> list[Pictures]:

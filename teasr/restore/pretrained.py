@@ -114,6 +114,44 @@ def copy_files(kind: type[Backbone], config: object, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
+def move(backbone: Backbone, device: str | torch.device | None, dtype: str | None) -> torch.device | None:
+    """Move a loaded backbone, or change the precision in which it computes; return the new device, if one is given.
+
+    Raises ValueError for a device or a dtype that is not possible.
+    """
+    name = type(backbone).__name__
+    if dtype is not None and dtype not in backbone.dtypes:
+        raise ValueError(f"dtype {dtype}: {name} supports {', '.join(backbone.dtypes)}")
+    if dtype is not None and backbone.own_dtype:
+        raise ValueError(f"the weights of {name} are loaded in one precision: load the model again with dtype={dtype}")
+    place = None if device is None else pick_device(device)
+    if place is not None and place.type not in backbone.devices:
+        raise ValueError(f"device {place}: {name} computes on {' or '.join(backbone.devices)} only")
+    if dtype is not None:
+        backbone.autocast = AUTOCAST.get(dtype)
+    if place is not None:
+        backbone.to(place)
+    return place
+
+
+def check_variant(model: str | Path, weights: str, variant: str) -> None:
+    """Raise ValueError unless the weights of a model are stored in the dtype `variant`: fp32, bf16 or fp16."""
+    if variant not in STORED:
+        raise ValueError(f"variant = {variant}: use one of {', '.join(STORED)}")
+    folder = _find(model)
+    if (folder / lora_file.NAME).is_file():
+        tensors = lora_file.read(folder)[0]
+    else:
+        tensors = _weights(checkpoint_folder.resolve(folder), weights)
+    found = {x.dtype for x in tensors.values()}
+    if found != {STORED[variant]}:
+        names = ", ".join(sorted(name for name, dtype in STORED.items() if dtype in found))
+        raise ValueError(
+            f"the weights of {model} are stored in {names}, not {variant}: leave variant out, or save them with "
+            f"save_pretrained(folder, variant={variant!r})"
+        )
+
+
 def pick_device(name: str | torch.device | None, offload: bool = False) -> torch.device:
     """Return a device that this machine has: cpu, cuda, cuda:1 or mps; None is the NVIDIA GPU if there is one.
 

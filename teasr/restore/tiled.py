@@ -74,6 +74,10 @@ class Tiled:
         """See `Model.adapt`; takes and returns latents in host memory."""
         return self._tile_by_tile(lambda tile: self.model.adapt(self._part(z_lq, tile), t.to(self.device)))
 
+    def coarse_mean(self, z_lq: Tensor) -> Tensor:
+        """See `Model.coarse_mean`; takes and returns latents in host memory."""
+        return self._tile_by_tile(lambda tile: self.model.coarse_mean(self._part(z_lq, tile)))
+
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor:
         """See `Model.velocity`; takes and returns latents in host memory."""
         t = t_cur.to(self.device)

@@ -79,9 +79,10 @@ class Upscaler:
             raise ValueError(
                 "this model is an unconditional prior, which cannot restore: use it as backbone.base of a training"
             )
-        self.model, self.backbone, self.sampler = model, backbone, sampler or AnyStep()
+        self.model, self.backbone, self.sampler = model, backbone, (sampler or AnyStep()).suited(model)
         self.scale, self.config = DEFAULT_SCALE if config is None else config.scale, config
         self.device = device or next(backbone.net.parameters()).device
+        self.offloaded = False
         self._unit_bytes = float("inf")  # memory for one unit of a tile's area; measured when first needed
         self._exported = list(backbone.exported(model.role.name))
         backbone.net.requires_grad_(False).eval()
@@ -110,7 +111,21 @@ class Upscaler:
             path = assets.DEFAULT
             logging.getLogger(__name__).warning(assets.NOTE)
         model, sampler, config, place = pretrained.load(path, weights, device, dtype, offload)
-        return cls(model, sampler, config, place)
+        made = cls(model, sampler, config, place)
+        made.offloaded = offload
+        return made
+
+    def to(self, device: str | torch.device | None = None, dtype: str | None = None) -> Upscaler:
+        """Move the model to a device, or let it compute in another precision; values as in `from_pretrained`.
+
+        Raises ValueError if that is not possible: for an offloaded model, for weights that are loaded in one precision,
+        or if the machine has no such device.
+        """
+        if self.offloaded:
+            raise ValueError("an offloaded model cannot be moved: load it without offload to choose its device")
+        self.device = pretrained.move(self.backbone, device, dtype) or self.device
+        self._unit_bytes = float("inf")
+        return self
 
     def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> Path:
         """Write the weights, codec and config for `from_pretrained`, atomically, and return the folder.
@@ -137,6 +152,7 @@ class Upscaler:
         seed: int | torch.Generator = 0,
         *,
         fidelity: float | None = None,
+        strength: float | None = None,
         dials: Mapping[str, float] | None = None,
         scale: float | None = None,
         size: tuple[int, int] | None = None,
@@ -153,6 +169,7 @@ class Upscaler:
         or tensor [3, H, W] or [B, 3, H, W] in [0, 1]. The result has the same type; that of a path is a PIL image.
         steps: number of steps, or `auto` for a number that suits the picture (`teasr.restore.auto_steps`).
         fidelity: 0 to 1, blends the result of several steps with the one-step result; short for dials={"fidelity": ..}.
+        strength: 0 (faithful) to 1 within one step; short for dials={"strength": ..}.
         dials: trade-offs that the model's method offers, listed in `descriptor`.
         scale: upscaling factor of the sides, at least 1 (default: the model's). size: alternatively, the (width,
         height) of the result in pixels.
@@ -176,6 +193,7 @@ class Upscaler:
         elif isinstance(picture, Tensor):
             how = {
                 "fidelity": fidelity,
+                "strength": strength,
                 "dials": dials,
                 "scale": scale,
                 "size": size,
@@ -193,7 +211,8 @@ class Upscaler:
             )
         if color_fix not in color.KINDS:
             raise ValueError(f"color_fix = {color_fix}: use one of {', '.join(color.KINDS)}")
-        dials = dict(dials or {}) | ({} if fidelity is None else {"fidelity": fidelity})
+        short = {"fidelity": fidelity, "strength": strength}
+        dials = dict(dials or {}) | {name: value for name, value in short.items() if value is not None}
         if steps == "auto" and self.sampler.step_counts is not None:
             raise ValueError(f"steps = auto: this model supports only these step counts: {self.sampler.step_counts}")
         self.sampler.check(2 if steps == "auto" else steps, dials)

@@ -130,6 +130,7 @@ def _signature():
 
     pictures = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))])
     params = [ParamSpec("steps", "long", 1), ParamSpec("fidelity", "double", 0.0), ParamSpec("seed", "long", 0)]
+    params += [ParamSpec("strength", "double", None)]  # None: the model's own
     return ModelSignature(pictures, pictures, ParamSchema(params))
 
 

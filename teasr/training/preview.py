@@ -102,7 +102,7 @@ def _columns(step_counts: Sequence[int], sampler: Sampler) -> list[_Column]:
         title = f"{steps} step{'s' * (steps > 1)}"
         found.append(_Column(title, str(steps), steps, {}))
         for dial in sampler.dials:
-            for value in dial.previewed:
+            for value in dial.previewed if steps == 1 or not dial.one_step else ():
                 found.append(_Column(f"{dial.name} {value:g}", f"{steps}_at_{value:g}", steps, {dial.name: value}))
     return found
 

@@ -192,7 +192,9 @@ class Trainer:
         """Restore the preview images with the EMA weights; return scores and timing. Every rank must call it."""
         started = time.perf_counter()
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
-            sheet, scores = self.preview.make(self.networks.models["student"], self.method.sampler(), self.world.device)
+            student = self.networks.models["student"]
+            sampler = self.method.sampler().suited(student)
+            sheet, scores = self.preview.make(student, sampler, self.world.device)
         record.preview(sheet)
         return scores, {"preview_s": time.perf_counter() - started}
 

@@ -151,3 +151,27 @@ def test_published_numbers_are_of_known_metrics_and_protocols():
             assert dataset in {*known, "RealSet65", "RealLR200"}  # the last two have no originals
             for row in block[dataset].values():
                 assert row.keys() <= METRICS.keys() and all(isinstance(value, float) for value in row.values())
+
+
+def test_the_chart_of_fidelity_against_perception_joins_steps_and_strengths(tmp_path):
+    """Points of one line are in the order of the dial, wherever they lie; labels are not written over each other."""
+    from teasr.evaluation.names import dial_of
+    from teasr.evaluation.report import Result
+    from teasr.evaluation.report_trade import trade
+
+    assert dial_of("1 step at 0.25") == (1, 0.25) and not any(map(dial_of, ("1 step", "theirs at 3", "1 step at x")))
+    values = {"bicubic": (24.0, 0.64), "1 step at 1": (24.1, 0.48), "1 step at 0": (24.3, 0.55)}
+    values |= {"1 step at 0.5": (24.3, 0.55), "4 steps": (24.0, 0.46), "1 step": (24.2, 0.49), "theirs": (23.0, 0.3)}
+    methods = {name: {"psnr": {"mean": x}, "lpips": {"mean": y}} for name, (x, y) in values.items()}
+    result = Result("a<b", tmp_path, {"methods": methods}, {})
+    figure = trade("lpips", [result])
+    assert "a&lt;b, strength of 1 step" in figure and figure.count("bicubic</text>") == 1
+    lines = [[float(pair.split(",")[0]) for pair in x.split()] for x in re.findall(r'polyline points="([^"]*)', figure)]
+    (steps, strengths) = sorted(lines, key=len)
+    assert len(steps) == 2 and steps[0] > steps[1]
+    assert len(strengths) == 3 and strengths[0] == strengths[1] > strengths[2]
+    labels = re.findall(r">([^<>]+)</text>", figure)
+    assert {"0", "0.5", "4", "theirs"} <= set(labels)
+    boxes = [(float(x), float(y)) for x, y in re.findall(r'class="halo" x="([^"]*)" y="([^"]*)"', figure)]
+    assert len(boxes) == len(set(boxes)) == len(values)
+    assert trade("dists", [result]) == "" and trade("lpips", []) == ""

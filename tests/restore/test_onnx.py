@@ -38,20 +38,20 @@ def restorer(preset: str, overrides: tuple[str, ...]) -> Upscaler:
     return Upscaler(Model(backbone), method.sampler(), config)
 
 
-def inputs(upscaler: Upscaler, height: int, width: int) -> dict[str, torch.Tensor]:
+def inputs(upscaler: Upscaler, height: int, width: int, steps: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(height)
-    shape = onnx_export.noise_shape(upscaler, height, width)
+    shape = onnx_export.noise_shape(upscaler, height, width, steps)
     image = torch.rand(1, 3, height, width, generator=generator)
     return {"image": image, "noise": torch.randn(shape, generator=generator)}
 
 
-def differences(upscaler: Upscaler, file: Path) -> list[float]:
+def differences(upscaler: Upscaler, file: Path, steps: int = 1) -> list[float]:
     """The largest difference between ONNX Runtime and PyTorch at each size, in the range [0, 1]."""
     session, found = ort.InferenceSession(file, providers=["CPUExecutionProvider"]), []
     for height, width in SIZES:
-        given = inputs(upscaler, height, width)
+        given = inputs(upscaler, height, width, steps)
         with torch.no_grad():
-            expected = onnx_export.OneStep(upscaler)(**given).numpy()
+            expected = onnx_export.Steps(upscaler, steps)(**given).numpy()
         (made,) = session.run(None, {name: x.numpy() for name, x in given.items()})
         assert made.shape == (1, 3, height * upscaler.scale, width * upscaler.scale) and expected.std() > 0.01
         found.append(float(np.abs(made - expected).max()))
@@ -65,6 +65,27 @@ def test_the_file_restores_like_pytorch(preset, overrides, tmp_path):
     assert max(differences(upscaler, tmp_path / "x.onnx")) < 1e-5
 
 
+@pytest.mark.parametrize(("preset", "overrides", "noises"), [("unet_teasr", UNET, 3), ("tiny_teasr", TINY, 1)])
+def test_several_steps_restore_like_pytorch_and_the_sampler(preset, overrides, noises, tmp_path):
+    """Restarts take a noise for each step, Algorithm 1 takes one; with the sampler's noises both equal its result."""
+    upscaler, file = restorer(preset, overrides), tmp_path / "x.onnx"
+    onnx_export.export(upscaler, file, steps=3)
+    assert max(differences(upscaler, file, 3)) < 1e-5
+    assert ort.InferenceSession(file).get_modelmeta().custom_metadata_map["noises"] == str(noises)
+    eps = torch.randn(onnx_export.noise_shape(upscaler, 24, 32), generator=torch.Generator().manual_seed(0))
+    one = torch.ones(1)  # state(..) at time 1 is the fresh noise of a restart alone
+    fresh = [upscaler.sampler.state(i, torch.zeros_like(eps), one, eps) for i in range(1, noises)]
+    image = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(1))
+    given = {"image": image.numpy(), "noise": torch.cat([eps, *fresh]).numpy()}
+    (made,) = ort.InferenceSession(file).run(None, given)
+    x = torch.nn.functional.interpolate(image, scale_factor=4, mode="bicubic").clamp(0, 1) * 2 - 1
+    z = upscaler.sampler.sample(upscaler.model, upscaler.backbone.encode(x), eps, 3)
+    expected = (upscaler.backbone.decode(z).clamp(-1, 1) + 1) / 2
+    assert np.abs(made - expected.numpy()).max() < 1e-5
+    with pytest.raises(ValueError, match="at least 1 step"):
+        onnx_export.export(upscaler, file, steps=0)
+
+
 def test_the_shipped_model_is_exported_by_the_command(tmp_path, capsys):
     """Its weights in fp16; the file says what a program needs to know to make the noise."""
     file = tmp_path / "small.onnx"
@@ -74,7 +95,7 @@ def test_the_shipped_model_is_exported_by_the_command(tmp_path, capsys):
     assert max(differences(upscaler, file)) < 1e-5  # the shipped weights are in fp16 already
     facts = ort.InferenceSession(file).get_modelmeta().custom_metadata_map
     expected = {name: str(getattr(upscaler.backbone, name)) for name in onnx_export.FACTS}
-    assert facts == expected | {"scale": str(upscaler.scale)}
+    assert facts == expected | {"scale": str(upscaler.scale), "steps": "1", "noises": "1"}
 
 
 def test_the_graph_is_what_the_upscaler_computes():
@@ -84,7 +105,7 @@ def test_the_graph_is_what_the_upscaler_computes():
     noise = torch.randn(onnx_export.noise_shape(upscaler, 24, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
-        made = onnx_export.OneStep(upscaler)(image, noise)[0].permute(1, 2, 0).numpy() * 255
+        made = onnx_export.Steps(upscaler)(image, noise)[0].permute(1, 2, 0).numpy() * 255
     difference = np.abs(made - upscaler(picture, steps=1, seed=0))
     assert difference.mean() < 0.5 and difference.max() < 8, (difference.mean(), difference.max())
 
@@ -94,6 +115,7 @@ def test_the_graph_is_what_the_upscaler_computes():
     [
         ([], "nothing to write: give --out FOLDER, --onnx FILE or --push-to-hub"),
         (["--onnx", "x.onnx", "--dtype", "bf16"], "an ONNX file cannot hold weights in bf16: use --dtype fp32 or fp16"),
+        (["--out", "x", "--steps", "2"], "--steps is for an ONNX file"),
         (["--onnx", "x.onnx", "--private"], "--private is for a model on the hub: add --push-to-hub"),
         (["--onnx", "x.onnx", "--register", "me"], "--register needs the folder that is registered: add --out"),
     ],

@@ -22,6 +22,7 @@ from teasr import Upscaler, cli
 from teasr.util.distributed import free_port
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OWN = "the model's own"
 PHOTO = np.ascontiguousarray(skimage.data.coffee()[100:140, 200:256])  # 56 x 40
 
 
@@ -149,13 +150,15 @@ def test_hostile_uploads_are_refused_and_the_server_keeps_answering(untrained, t
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ((1e9, 0, 4, "auto", "none", 0), "greater than maximum"),
-        ((2, float("nan"), 4, "auto", "none", 0), "fidelity = nan: must be a number from 0 to 1"),
-        ((1, 0, 99, "auto", "none", 0), "greater than maximum"),
-        ((1, 0, 4, "1000000", "none", 0), "not in the list of choices"),
-        ((1, 0, 4, "auto", "none", None), "seed = None: must be a number"),
-        ((1, 0, 4, "auto", "none", -1), "less than minimum"),
-        ((1, 0, 4, "auto", "sepia", 0), "not in the list of choices"),
+        ((1e9, 0, OWN, 4, "auto", "none", 0), "greater than maximum"),
+        ((2, float("nan"), OWN, 4, "auto", "none", 0), "fidelity = nan: must be a number from 0 to 1"),
+        ((1, 0, OWN, 99, "auto", "none", 0), "greater than maximum"),
+        ((1, 0, OWN, 4, "1000000", "none", 0), "not in the list of choices"),
+        ((1, 0, OWN, 4, "auto", "none", None), "seed = None: must be a number"),
+        ((1, 0, OWN, 4, "auto", "none", -1), "less than minimum"),
+        ((1, 0, OWN, 4, "auto", "sepia", 0), "not in the list of choices"),
+        ((1, 0, "2", 4, "auto", "none", 0), "not in the list of choices"),
+        ((1, 0, "0.5", 4, "auto", "none", 0), "this model has no setting strength: its settings are fidelity"),
     ],
 )
 def test_values_that_the_page_cannot_send_are_refused(address, values, told):

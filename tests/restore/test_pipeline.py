@@ -104,3 +104,27 @@ def test_mistakes(pipe, untrained):
         pipe([PHOTO])
     with pytest.raises(ValueError, match="torch_dtype"):
         TeasrPipeline.from_pretrained(untrained, torch_dtype=torch.float64)
+
+
+def test_to_and_variant_as_in_diffusers(pipe, untrained, tmp_path):
+    """`to` takes a device, a dtype or both, in any order; `variant` is the dtype of the stored weights."""
+    moved = TeasrPipeline(Upscaler.from_pretrained(untrained))
+    assert moved.dtype == torch.float32
+    for act in (
+        lambda: moved.to(torch.bfloat16),
+        lambda: moved.to("cpu", torch.float16),
+        lambda: moved.to(device="cpu", dtype=torch.bfloat16),
+    ):
+        assert act() is moved and moved.dtype in (torch.bfloat16, torch.float16)
+    moved.set_progress_bar_config(disable=True)
+    half = np.asarray(moved(PIL, 2, seeded()).images[0]).astype(int)
+    assert 0 < np.abs(half - np.asarray(pipe(PIL, 2, seeded()).images[0])).max() < 30
+    assert np.array_equal(moved.to(torch.float32)(PIL, 2, seeded()).images[0], pipe(PIL, 2, seeded()).images[0])
+    with pytest.raises(ValueError, match="float64"):
+        moved.to(torch.float64)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    again = TeasrPipeline.from_pretrained(tmp_path / "half", variant="fp16")
+    assert isinstance(again, TeasrPipeline)
+    for variant, message in (("bf16", "are stored in fp16, not bf16: leave variant out"), ("int8", "use one of fp32")):
+        with pytest.raises(ValueError, match=message):
+            TeasrPipeline.from_pretrained(tmp_path / "half", variant=variant)

@@ -46,7 +46,9 @@ def test_the_model_is_loaded_and_restores_as_the_run_itself(stored, tmp_path, mo
     by_path = model.get_raw_model().predict([str(tmp_path / "0.png"), tmp_path / "1.png"])
     assert np.array_equal(by_path, model.predict(pictures))
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, -1, -1, 3)
-    assert [p.name for p in model.metadata.signature.params.params] == ["steps", "fidelity", "seed"]
+    assert [p.name for p in model.metadata.signature.params.params] == ["steps", "fidelity", "seed", "strength"]
+    with pytest.raises(ValueError, match="this model has no setting strength: its settings are fidelity"):
+        model.predict(pictures, params={"strength": 0.5})
     with pytest.raises(Exception, match="uint8"):
         model.predict(pictures.astype(np.float32))
     with pytest.raises(ValueError, match=r"expected pictures \[N, H, W, 3\] in uint8"):

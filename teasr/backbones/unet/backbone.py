@@ -84,6 +84,7 @@ class LinearCodec(nn.Module):
 class UNet(Backbone):
     """The backbone: `DualUNet` and `LinearCodec`."""
 
+    has_coarse = True
     exports_base = True  # the trunk is small and goes into every weight file
     decoder_halo = 0  # its codec decodes each patch by itself
 

@@ -27,6 +27,8 @@ with needed_for("the web page"):
 MOST_STEPS = 30
 MOST_BYTES = "200mb"  # of an upload
 AUTO = "auto"
+OWN = "the model's own"  # strength
+STRENGTHS = (OWN, *(f"{tenths / 10:g}" for tenths in range(11)))
 TILES = (128, 192, 256, 384, 512, 768, 1024)
 PROGRESS = gr.Progress()  # gradio recognises it as the default value of a parameter
 CSS = """
@@ -43,11 +45,12 @@ INTRO = (
 def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
     """Build the page for a model; results are written to `folder`."""
 
-    def restore(paths: list[str], steps, fidelity, scale, tile, color_fix, seed, progress=PROGRESS):
-        values = (steps, fidelity, scale, tile, color_fix, seed)
+    def restore(paths: list[str], steps, fidelity, strength, scale, tile, color_fix, seed, progress=PROGRESS):
+        values = (steps, fidelity, strength, scale, tile, color_fix, seed)
         return _restore(upscaler, folder, [Path(path) for path in paths], values, progress)
 
     about = upscaler.descriptor
+    dials = {dial.name: dial for dial in about.dials}
     tiles = [AUTO, *(str(px) for px in TILES if about.min_tile_px <= px and px % about.pixel_multiple == 0)]
     with gr.Blocks(title="TEASR", delete_cache=(files.KEPT_S, files.KEPT_S)) as page:
         gr.Markdown(INTRO)
@@ -60,8 +63,14 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
                 steps = gr.Slider(1, MOST_STEPS, value=1, step=1, label="Steps")
                 fidelity = gr.Slider(
                     0, 1, value=0, step=0.05, label="Fidelity", info="0: result of all steps, 1: one-step result",
-                    visible=any(dial.name == "fidelity" for dial in about.dials),
+                    visible="fidelity" in dials,
                 )  # fmt: skip
+                strength = gr.Dropdown(
+                    list(STRENGTHS), value=OWN, label="Strength", info="of one step, from faithful (0) to detailed (1)",
+                    visible="strength" in dials,
+                )  # fmt: skip
+                if "strength" not in dials:
+                    gr.Markdown(f"This model has no setting strength: its settings are {', '.join(dials) or 'none'}.")
                 scale = gr.Slider(
                     1, MAX_SCALE, value=about.scale, step=0.5, label="Scale",
                     info=f"factor of width and height; the model was trained for {about.scale}",
@@ -83,7 +92,9 @@ def build(upscaler: Upscaler, folder: Path) -> gr.Blocks:
                     download = gr.DownloadButton("Download", interactive=False, elem_id="download")
                     download_all = gr.DownloadButton("Download all (zip)", visible=False, elem_id="download-all")
         results = [done, compared, gallery, summary, download, download_all]
-        start.click(restore, [sources, steps, fidelity, scale, tile, colors, seed], results, concurrency_limit=1)
+        start.click(
+            restore, [sources, steps, fidelity, strength, scale, tile, colors, seed], results, concurrency_limit=1
+        )
         gallery.select(_choose, [done], [compared, download], api_name=False)
     return page
 
@@ -141,12 +152,15 @@ def _label(restored: files.Restored) -> str:
     return f"Download {restored.path.name}"
 
 
-def _settings(steps: float, fidelity: float, scale: float, tile: str, color_fix: str, seed: float) -> dict:
+def _settings(
+    steps: float, fidelity: float, strength: str, scale: float, tile: str, color_fix: str, seed: float
+) -> dict:
     """Return the arguments of `Upscaler.__call__`. Raises ValueError for a value that the page cannot send."""
     steps = int(_number(steps, 1, MOST_STEPS, "steps"))
     how = {"steps": steps, "seed": int(_number(seed, 0, 2**53, "seed")), "color_fix": color_fix}
     fidelity = _number(fidelity, 0, 1, "fidelity")
     how["fidelity"] = fidelity if steps > 1 and fidelity else None
+    how["strength"] = None if strength == OWN else float(strength)
     how["tile_px"] = None if tile == AUTO else int(tile)
     return how | {"scale": float(_number(scale, 1, MAX_SCALE, "scale"))}
 
