@@ -26,7 +26,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor, nn
 
-from teasr.backbones.lora import add_lora, base, upgrade_lora, with_lora
+from teasr.backbones.generic.network import DualBranch
+from teasr.backbones.lora import add_lora, base, with_lora
 from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
 from teasr.backbones.roles import DEFAULT_SET, Adapters
 
@@ -153,7 +154,7 @@ class DualBranchBlock(QwenImageTransformerBlock):
         return with_lora(second, F.gelu(with_lora(first.proj, y_BLD, name), approximate="tanh"), name)
 
 
-class DualBranchTransformer(QwenImageTransformer2DModel):
+class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
     """The dual-branch transformer; it loads the weights of the stock model unchanged."""
 
     _repeated_blocks: ClassVar = ["DualBranchBlock"]
@@ -163,33 +164,14 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # otherwise from_pretrained drops the config
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._upgrade()
+        self.upgrade()
 
-    @classmethod
-    def from_stock(cls, model: QwenImageTransformer2DModel) -> DualBranchTransformer:
-        """Convert a loaded stock model, quantised or not, to this class in place."""
-        model.__class__ = cls
-        model._upgrade()
-        return model
-
-    def _upgrade(self) -> None:
+    def upgrade(self) -> None:
         for block in self.transformer_blocks:
             block.__class__ = DualBranchBlock
             processor = DualBranchAttention()
             processor._attention_backend = block.attn.processor._attention_backend
             block.attn.processor = processor
-
-    def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
-        """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""
-        super().load_lora_adapter(*args, adapter_name=adapter_name, **kwargs)
-        upgrade_lora(self)
-
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """Raise RuntimeError: fusing is not supported, because it would change the noise tokens too."""
-        raise RuntimeError(
-            "this LoRA applies to condition tokens only and cannot be fused into the base weights, because that would "
-            "change the noise tokens too"
-        )
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """Embed times [B] fp32 of either sign: [B, D].
@@ -234,7 +216,6 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
         n_blocks = len(self.transformer_blocks) if blocks is None else blocks
         tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
         for i in range(n_blocks):
-            block, last = self.transformer_blocks[i], i == n_blocks - 1
             arguments = (
                 x,
                 text,
@@ -245,12 +226,9 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
                 cond_attention == "independent",
                 tabulated[i],
                 adapters,
-                last,
+                i == n_blocks - 1,
             )
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, text, c = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                x, text, c = block(*arguments)
+            x, text, c = self.run_block(i, *arguments)
         return self.proj_out(self.norm_out(x, temb_cur)) if blocks is None else x
 
 
