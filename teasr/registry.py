@@ -37,6 +37,7 @@ BACKBONES: dict[str, Loader] = dict(
         _backbone("tiny", "tiny", "Tiny"),
         _backbone("unet", "unet.backbone", "UNet"),
         _backbone("qwen_image", "qwen_image.backbone", "QwenImage"),
+        _backbone("sd_unet", "sd_unet.backbone", "SdUnet"),
     )
 )
 METHODS: dict[str, Loader] = dict(
@@ -54,6 +55,7 @@ FITTING: dict[str, tuple[str, ...]] = {  # backbone -> the methods that can trai
     "tiny": (*_ONE_STEP, "teasr"),
     "unet": ("coarse", "teasr"),
     "qwen_image": (*_ONE_STEP, "teasr"),
+    "sd_unet": _ONE_STEP,
 }
 NEEDS = {  # method -> what a backbone that is missing above lacks
     "coarse": "a trunk that restores coarsely",

@@ -11,6 +11,7 @@ import copy
 import math
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -158,7 +159,10 @@ def view(net: nn.Module, name: str | None) -> nn.Module:
 
 
 def with_replaced(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Return the module with some of those inside it replaced; what does not contain them is shared, not copied."""
+    """Return the module with some of those inside it replaced; what does not contain them is shared, not copied.
+
+    Hooks of a copied module stay with the original: those of ZeRO-3 that fetch weights are on the shared layers.
+    """
     if module in replaced:
         return replaced[module]
     children = {name: child and with_replaced(child, replaced) for name, child in module._modules.items()}
@@ -166,6 +170,7 @@ def with_replaced(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) ->
         return module
     made = copy.copy(module)
     made._modules = children
+    made.__dict__ |= {key: OrderedDict() for key in vars(made) if key.endswith("_hooks")}
     return made
 
 

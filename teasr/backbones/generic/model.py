@@ -64,11 +64,11 @@ class DiffusersModel(Backbone):
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         width = self.text_width(transformer)
-        self.net = self.net_class(transformer, self._prompt("prompt", width), config)
+        self.net = self._net(transformer, self._prompt("prompt", width))
         if config.null_prompt is not None:
             self.net.null_prompt = self._prompt("null_prompt", width)
         if seen := blocks_seen(roles):
-            setattr(transformer, transformer.block_list, transformer.blocks[:seen])
+            transformer.keep(seen)
         if config.swap_blocks > len(transformer.blocks):
             raise ValueError(
                 f"backbone.swap_blocks = {config.swap_blocks}: this network has only {len(transformer.blocks)} blocks"
@@ -98,6 +98,10 @@ class DiffusersModel(Backbone):
         """Return the width of the rows of a prompt embedding."""
         return transformer.config.joint_attention_dim
 
+    def feature_channels(self, role: Role) -> int:
+        """Return the width D of a role's features [B, D, h', w']."""
+        return self.net.transformer.inner_dim
+
     def block_preparation(self, device: torch.device) -> Callable[[int, nn.Module], None]:
         """Return what to do with each block (index, block) once it is on the device; by default nothing.
 
@@ -121,7 +125,7 @@ class DiffusersModel(Backbone):
             rank = role.rank or config.lora_rank
             targets = self.lora_targets(role.branches, role.blocks)
             inject_peft_lora(transformer, targets, rank, config.lora_alpha * rank / config.lora_rank, role.adapter_set)
-        self.net.add_parts(role, self.latent_channels, transformer.inner_dim)
+        self.net.add_parts(role, self.latent_channels, self.feature_channels(role))
 
     def encode(self, x: Tensor) -> Tensor:
         self.check_size(*x.shape[-2:])
@@ -291,6 +295,9 @@ class DiffusersModel(Backbone):
                 if (weight := self.pending_weights.get(prefix + name)) is not None:
                     p.data.copy_(weight)
         part.to(device)
+
+    def _net(self, transformer: DualBranch, prompt_BTD: Tensor) -> DiffusersNet:
+        return self.net_class(transformer, prompt_BTD, self.config)
 
     def _pretrained(self) -> tuple[DualBranch, Codec]:
         model, dtype = self.config.model, DTYPES[self.config.dtype]

@@ -83,6 +83,10 @@ class DualBranch:
         """The blocks, in order."""
         return getattr(self, self.block_list)
 
+    def keep(self, blocks: int) -> None:
+        """Remove the blocks after the first `blocks`, which no role uses."""
+        setattr(self, self.block_list, self.blocks[:blocks])
+
     def run_block(self, i: int, *arguments: Any) -> Any:
         """Run block i, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
