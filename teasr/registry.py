@@ -37,6 +37,7 @@ BACKBONES: dict[str, Loader] = dict(
         _backbone("tiny", "tiny", "Tiny"),
         _backbone("unet", "unet.backbone", "UNet"),
         _backbone("qwen_image", "qwen_image.backbone", "QwenImage"),
+        _backbone("sd3", "sd3", "SD3"),
     )
 )
 METHODS: dict[str, Loader] = dict(
@@ -54,6 +55,7 @@ FITTING: dict[str, tuple[str, ...]] = {  # backbone -> the methods that can trai
     "tiny": (*_ONE_STEP, "teasr"),
     "unet": ("coarse", "teasr"),
     "qwen_image": (*_ONE_STEP, "teasr"),
+    "sd3": (*_ONE_STEP, "teasr"),
 }
 NEEDS = {  # method -> what a backbone that is missing above lacks
     "coarse": "a trunk that restores coarsely",
