@@ -100,7 +100,7 @@ def card(tensors: dict[str, Tensor], ours: dict) -> str:
 base_model: {base}
 library_name: teasr
 pipeline_tag: image-to-image
-tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
+tags: [super-resolution, image-restoration, lora, {ours.get("backbone", "qwen_image").replace("_", "-")}, any-step]
 ---
 
 # TEASR LoRA for {base}

@@ -40,6 +40,7 @@ class DiffusersModel(Backbone):
     """The backbone: a `DiffusersNet` and the VAE's codec. Subclasses set the classes and name the adapted layers."""
 
     own_dtype = True
+    devices = ("cpu", "cuda")  # never run on an Apple GPU
     takes_text = True
     has_prior = True
     dtypes = ("bf16", "fp32", "fp8", "nf4")

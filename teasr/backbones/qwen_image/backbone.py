@@ -90,7 +90,6 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 class QwenImage(DiffusersModel):
     """The backbone: `QwenNet` and the VAE's codec."""
 
-    devices = ("cpu", "cuda")  # its times are rounded in float64, which Apple GPUs do not have
     transformer_class, codec_class, net_class = DualBranchTransformer, QwenCodec, QwenNet
     lora_seed = "qwen lora"
     described = ("lora_rank", "lora_alpha", "rope", "cond_attention")
