@@ -131,9 +131,15 @@ def _embed_sd3(model: str, index: dict, prompt: str, device: torch.device, dtype
     return torch.cat((F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1])), tokens[0])), None
 
 
+def _embed_z_image(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+    pipeline = _text_pipeline(model, index, device, dtype)
+    return pipeline.encode_prompt(prompt, device, do_classifier_free_guidance=False)[0][0], None
+
+
 EMBEDDINGS = {  # pipeline named in model_index.json -> how it embeds a prompt
     "QwenImagePipeline": _embed_qwen,
     "StableDiffusion3Pipeline": _embed_sd3,
+    "ZImagePipeline": _embed_z_image,
 }
 
 
