@@ -24,21 +24,16 @@ from teasr.training.footprint import GIB, Footprint
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table.py -->", "<!-- end of this table -->"
 SIZES = (512, 1024)
-FEW, MORE = 4, 6
+FEW, MORE = 2, 3
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
-OSEDIFF = "method={name: score_distillation, student: single, cfg_real: 7.5}"
-TADSR = "method={name: tadsr, student: single, cfg_real: 7.5}"
-NULL = "backbone.null_prompt=random"
+OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", "backbone.null_prompt=random")
 ROWS = (  # backbone, method, preset, overrides
     ("Stable Diffusion 3.5-medium", "TEASR", "sd35_teasr_16gb", ()),
     ("", "TSD-SR", "sd35_tsdsr", ()),
-    ("", "OSEDiff", "sd35_teasr_16gb", (OSEDIFF, NULL)),
-    ("", "TADSR", "sd35_teasr_16gb", (TADSR, NULL)),
     ("Z-Image", "TEASR", "zimage_teasr_24gb", ()),
-    ("", "OSEDiff", "zimage_teasr_24gb", (OSEDIFF, NULL)),
-    ("", "TADSR", "zimage_teasr_24gb", (TADSR, NULL)),
     ("Qwen-Image", "TEASR", "qwen_teasr", ()),
     ("Qwen-Image, NF4", "TEASR", "qwen_teasr_24gb", ()),
+    ("Z-Image", "OSEDiff", "zimage_teasr_24gb", OSEDIFF),
     ("Qwen-Image", "OSEDiff", "qwen_osediff", ()),
 )
 

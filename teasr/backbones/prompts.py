@@ -169,7 +169,10 @@ def _tokenizer(cls: type, model: str, subfolder: str):
 
 
 def _check_tokenizer(tokenizer, text: str, model: str) -> None:
-    """Raise ValueError if the text does not survive; transformers silently makes a tokenizer without words of files."""
+    """Raise ValueError if encoding and decoding change the text.
+
+    transformers silently creates a tokenizer with an empty vocabulary if its files are missing.
+    """
     if tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens="<" not in text).strip() != text.strip():
         reason = "its folder tokenizer is missing or broken: decoding the encoded prompt template does not give it back"
         raise cannot_load("model", model, reason)
