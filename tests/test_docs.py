@@ -47,7 +47,19 @@ def test_code_named_beside_equations_exists(section):
         if name.endswith(".py"):
             assert (ROOT / "teasr" / name).is_file(), name
             continue
-        if name in ("flow", "cons", "adv", "dual", "single", "real", "fake", "residual", "published", "smooth", "steps"):
+        if name in (
+            "flow",
+            "cons",
+            "adv",
+            "dual",
+            "single",
+            "real",
+            "fake",
+            "residual",
+            "published",
+            "smooth",
+            "steps",
+        ):
             continue
         first, _, rest = name.removeprefix("teasr.").partition(".")
         module = importlib.import_module("teasr")

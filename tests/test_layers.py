@@ -28,6 +28,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
         "backbones/qwen_image/vae.py",
         *(f"backbones/sd_unet/{name}.py" for name in ("backbone", "encoder", "network")),
         "backbones/sd3.py",
+        "backbones/z_image.py",
     },
     "gradio": {"restore/web/page.py"},
     "huggingface_hub": {"restore/hub.py"},

@@ -136,10 +136,16 @@ def _embed_sd(model: str, index: dict, prompt: str, device: torch.device, dtype:
     return _text_pipeline(model, index, device, dtype).encode_prompt(prompt, device, 1, False)[0][0], None
 
 
+def _embed_z_image(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+    pipeline = _text_pipeline(model, index, device, dtype)
+    return pipeline.encode_prompt(prompt, device, do_classifier_free_guidance=False)[0][0], None
+
+
 EMBEDDINGS = {  # pipeline named in model_index.json -> how it embeds a prompt
     "QwenImagePipeline": _embed_qwen,
     "StableDiffusion3Pipeline": _embed_sd3,
     "StableDiffusionPipeline": _embed_sd,
+    "ZImagePipeline": _embed_z_image,
 }
 
 
@@ -169,7 +175,10 @@ def _tokenizer(cls: type, model: str, subfolder: str):
 
 
 def _check_tokenizer(tokenizer, text: str, model: str) -> None:
-    """Raise ValueError if the text does not survive; transformers silently makes a tokenizer without words of files."""
+    """Raise ValueError if encoding and decoding change the text.
+
+    transformers silently creates a tokenizer with an empty vocabulary if its files are missing.
+    """
     if tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens="<" not in text).strip() != text.strip():
         reason = "its folder tokenizer is missing or broken: decoding the encoded prompt template does not give it back"
         raise cannot_load("model", model, reason)

@@ -4,6 +4,7 @@ The reference is diffusers' own forward where there is no condition, and the net
 (large.py) where there is one.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,24 @@ def test_it_trains_resumes_exports_and_restores(name, folder, shards, tmp_path):
     wanted = Upscaler.from_pretrained(tmp_path / "whole")(lq, steps=2)
     assert wanted.shape == (80, 112, 3) and wanted.std() > 0
     assert np.array_equal(Upscaler.from_pretrained(tmp_path / "lora")(lq, steps=2), wanted)
+
+
+def test_the_first_check_with_real_weights_tells_a_prior_from_random_weights(name, folder, tmp_path, capsys):
+    """Random weights explain nothing; a stand-in that knows the answer is found to know pictures."""
+    import check_backbone
+    from PIL import Image
+
+    Image.fromarray(np.ascontiguousarray(skimage.data.coffee()[:64, :48])).save(tmp_path / "x.png")
+    own = [f"backbone={json.dumps(settings(name, folder))}"]
+    assert check_backbone.main(["sd35_teasr_16gb", "--photo", str(tmp_path / "x.png"), *own]) == 1
+    out = capsys.readouterr().out
+    assert "VAE: PSNR" in out and out.count("a linear guess") == 4 and "NOT a trained model" in out
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+
+    class Knowing(Model):
+        def velocity(self, z_t, t_cur, condition=None):
+            return eps - z
+
+    share, linear = check_backbone.explained(Knowing(build(name, folder, roles=(REAL,)), REAL), z, 0.7)
+    assert share == pytest.approx(1, abs=1e-5) and 0.05 < linear < 0.5

@@ -90,11 +90,11 @@ class DualBranch:
         """Remove the blocks after the first `blocks`, which no role uses."""
         setattr(self, self.block_list, self.blocks[:blocks])
 
-    def run_block(self, i: int, *arguments: Any) -> Any:
-        """Run block i, recomputed in the backward pass if activation checkpointing is on."""
+    def run_block(self, block: nn.Module, *arguments: Any) -> Any:
+        """Run a block, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(self.blocks[i], *arguments)
-        return self.blocks[i](*arguments)
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
 
     def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
         """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""

@@ -213,7 +213,7 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
                 adapters,
                 i == n_blocks - 1,
             )
-            x, text, c = self.run_block(i, *arguments)
+            x, text, c = self.run_block(self.transformer_blocks[i], *arguments)
         return self.proj_out(self.norm_out(x, temb_cur)) if blocks is None else x
 
 
