@@ -47,7 +47,19 @@ def test_code_named_beside_equations_exists(section):
         if name.endswith(".py"):
             assert (ROOT / "teasr" / name).is_file(), name
             continue
-        if name in ("flow", "cons", "adv", "dual", "single", "real", "fake", "residual", "smooth", "steps"):
+        if name in (
+            "flow",
+            "cons",
+            "adv",
+            "dual",
+            "single",
+            "real",
+            "fake",
+            "residual",
+            "published",
+            "smooth",
+            "steps",
+        ):
             continue
         first, _, rest = name.removeprefix("teasr.").partition(".")
         module = importlib.import_module("teasr")
@@ -76,7 +88,8 @@ def test_settings_and_options_that_a_newcomer_is_told_exist():
     from teasr.commands import completion
     from teasr.config import settings
 
-    sources = (settings.__file__, ROOT / "teasr/backbones/qwen_image/backbone.py")
+    backbones = (ROOT / "teasr/backbones" / name for name in ("generic/config.py", "qwen_image/backbone.py"))
+    sources = (settings.__file__, *backbones)
     known_keys = set(re.findall(r"^    (\w+):", "\n".join(Path(source).read_text() for source in sources), re.M))
     upscaling, training = (ROOT / "docs/switching.md").read_text().split("## kohya's scripts")
     for page, verb in ((upscaling, "upscale"), (training, "train")):

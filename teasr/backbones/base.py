@@ -91,6 +91,28 @@ class Backbone(ABC):
             out = net(z_t, t_cur, *inputs, role=role, part=part)
         return out if out.dtype == z_t.dtype else out.float()
 
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """Return what the time-aware encoder adapter of a role takes: the image's latents [B, C, h, w].
+
+        A backbone whose adapters are inside its encoder returns the image itself, with the pixels of each latent pixel
+        as channels.
+        """
+        return self.encode(x)
+
+    def start_from(self, z_lq: Tensor, t: Tensor) -> Tensor:
+        """Return the state at time t [B] that has the LQ latent in the place of the noised one.
+
+        This is the latent itself, unless the network was trained on states of another scale.
+        """
+        return z_lq
+
+    def time_at(self, u: Tensor) -> Tensor:
+        """Return the times at shares u in [0, 1] of the noise schedule with which the network was trained.
+
+        A uniform share then is a time distributed as in that training. This is the identity for rectified flows.
+        """
+        return u
+
     @property
     def null_text(self) -> Tensor | None:
         """Embedding of the null prompt [1, T, D], for guidance, or None if there is none."""

@@ -7,10 +7,12 @@ controlled by global state, so activation checkpointing recomputes exactly what 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,15 @@ class LoraLinear(nn.Linear):
         if onto is None:
             return F.linear(x, weight)
         return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.T, alpha=scale).view(onto.shape)
+
+
+class LoraConv(nn.Conv2d):
+    """One factor of a LoRA on a convolution, with the storage and the interface of `LoraLinear`."""
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Return the convolution of x, or onto + scale times it."""
+        y = self._conv_forward(x, self.weight.to(x.dtype), None)
+        return y if onto is None else torch.add(onto, y, alpha=scale)
 
 
 class BranchLora(nn.Module):
@@ -82,11 +93,11 @@ def has_lora(layer: nn.Module) -> bool:
 
 
 def upgrade_lora(net: nn.Module) -> None:
-    """Convert the factors of every LoRA in `net` to `LoraLinear` in place, whichever library added them."""
+    """Convert the factors of every LoRA in `net` to `LoraLinear` or `LoraConv` in place, whoever added them."""
     for layer in net.modules():
         if has_lora(layer):
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-                factor.__class__ = LoraLinear
+                factor.__class__ = LoraConv if isinstance(factor, nn.Conv2d) else LoraLinear
 
 
 def base(layer: nn.Module, x: Tensor) -> Tensor:
@@ -123,6 +134,44 @@ def branch(layer: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
             if name in layer.lora_A:
                 y[:, k] = add_lora(layer, x[:, k], y[:, k], name)
     return y
+
+
+class WithSet(nn.Module):
+    """A layer with one of its LoRA sets, as a module that takes the layer's place in a `view`."""
+
+    def __init__(self, layer: nn.Module, name: str):
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer with the set."""
+        return with_lora(self.layer, x, self.name)
+
+
+def view(net: nn.Module, name: str | None) -> nn.Module:
+    """Return the network with one LoRA set (None: none), for stock code that cannot pass the set down as an argument.
+
+    It shares every layer and parameter with `net`. Other views of `net` do not change it, so that recomputed
+    activations see the set of their own pass.
+    """
+    layers = [layer for layer in net.modules() if has_lora(layer)]
+    return with_replaced(net, {x: WithSet(x, name) if name in x.lora_A else x.base_layer for x in layers})
+
+
+def with_replaced(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Return the module with some of those inside it replaced; what does not contain them is shared, not copied.
+
+    Hooks of a copied module stay with the original: those of ZeRO-3 that fetch weights are on the shared layers.
+    """
+    if module in replaced:
+        return replaced[module]
+    children = {name: child and with_replaced(child, replaced) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    made = copy.copy(module)
+    made._modules = children
+    made.__dict__ |= {key: OrderedDict() for key in vars(made) if key.endswith("_hooks")}
+    return made
 
 
 def replace_linears(net: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:

@@ -1,6 +1,7 @@
 """A trained LoRA as one safetensors file in diffusers' layout, with the metadata needed to use it and a model card.
 
-Keys are `transformer.<layer>.lora_A.weight`. The metadata contains peft's config as diffusers reads it and, under the
+Keys are `transformer.<layer>.lora_A.weight`, or `unet.<layer>...`. What a role has besides its LoRA has keys that begin
+with `parts.`. The metadata contains peft's config as diffusers reads it and, under the
 key `teasr`, our own: how the branches are joined, what the times mean, and which run produced the LoRA. The model card
 says which tokens the LoRA applies to and what happens if other software applies it differently.
 """
@@ -25,7 +26,8 @@ FORMAT = 1
 def write(folder: Path, weights: dict[str, Tensor], peft: dict, ours: dict) -> Path:
     """Write the file and its model card into `folder` and return the file's path. `weights`: by parameter name."""
     tensors = {_outside(name): x.detach().cpu().contiguous() for name, x in sorted(weights.items())}
-    peft = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in peft.items()}
+    network = next(name.partition(".")[0] for name in tensors if not name.startswith("parts."))
+    peft = {f"{network}.{key}": sorted(v) if isinstance(v, set) else v for key, v in peft.items()}
     metadata = {
         "format": "pt",
         PEFT: json.dumps(peft, sort_keys=True),
@@ -81,7 +83,13 @@ def _outside(name: str) -> str:
 
 
 def _inside(name: str) -> str:
-    return name.replace(".weight", ".default.weight")
+    return name if name.startswith("parts.") else name.replace(".weight", ".default.weight")
+
+
+def _rows(ours: dict) -> str:
+    """Return the rows of the card on condition tokens, as far as the backbone has a choice."""
+    titles = {"cond_attention": "attention of condition tokens", "rope": "positions of condition tokens"}
+    return "".join(f"| {title} | {ours[key]} |\n" for key, title in titles.items() if key in ours)
 
 
 def card(tensors: dict[str, Tensor], ours: dict) -> str:
@@ -92,7 +100,7 @@ def card(tensors: dict[str, Tensor], ours: dict) -> str:
 base_model: {base}
 library_name: teasr
 pipeline_tag: image-to-image
-tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
+tags: [super-resolution, image-restoration, lora, {ours.get("backbone", "qwen_image").replace("_", "-")}, any-step]
 ---
 
 # TEASR LoRA for {base}
@@ -107,9 +115,7 @@ Continue training: set `backbone.lora=FOLDER` in the config.
 
 | | |
 |---|---|
-| attention of condition tokens | {ours["cond_attention"]} |
-| positions of condition tokens | {ours["rope"]} |
-| times | t_cur in [0, 1], where 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
+{_rows(ours)}| times | t_cur in [0, 1], where 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
 the sinusoidal embedding is computed in fp32 |
 | prompt | {ours["prompt"]} |
 | weights | {ours["weights"]} after {ours["updates"]} updates |

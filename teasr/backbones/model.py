@@ -67,16 +67,27 @@ class Model:
         """Round times to the values that the network can distinguish."""
         return self.backbone.snap(t)
 
+    def time_at(self, u: Tensor) -> Tensor:
+        """Return the times at shares u in [0, 1] of the noise schedule with which the network was trained."""
+        return self.backbone.time_at(u)
+
+    def start_from(self, z_lq: Tensor, t: Tensor) -> Tensor:
+        """Return the state at time t [B] that has the LQ latent in the place of the noised one."""
+        return self.backbone.start_from(z_lq, t)
+
+    def encode_lq(self, x: Tensor) -> Tensor:
+        """Encode LQ images [B, 3, H, W] in [-1, 1] to their latents, or to what the role's encoder adapter takes."""
+        return self.backbone.encoder_input(x) if self.role.encoder else self.backbone.encode(x)
+
     def encode(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Encode images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w].
 
         With a time t [B], also apply the role's encoder adapter at that time.
         """
-        z = self.backbone.encode(x)
-        return z if t is None else self.adapt(z, t)
+        return self.backbone.encode(x) if t is None else self.adapt(self.encode_lq(x), t)
 
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor:
-        """Apply the role's time-aware encoder adapter to latents at time t [B].
+        """Apply the role's time-aware encoder adapter at time t [B] to the result of `encode_lq`; returns latents.
 
         Raises ValueError for a role without an encoder adapter.
         """

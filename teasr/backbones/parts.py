@@ -31,7 +31,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 class LatentAdapter(nn.Module):
-    """The residual B(z, t) of a time-aware encoder (TADSR) on top of a frozen codec.
+    """The time-aware encoder of TADSR as an adapter z + B(z, t) of the latents of a frozen codec.
 
     Three 3x3 convolutions with FiLM conditioning on t; the last one is initialised to zero.
 
@@ -48,12 +48,12 @@ class LatentAdapter(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """Map latents [B, C, h, w] and times [B] to a residual [B, C, h, w], fp32."""
+        """Map latents [B, C, h, w] and times [B] to adapted latents [B, C, h, w]; the residual is computed in fp32."""
         with without_autocast(z):
             film = self.embed(sinusoid(t.float(), self.embed[0].in_features).to(self.last.weight.dtype))
             scale1, shift1, scale2, shift2 = film[..., None, None].chunk(4, dim=1)
             y = F.silu(self.first(z.to(film.dtype)) * (1 + scale1) + shift1)
-            return self.last(F.silu(self.second(y) * (1 + scale2) + shift2))
+            return z + self.last(F.silu(self.second(y) * (1 + scale2) + shift2)).to(z.dtype)
 
 
 class RegionHead(nn.Module):
@@ -83,13 +83,17 @@ class RoleNet(nn.Module):
         """Build this role's encoder adapter and head, if it has them, under `parts.<role>`."""
         own = nn.ModuleDict()
         if role.encoder:
-            own["encoder"] = LatentAdapter(latent_channels)
+            own["encoder"] = self.encoder_adapter(role, latent_channels)
         if role.head:
             own["head"] = RegionHead(feature_channels)
         if len(own):
             if "parts" not in self._modules:
                 self.parts = nn.ModuleDict()
             self.parts[role.name] = own.requires_grad_(role.is_trained)
+
+    def encoder_adapter(self, role: Role, latent_channels: int) -> nn.Module:
+        """Build the encoder adapter of a role: (what `Backbone.encoder_input` returns, times) -> latents."""
+        return LatentAdapter(latent_channels)
 
     def forward(
         self,
@@ -105,11 +109,11 @@ class RoleNet(nn.Module):
         """Compute one output for a role, selected by `part`.
 
         velocity: [B, C, h, w]. coarse: coarse restoration of z_t and its log standard deviation, [B, 2 C, h, w].
-        features: [B, D, h', w'] after block `role.blocks`. logits: [B, h', w']. encoder: z_t adapted by the encoder
-        adapter at time t_cur, [B, C, h, w].
+        features: [B, D, h', w'] after block `role.blocks`. logits: [B, h', w']. encoder: the latents [B, C, h, w] that
+        the encoder adapter makes of z_t at time t_cur.
         """
         if part == "encoder":
-            return z_t + self.parts[role.name]["encoder"](z_t, t_cur).to(z_t.dtype)
+            return self.parts[role.name]["encoder"](z_t, t_cur)
         if part == "coarse":
             return self.coarse(z_t)
         if part == "velocity":

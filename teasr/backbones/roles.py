@@ -41,7 +41,10 @@ class Role:
     branches: Literal["dual", "single"] = "dual"
     blocks: int | None = None  # k: run only blocks 1..k and return features instead of a velocity
     head: bool = False  # add a head with one logit per feature token
-    encoder: bool = False  # add a time-aware adapter of the latent, z + B(z, t), initialised to the identity
+    # add a time-aware adapter of the encoder or of its latents, initialised to the identity. timed: false if its time
+    # is always the same, so that adapters inside an encoder need no modulation by it
+    encoder: bool = False
+    timed: bool = True
     rank: int | None = None  # rank of its LoRA; None: the backbone's lora_rank
 
     def __post_init__(self):

@@ -13,6 +13,11 @@ INDICES = 1000
 FIRST_BETA, LAST_BETA = 0.00085, 0.012  # schedule `scaled_linear` of Stable Diffusion 1 and 2
 
 
+def scale_of(t: Tensor) -> Tensor:
+    """Return a + s of the state at times t, by which a state of the flow is multiplied; from a^2 + s^2 = 1."""
+    return ((1 - t).square() + t.square()).rsqrt()
+
+
 def _times(device: torch.device) -> Tensor:
     """Times of all indices, float64 [1000], increasing from 0.03 to 0.94."""
     roots = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, INDICES, dtype=torch.float64, device=device)

@@ -69,11 +69,12 @@ class Ramp:
 def latents(model: Model, batch: Batch, hq: bool = True) -> tuple[Tensor | None, Tensor]:
     """Return the latents (z_hq, z_lq) of a batch: cached ones if the batch has them, else the images are encoded.
 
-    hq: false if the HQ latent is not needed; it is then not encoded, and None without a cache.
+    hq: false if the HQ latent is not needed; it is then not encoded, and None without a cache. z_lq is what the model's
+    encoder adapter takes, if it has one (`Model.encode_lq`).
     """
     if batch.z_hq is not None and batch.z_lq is not None:
         return batch.z_hq, batch.z_lq
-    return model.encode(batch.x_hq) if hq else None, model.encode(batch.x_lq)
+    return model.encode(batch.x_hq) if hq else None, model.encode_lq(batch.x_lq)
 
 
 @dataclass

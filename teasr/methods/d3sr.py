@@ -56,7 +56,9 @@ class D3srConfig:
     disc_blocks: Annotated[int, "[1, inf)"] = 2
     disc_rank: Annotated[int, "[1, 65536]", "or null for the rank of the backbone"] | None = None
     disc_rate: Annotated[float, "(0, inf)"] = 1.0  # factor on train.learning_rate
-    t_range: tuple[float, float] = (0.02, 0.98)  # noise levels of the discriminator; [0, 0]: none, for comparison
+    # noise levels of the discriminator, as shares of the network's noise schedule; of flows: times. [0, 0]: none, for
+    # comparison
+    t_range: tuple[float, float] = (0.02, 0.98)
     lambda_adv: Factor = 0.01  # of L_G; 0: no discriminator. Watch adv_to_pixels, which should reach .1 to .5
     adv_ramp: Ramp = field(default_factory=lambda: Ramp(start=500, length=1000))  # factor on lambda_adv
     lambda_mse: Factor = 1.0  # of pixels in [-1, 1]
@@ -169,7 +171,8 @@ class D3sr(WithLpips):
         judges_pixels = discriminator is not None and discriminator.sees_pixels
         seen = student.decode if judges_pixels else _as_it_is
         z_hq, z_lq = latents(student, batch, hq=discriminator is not None and not judges_pixels)
-        z_hat = scores.one_step(student, c.student, z_lq, draws.normal("one-step noise", z_lq), c.start)[0]
+        eps = draws.normal("one-step noise", z_lq) if c.student == "dual" else None
+        z_hat = scores.one_step(student, c.student, z_lq, eps, c.start)
         z_fake = z_hat.detach()
         gradient, logs = self._pixel_gradient(student, batch, z_fake)
         if weight.get("adv"):
@@ -243,7 +246,7 @@ class D3sr(WithLpips):
         """Return times [B], uniform in t_range and stratified: neighbours in the batch lie in different parts."""
         low, high = self.config.t_range
         u = (_parts(draws) + draws.uniform("discriminator time")) / BINS
-        return discriminator.snap(low + (high - low) * u)
+        return discriminator.snap(discriminator.time_at(low + (high - low) * u))
 
 
 def _parts(draws: Draws) -> Tensor:

@@ -1,7 +1,7 @@
 """Samplers that restore with a trained student, for previews, evaluation and inference, and the dials they offer.
 
-A sampler is a pure loop over times. It takes a `Model`, or any object with the methods of `Restorer`, as
-restore/tiled.py has one. Its dials are numbers in [0, 1].
+A sampler is a pure loop over times. It takes a `Model`, or any other `Restorer` (restore/tiled.py). Its dials are
+numbers in [0, 1].
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class Restorer(Protocol):
 
     def snap(self, t: Tensor) -> Tensor: ...
 
+    def time_at(self, u: Tensor) -> Tensor: ...
+
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor: ...
+
+    def start_from(self, z_lq: Tensor, t: Tensor) -> Tensor: ...
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor: ...
 
@@ -258,6 +262,7 @@ def restore(
     """
     height, width = x_lq.shape[-2:]
     m = model.pixel_multiple
-    z_lq = model.encode(F.pad(x_lq, (0, -width % m, 0, -height % m), mode="replicate"))
-    eps = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed)).to(z_lq.device)
+    z_lq = model.encode_lq(F.pad(x_lq, (0, -width % m, 0, -height % m), mode="replicate"))
+    shape = len(z_lq), model.backbone.latent_channels, *z_lq.shape[-2:]
+    eps = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(z_lq.device)
     return model.decode(sampler.sample(model, z_lq, eps, steps, dials))[..., :height, :width]

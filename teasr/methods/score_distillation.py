@@ -44,6 +44,7 @@ class ScoreDistillationConfig:
 
     # dual: TEASR's student, from noise, LQ in the condition branch; single: from the LQ latent, as published
     student: scores.Branches = "dual"
+    encoder: bool = False  # the student trains an adapter of the encoder too, as published; needs student single
     layout: scores.Layout = "one_base"  # LoRA sets on one base, or copies of it as in public code
     # trained: VSD. null_prompt: CSD, needs a null prompt. sample: the score of the result itself, a point (SDS)
     fake: Literal["trained", "null_prompt", "sample"] = "trained"
@@ -57,7 +58,8 @@ class ScoreDistillationConfig:
     weight: scores.Weight = "osediff"
     cfg_real: Factor = 1.0  # guidance of the real score; published: 7.5, which needs a null prompt
     cfg_fake: Factor = 1.0  # TSD-SR: 7.5; OSEDiff: none
-    s_range: tuple[float, float] = (0.02, 0.98)  # times of the scores, before the shift
+    # times of the scores, before the shift, as shares of the network's noise schedule; of flows: the times themselves
+    s_range: tuple[float, float] = (0.02, 0.98)
     time_shift: Annotated[float, "[1, inf)"] = 1.0
     # distribution-aware sampling: weights of sub-steps along the fake score's path towards less noise
     dasm_weights: tuple[Factor, ...] = (1.0,)
@@ -70,6 +72,11 @@ class ScoreDistillationConfig:
     def __post_init__(self):
         require_loss(self, WEIGHTED)
         scores.check_range("s_range", self.s_range)
+        if self.encoder and self.student == "dual":
+            raise ValueError(
+                "method.encoder = true adapts the latent from which a single-branch student starts: set "
+                "method.student=single, or method.encoder=false"
+            )
         if not self.dasm_weights:
             raise ValueError("method.dasm_weights is empty: give one weight for each sub-step, [1.0] for one")
         if self.layout == "three_copies" and self.fake != "trained":
@@ -94,13 +101,13 @@ class ScoreDistillation(WithLpips):
 
     def roles(self) -> tuple[Role, ...]:
         c = self.config
-        student = Role("student", branches=c.student)
+        student = Role("student", branches=c.student, encoder=c.encoder, timed=False)
         if not c.uses_scores:
             return (student,)
         return student, *scores.score_roles(c.layout, c.trains_fake, c.fake_rate, c.fake_rank)
 
     def sampler(self) -> Sampler:
-        return OneStep(self.config.student)
+        return OneStep(self.config.student, encoder=self.config.encoder)
 
     def loss_weights(self, progress: Progress) -> dict[str, float]:
         return {name: getattr(self.config, f"lambda_{name}") for name in WEIGHTED} | {"fake": 1.0}
@@ -127,14 +134,14 @@ class ScoreDistillation(WithLpips):
         c, student = self.config, models["student"]
         needs_hq = c.lambda_tsm or (c.lambda_mse and c.mse_space == "latent")
         z_hq, z_lq = latents(student, batch, hq=bool(needs_hq))
-        z_hat, v = scores.one_step(student, c.student, z_lq, draws.normal("one-step noise", z_lq))
+        eps = draws.normal("one-step noise", z_lq) if c.student == "dual" else None
+        z_hat = scores.one_step(student, c.student, z_lq, eps, encoder=c.encoder)
         z_fake = z_hat.detach()
-        del z_hat
         gradient, logs = self._data_gradient(student, batch, z_fake, z_hq)
         if c.uses_scores:
             gradient = gradient + self._score_gradient(models, z_fake, z_hq, draws, logs) / z_fake.numel()
-        yield Loss("generator", "student", -(v * gradient).sum(), logs)  # d z_hat / d v = -1
-        del v
+        yield Loss("generator", "student", (z_hat * gradient).sum(), logs)
+        del z_hat
         if c.trains_fake:
             loss = scores.fake_score_loss(models["fake"], z_fake, draws, c.fake_loss)
             yield Loss("fake", "fake", loss, {"fake": loss.detach()})
@@ -214,4 +221,5 @@ class ScoreDistillation(WithLpips):
         path = [u - k * c.dasm_stride for k in range(len(c.dasm_weights))]
         if len(path) > 1:
             path[-1] = path[-1] + draws.uniform("last score time", -c.dasm_jitter, c.dasm_jitter)
-        return [real.snap(scores.shifted(x.clamp(min=c.s_range[0]), c.time_shift)) for x in path]
+        shares = [scores.shifted(x.clamp(min=c.s_range[0]), c.time_shift) for x in path]
+        return [real.snap(real.time_at(u)) for u in shares]

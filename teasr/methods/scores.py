@@ -39,31 +39,34 @@ def score_roles(layout: Layout, fake: bool = True, rate: float = 1.0, rank: int 
 
 
 def one_step(
-    student: Restorer, branches: Branches, z_lq: Tensor, eps: Tensor, start: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Return the student's estimate z_hat and its velocity v, from time `start`; d z_hat / d v = -start.
+    student: Restorer, branches: Branches, z_lq: Tensor, eps: Tensor | None, start: float = 1.0, encoder: bool = False
+) -> Tensor:
+    """Return the student's estimate z_hat, from time `start`.
 
-    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z_lq - start v(z_lq, start): the LQ latent
-    takes the place of the noised one, and nothing is random. OSEDiff and TSD-SR start at 1, D3SR in between.
+    dual: z_hat = eps - v(eps, 1, z_lq, 0), as in TEASR. single: z_hat = z - start v(z, start) with z = z_lq: the LQ
+    latent takes the place of the noised one, and nothing is random (eps is not used). OSEDiff and TSD-SR start at 1,
+    D3SR in between. encoder: the student has an encoder adapter, which makes z of the LQ image.
     """
     t = student.snap(torch.full((len(z_lq),), start, device=z_lq.device))
-    z, condition = (eps, Condition(z_lq, torch.zeros_like(t))) if branches == "dual" else (z_lq, NOTHING)
-    v = student.velocity(z, t, condition)
-    return flow.z0_from_velocity(z, v, t), v
+    if branches == "dual":
+        z, condition = eps, Condition(z_lq, torch.zeros_like(t))
+    else:
+        z, condition = student.start_from(student.adapt(z_lq, t) if encoder else z_lq, t), NOTHING
+    return flow.z0_from_velocity(z, student.velocity(z, t, condition), t)
 
 
 class OneStep(SingleStep):
     """The student's one jump to time 0: from noise with two branches, from the LQ latent at time `start` with one."""
 
-    def __init__(self, branches: Branches, start: float = 1.0):
-        self.branches, self.start = branches, start
+    def __init__(self, branches: Branches, start: float = 1.0, encoder: bool = False):
+        self.branches, self.start, self.encoder = branches, start, encoder
         self.why = f"this method trains the jump from time {start:g} to 0 alone, so that the model restores in 1 step"
 
     def times(self, steps: int) -> list[tuple[float, float]]:
         return [(self.start, 0.0)]
 
     def jump(self, model: Restorer, z_lq: Tensor, eps: Tensor, dials: Mapping[str, float]) -> Tensor:
-        return one_step(model, self.branches, z_lq, eps, self.start)[0]
+        return one_step(model, self.branches, z_lq, eps, self.start, self.encoder)
 
 
 def check_range(name: str, times: tuple[float, float]) -> None:
@@ -145,7 +148,7 @@ def fake_score_loss(fake: Model, z_hat: Tensor, draws: Draws, kind: FakeLoss = "
     sample: the choice decides at which noise levels the fake score is good.
     """
     z, eps = z_hat.detach(), draws.normal("fake noise", z_hat)
-    t = fake.snap(draws.uniform("fake time"))
+    t = fake.snap(fake.time_at(draws.uniform("fake time")))
     error = fake.velocity(flow.interpolate(z, eps, t), t) - flow.velocity_target(z, eps)
     if kind == "velocity":
         return losses.mse(error, torch.zeros_like(error))

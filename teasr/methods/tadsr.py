@@ -40,9 +40,11 @@ class TadsrConfig:
     # single: from the adapted LQ latent alone, as published; dual: TEASR's branches, LQ in the condition branch too
     student: scores.Branches = "single"
     encoder: bool = True  # false: the network alone knows t_s, the paper's ablation "w/o TAE"
-    # residual: z_hat = z_in - v, as published; flow: z_hat = z_in - t_s v, which needs a larger t_min such as 0.2
-    step: Literal["residual", "flow"] = "residual"
-    t_min: Annotated[float, "[0, 1)"] = 0.02  # t_s is uniform between this and 1
+    # residual: z_hat = z_in - v. published: z_hat = z_in / (1 - t_s) - eps, where the noise schedule ends before t = 1,
+    # as that of Stable Diffusion does. flow: z_hat = z_in - t_s v, which needs a larger t_min such as 0.2
+    step: Literal["residual", "published", "flow"] = "residual"
+    # t_s is uniform between this and 1, as shares of the network's noise schedule; of flows: the times themselves
+    t_min: Annotated[float, "[0, 1)"] = 0.02
     layout: scores.Layout = "one_base"  # LoRA sets on one base, or copies of it
     # t_v = time_offset + time_factor t_s. flow: both are times of the flow. index: indices of Stable Diffusion / 1000,
     # in which the paper has 0.5 and 0; 0.66 in the time of the flow is nearly the same pairing
@@ -79,14 +81,17 @@ class TadsrConfig:
 def one_step(student: Restorer, config: TadsrConfig, z_lq: Tensor, t_s: Tensor) -> Tensor:
     """Return the student's estimate z_hat = z_in - kappa v(z_in, t_s) with z_in = encoder(z_lq, t_s).
 
-    kappa is 1 (`step: residual`) or t_s. With kappa = 1 a small t_s can restore as much as a large one. With `dual`,
-    z_lq reaches the network undistorted in the condition branch, at t_tar = 0.
+    kappa is 1 (`step: residual`) or t_s. With kappa = 1 a small t_s can restore as much as a large one. `published`
+    has the noise eps = z_in + (1 - t_s) v in the place of v, and z_in / (1 - t_s) in that of z_in. With `dual`, z_lq
+    reaches the network undistorted in the condition branch, at t_tar = 0.
     """
-    z_in = student.adapt(z_lq, t_s) if config.encoder else z_lq
+    z_in = student.start_from(student.adapt(z_lq, t_s) if config.encoder else z_lq, t_s)
     if config.student == "dual":
         v = student.velocity(z_in, t_s, Condition(z_lq, torch.zeros_like(t_s)))
     else:
         v = student.velocity(z_in, t_s)
+    if config.step == "published":
+        return z_in / (1 - flow.per_sample(t_s, z_in)) - flow.eps_from_velocity(z_in, v, t_s)
     return flow.z0_from_velocity(z_in, v, torch.ones_like(t_s) if config.step == "residual" else t_s)
 
 
@@ -105,8 +110,9 @@ class TimedStep(SingleStep):
 
     def jump(self, model: Restorer, z_lq: Tensor, eps: Tensor, dials: Mapping[str, float]) -> Tensor:
         """Uses no noise. A strength below the smallest time of the training, method.t_min, counts as that time."""
-        t_s = max(dials["strength"], self.config.t_min)
-        return one_step(model, self.config, z_lq, model.snap(torch.full((len(z_lq),), t_s, device=z_lq.device)))
+        ones = torch.ones(len(z_lq), device=z_lq.device)
+        t_s = torch.maximum(dials["strength"] * ones, model.time_at(self.config.t_min * ones))
+        return one_step(model, self.config, z_lq, model.snap(t_s))
 
 
 class Tadsr(WithLpips):
@@ -125,6 +131,11 @@ class Tadsr(WithLpips):
 
     def check_models(self, models: Mapping[str, Model]) -> None:
         """Raise ValueError for a backbone that is no unconditional score, or has no text for guidance."""
+        if self.config.step == "published" and models["student"].snap(torch.ones(1)).item() == 1:
+            raise ValueError(
+                "method.step = published divides by 1 - t_s, and the times of this backbone reach 1: set "
+                "method.step=residual"
+            )
         if "real" not in models:
             return
         models["real"].require_prior()
@@ -142,7 +153,7 @@ class Tadsr(WithLpips):
         """
         c, student = self.config, models["student"]
         _, z_lq = latents(student, batch, hq=False)
-        t_s = student.snap(draws.uniform("student time", c.t_min, 1.0))
+        t_s = student.snap(student.time_at(draws.uniform("student time", c.t_min, 1.0)))
         z_hat = one_step(student, c, z_lq, t_s)
         z_fake = z_hat.detach()
         gradient, logs = self._data_gradient(student, batch, z_fake, t_s)
@@ -177,7 +188,7 @@ class Tadsr(WithLpips):
     ) -> Tensor:
         """Return numel times the gradient of the score loss (TAVSD) with respect to z_hat; add values to log."""
         c, real, noise = self.config, models["real"], draws.normal("score noise", z_hat)
-        t_v, tau = self._teacher_time(t_s if c.coupled else draws.uniform("score time", c.t_min, 1.0))
+        t_v, tau = self._teacher_time(t_s if c.coupled else real.time_at(draws.uniform("score time", c.t_min, 1.0)))
         t_v = real.snap(t_v)
         z_v = flow.interpolate(z_hat, noise, t_v)
         at = scores.guided(real, z_v, t_v, c.cfg_real + c.cfg_slope * tau if c.guided else 1.0)

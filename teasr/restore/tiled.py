@@ -62,13 +62,21 @@ class Tiled:
         return self.model.snap(t)
 
     def encode(self, frame: np.ndarray) -> Tensor:
-        """Encode a frame [H, W, 3] uint8 or uint16 to latents [1, C, h, w] in host memory."""
+        """Encode a frame [H, W, 3] uint8 or uint16 as `Model.encode_lq` does, to [1, C, h, w] in host memory."""
 
         def of_tile(tile: Tile) -> Tensor:
             pixels = torch.from_numpy(self._pixels(frame, tile)).to(self.device).float()
-            return self.model.encode((pixels / (np.iinfo(frame.dtype).max / 2) - 1).permute(2, 0, 1)[None])
+            return self.model.encode_lq((pixels / (np.iinfo(frame.dtype).max / 2) - 1).permute(2, 0, 1)[None])
 
         return self._tile_by_tile(of_tile)
+
+    def time_at(self, u: Tensor) -> Tensor:
+        """See `Model.time_at`."""
+        return self.model.time_at(u)
+
+    def start_from(self, z_lq: Tensor, t: Tensor) -> Tensor:
+        """See `Model.start_from`; takes and returns latents in host memory."""
+        return self.model.start_from(z_lq, t)
 
     def adapt(self, z_lq: Tensor, t: Tensor) -> Tensor:
         """See `Model.adapt`; takes and returns latents in host memory."""
@@ -97,9 +105,11 @@ class Tiled:
         """Compute the latents of the whole frame from those of its tiles, blended in their overlaps."""
 
         def all_tiles() -> Tensor:
-            whole = self._latents()
+            whole = None
             for tile in self.plan:
-                self._add(large.plain(whole), tile, of_tile(tile), self.places)
+                z = of_tile(tile)
+                whole = self._latents(z.shape[1]) if whole is None else whole
+                self._add(large.plain(whole), tile, z, self.places)
                 self._after(tile)
             return whole
 
@@ -124,8 +134,7 @@ class Tiled:
 
         self._with_room(all_tiles)
 
-    def _latents(self) -> Tensor:
-        channels = self.model.backbone.latent_channels
+    def _latents(self, channels: int) -> Tensor:
         return large.zeros((1, channels, self.height * self.places, self.width * self.places), self.scratch)
 
     def _after(self, tile: Tile) -> None:
@@ -180,8 +189,8 @@ def bytes_of_unit(model: Model, device: torch.device) -> float:
     side = PROBE * model.pixel_multiple
     try:
         with Meter(device.type) as meter:
-            z = model.encode(torch.zeros(1, 3, side, side, device=device))
             t, r = (model.snap(torch.full((1,), time, device=device)) for time in (1.0, 0.0))
+            z = model.encode(torch.zeros(1, 3, side, side, device=device), t if model.role.encoder else None)
             dual = model.role.branches == "dual"
             model.decode(z - model.velocity(z, t, Condition(z, r) if dual else NOTHING))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -265,7 +265,7 @@ class Upscaler:
         tiled = Tiled(self.model, *frame.shape[:2], tile_px, self.device, say, on_tile, scratch)
         z_lq = tiled.encode(frame)
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        eps = large.noise(z_lq.shape, generator, scratch)
+        eps = large.noise((1, self.backbone.latent_channels, *z_lq.shape[-2:]), generator, scratch)
         z = self.sampler.sample(tiled, z_lq, eps, steps, dials, look if on_step else None)
         del z_lq, eps
         tiled.decode(z, frame)

@@ -34,6 +34,8 @@ class Optimal:
     def snap(self, t):
         return t
 
+    time_at = snap
+
     def noised(self, law, t):
         a = (1 - t).double()
         return Normal(a * law[0], ((a * law[1]) ** 2 + t.double() ** 2).sqrt())

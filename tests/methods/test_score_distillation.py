@@ -40,6 +40,8 @@ class Gaussian:
     def snap(self, t):
         return t
 
+    time_at = snap
+
     def velocity(self, z, t, condition=None):
         mean = self.mean if condition is None or condition.text is None else self.null_mean
         s = flow.per_sample(t, z)
@@ -388,6 +390,8 @@ class Net(nn.Module):
 
     def snap(self, t):
         return t
+
+    time_at = snap
 
     def velocity(self, z, t, condition=None):
         x = torch.cat((z.flatten(1), t[:, None], (3 * t[:, None]).sin()), 1)
