@@ -48,7 +48,7 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
     "methods/base.py": {"backbones.model", "backbones.roles", "data.batch", "methods.sampler", "util/"},
     "methods/teasr.py": {
         "backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.pixel_losses",
-        "methods.sampler", "methods.tiles", "util/",
+        "methods.sampler", "methods.teasr_times", "methods.tiles", "util/",
     },
     "run_config.py": {"backbones/", "config/", "data.config", "data.layout", "methods/", "util.optional"},
     "restore/": {"assets/", "backbones/", "diffusion/", "imaging/", "methods/", "restore/", "run_config", "util/"},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from teasr import assets
+from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import FIRST, STUDENT, Role
 from teasr.diffusion.losses import only_input_gradient
@@ -88,6 +89,15 @@ class Backbone(ABC):
         with torch.autocast(z_t.device.type, self.autocast) if casts else nullcontext():
             out = net(z_t, t_cur, *inputs, role=role, part=part)
         return out if out.dtype == z_t.dtype else out.float()
+
+    def sweeps(self) -> Sweeps:
+        """Begin the sweeps of one loss, in which several calls pass through each block together.
+
+        Raises ValueError if the backbone cannot do that.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot compute block by block: set method.order=losses, which is the default"
+        )
 
     @property
     def null_text(self) -> Tensor | None:

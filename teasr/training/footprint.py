@@ -101,7 +101,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     networks, result = Networks(config, method), Footprint(size_px)
     for place, base in networks.bases.items():
         if place in networks.trained_bases:
-            check_swap(settings, base)
+            check_swap(settings, base, method.by_block)
         for group, tensors in base.memory_groups().items():
             _put(result.parameters, group, sum(x.numel() for x in tensors))
         base.to(meta)

@@ -26,6 +26,7 @@ from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linear
 from teasr.backbones.memory.offloading import offload_blocks
 from teasr.backbones.memory.quantised import KINDS, FullLinear
 from teasr.backbones.memory.swapping import Ring, spaced
+from teasr.backbones.memory.sweeps import Pass, Sweeps, Tokens
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.backbones.qwen_image.modulation import ModulationTable
@@ -124,22 +125,34 @@ class QwenNet(RoleNet):
         x = self._tokens(z_t, t_cur, None, None, text, role, blocks)
         return x.transpose(1, 2).unflatten(2, (z_t.shape[-2] // 2, z_t.shape[-1] // 2))
 
+    def begin(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Pass:
+        """Return the call of `predict` with these arguments as one that can share its sweep with others."""
+        transformer = self.transformer
+        tokens, others = transformer.begin(*self._inputs(z_t, t_cur, z_lq, t_tar, text, role))
+
+        def through(i: int, tokens: Tokens) -> Tokens:
+            return transformer.transformer_blocks[i].compute(*tokens, **others(i))
+
+        def end(tokens: Tokens) -> Tensor:
+            v = unpack(transformer.end(tokens, others), z_t.shape[-2] // 2, z_t.shape[-1] // 2)
+            return v if v.dtype == z_t.dtype else v.float()
+
+        return Pass(tokens, through, end)
+
     def _tokens(self, z_t, t_cur, z_lq, t_tar, text, role: Role, blocks: int | None = None) -> Tensor:
         """Return velocity tokens [B, L, P], or the noise tokens [B, L, D] after `blocks` blocks if that is given."""
+        return self.transformer(*self._inputs(z_t, t_cur, z_lq, t_tar, text, role), blocks)
+
+    def _inputs(self, z_t, t_cur, z_lq, t_tar, text, role: Role) -> tuple:
+        """Return the arguments of the transformer, in order."""
         dtype = self.prompt.dtype
         text = self.prompt if text is None else text.to(dtype)
-        return self.transformer(
-            pack(z_t).to(dtype),
-            t_cur,
-            text.expand(z_t.shape[0], -1, -1),
-            (z_t.shape[-2] // 2, z_t.shape[-1] // 2),
-            cond=None if z_lq is None else pack(z_lq).to(dtype),
-            t_tar=t_tar,
-            rope=self.config.rope,
-            cond_attention=self.config.cond_attention,
-            adapters=role.adapters,
-            blocks=blocks,
-        )
+        cond = None if z_lq is None else pack(z_lq).to(dtype)
+        grid = (z_t.shape[-2] // 2, z_t.shape[-1] // 2)
+        own = self.config.rope, self.config.cond_attention, role.adapters
+        return pack(z_t).to(dtype), t_cur, text.expand(z_t.shape[0], -1, -1), grid, cond, t_tar, *own
 
 
 def pack(z: Tensor) -> Tensor:
@@ -241,6 +254,14 @@ class QwenImage(Backbone):
     @property
     def null_text(self) -> Tensor | None:
         return self.network.null_prompt
+
+    def sweeps(self) -> Sweeps:
+        if self.config.compile or not self.config.gradient_checkpointing:
+            raise ValueError(
+                "method.order = blocks recomputes each block, which must not be compiled: set "
+                "backbone.gradient_checkpointing=true and backbone.compile=false, or method.order=losses"
+            )
+        return Sweeps(self.network.transformer.transformer_blocks, self.network.begin)
 
     def snap(self, t: Tensor) -> Tensor:
         """Round to the times of the modulation table, so that time embedding and noise level agree."""
