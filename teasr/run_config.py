@@ -1,11 +1,8 @@
-"""Config of a run, read from YAML: backbone, method, data and training options, and how to build them.
-
-The registries of backbones and methods are defined here. Adding one takes a new file, a line here and a preset.
-"""
+"""Config of a run, read from YAML: backbone, method, data and training options, and how to build them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,71 +18,7 @@ from teasr.config.settings import PreviewConfig, TrackingConfig, TrainConfig
 from teasr.data.config import DataConfig
 from teasr.data.layout import DEFAULT_SCALE, SCALES
 from teasr.methods.base import Method
-from teasr.util.optional import needed_for
-
-
-def _tiny() -> tuple[type, type[Backbone]]:
-    from teasr.backbones.tiny import Tiny, TinyConfig
-
-    return TinyConfig, Tiny
-
-
-def _qwen_image() -> tuple[type, type[Backbone]]:
-    with needed_for("the backbone qwen_image"):
-        from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
-
-    return QwenImageConfig, QwenImage
-
-
-def _unet() -> tuple[type, type[Backbone]]:
-    from teasr.backbones.unet.backbone import UNet, UNetConfig
-
-    return UNetConfig, UNet
-
-
-def _coarse() -> tuple[type, type[Method]]:
-    from teasr.methods.coarse import Coarse, CoarseConfig
-
-    return CoarseConfig, Coarse
-
-
-def _d3sr() -> tuple[type, type[Method]]:
-    from teasr.methods.d3sr import D3sr, D3srConfig
-
-    return D3srConfig, D3sr
-
-
-def _score_distillation() -> tuple[type, type[Method]]:
-    from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
-
-    return ScoreDistillationConfig, ScoreDistillation
-
-
-def _tadsr() -> tuple[type, type[Method]]:
-    from teasr.methods.tadsr import Tadsr, TadsrConfig
-
-    return TadsrConfig, Tadsr
-
-
-def _teasr() -> tuple[type, type[Method]]:
-    from teasr.methods.teasr import Teasr, TeasrConfig
-
-    return TeasrConfig, Teasr
-
-
-# loaders of (config class, class): imports are deferred, because importing diffusers alone takes seconds
-BACKBONES: dict[str, Callable[[], tuple[type, type[Backbone]]]] = {
-    "tiny": _tiny,
-    "unet": _unet,
-    "qwen_image": _qwen_image,
-}
-METHODS: dict[str, Callable[[], tuple[type, type[Method]]]] = {
-    "coarse": _coarse,
-    "d3sr": _d3sr,
-    "score_distillation": _score_distillation,
-    "tadsr": _tadsr,
-    "teasr": _teasr,
-}
+from teasr.registry import BACKBONES, METHODS, check_fit
 
 
 @dataclass(frozen=True)
@@ -202,6 +135,7 @@ def parse(data: dict) -> RunConfig:
             raise ValueError(f"config key {key} is missing: add it; every run needs it")
     backbone_name, backbone = _component(BACKBONES, data["backbone"], "backbone")
     method_name, method = _component(METHODS, data["method"], "method")
+    check_fit(backbone_name, method_name)
     prior_name, prior = (None, None) if data.get("prior") is None else _component(BACKBONES, data["prior"], "prior")
     return RunConfig(
         run_dir=_run_dir(data["run_dir"]),

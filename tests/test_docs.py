@@ -76,7 +76,8 @@ def test_settings_and_options_that_a_newcomer_is_told_exist():
     from teasr.commands import completion
     from teasr.config import settings
 
-    sources = (settings.__file__, ROOT / "teasr/backbones/qwen_image/backbone.py")
+    backbones = (ROOT / "teasr/backbones" / name for name in ("generic/config.py", "qwen_image/backbone.py"))
+    sources = (settings.__file__, *backbones)
     known_keys = set(re.findall(r"^    (\w+):", "\n".join(Path(source).read_text() for source in sources), re.M))
     upscaling, training = (ROOT / "docs/switching.md").read_text().split("## kohya's scripts")
     for page, verb in ((upscaling, "upscale"), (training, "train")):

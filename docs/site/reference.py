@@ -70,7 +70,8 @@ def commands() -> str:
 
 def table(heading: str, section: str, kind: type) -> str:
     """Return a heading, the docstring of a dataclass, and a table of its fields."""
-    said, hints = comments(kind), typing.get_type_hints(kind, include_extras=True)
+    said = {key: text for part in reversed(kind.__mro__[:-1]) for key, text in comments(part).items()}
+    hints = typing.get_type_hints(kind, include_extras=True)
     rows = [f"## {heading}", "", *_paragraphs(inspect.getdoc(kind)), "", "| key | default | allowed | meaning |"]
     rows.append("|---|---|---|---|")
     for field in dataclasses.fields(kind):

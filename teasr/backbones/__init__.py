@@ -1,7 +1,7 @@
-"""Diffusion networks and their image codecs behind the interface of base.py: a small one and Qwen-Image.
+"""Diffusion networks and their image codecs behind the interface of base.py: small ones, and those of diffusers.
 
-A backbone defines its own time scale, token layout, text handling and weight files. Qwen-Image has its own folder,
-qwen_image/. This folder imports only `diffusion`, `assets` and `util`: never methods, data or the trainer.
+A backbone defines its own time scale, token layout, text handling and weight files. What backbones on diffusers share
+is in generic/. This folder imports only `diffusion`, `assets` and `util`: never methods, data or the trainer.
 """
 
 import logging

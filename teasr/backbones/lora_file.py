@@ -92,7 +92,7 @@ def card(tensors: dict[str, Tensor], ours: dict) -> str:
 base_model: {base}
 library_name: teasr
 pipeline_tag: image-to-image
-tags: [super-resolution, image-restoration, lora, qwen-image, any-step]
+tags: [super-resolution, image-restoration, lora, {ours.get("backbone", "qwen_image").replace("_", "-")}, any-step]
 ---
 
 # TEASR LoRA for {base}
@@ -107,8 +107,8 @@ Continue training: set `backbone.lora=FOLDER` in the config.
 
 | | |
 |---|---|
-| attention of condition tokens | {ours["cond_attention"]} |
-| positions of condition tokens | {ours["rope"]} |
+| attention of condition tokens | {ours.get("cond_attention", "joint")} |
+| positions of condition tokens | {ours.get("rope", "shared")} |
 | times | t_cur in [0, 1], where 1 is noise; t_tar in [-1, 1], negative for the fake trajectory; \
 the sinusoidal embedding is computed in fp32 |
 | prompt | {ours["prompt"]} |

@@ -1,7 +1,8 @@
-"""Prompt files: the Qwen-Image text embedding of one prompt, computed once and stored with its provenance.
+"""Prompt files: the text embedding of one prompt for a model, computed once and stored with its provenance.
 
-Training and inference use a single prompt (the empty one), so the text encoder (7 B parameters) is loaded only once,
-for about a minute, to write this file (in the format of util/tensor_file.py).
+Training and inference use a single prompt (the empty one), so the text encoders (up to 7 B parameters) are loaded only
+once, for about a minute, to write this file (in the format of util/tensor_file.py). Which encoders a model has, and how
+its pipeline uses them, follows from its `model_index.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class PromptConfig:
     """Which prompt to embed, with which model, and where to store the result."""
 
-    model: str  # local folder of a diffusers Qwen-Image model, or its name on the hub
+    model: str  # local folder of a diffusers model, or its name on the hub
     out: str  # path of the prompt file to write
     prompt: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -86,31 +88,85 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
 
 
 def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Embed one prompt with `QwenImagePipeline.encode_prompt`: embedding [L, D] and mask [L] or None, on the CPU.
+    """Embed one prompt as the model's pipeline does: embedding [L, D] and mask [L] or None, on the CPU.
 
-    Only the tokenizer and the text encoder are loaded. Raises ValueError if one is missing or incomplete.
+    Only tokenizers and text encoders are loaded. Raises ValueError if one is missing or incomplete, or if the model is
+    of a kind that no backbone uses.
     """
     with needed_for("embedding a prompt"):
-        from diffusers import QwenImagePipeline
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+        from diffusers import DiffusionPipeline
 
     name = model_name(model, "model")
-    try:
-        # The config comes first: if the hub is unreachable it fails in half a minute, the tokenizer in several minutes.
-        Qwen2_5_VLConfig.from_pretrained(name, subfolder="text_encoder")
-        tokenizer = Qwen2Tokenizer.from_pretrained(name, subfolder="tokenizer")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    try:  # first, because it fails soonest if the hub is unreachable
+        index = DiffusionPipeline.load_config(name)
+    except (OSError, ValueError) as error:
         raise cannot_load("model", model, error) from error
+    kind = index.get("_class_name")
+    if kind not in EMBEDDINGS:
+        raise ValueError(f"model = {model} is a {kind}: no backbone uses it; allowed are {', '.join(EMBEDDINGS)}")
+    with torch.inference_mode():
+        embeds, mask = EMBEDDINGS[kind](model, index, prompt, device, dtype)
+    return embeds.cpu().clone(), None if mask is None else mask.cpu().clone()
+
+
+Embedding = tuple[Tensor, Tensor | None]
+
+
+def _embed_qwen(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+    from diffusers import QwenImagePipeline
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    tokenizer = _tokenizer(Qwen2Tokenizer, model, "tokenizer")
     encoder = load_part(Qwen2_5_VLForConditionalGeneration, "model", model, "text_encoder", dtype, "text encoder")
     pipeline = QwenImagePipeline(None, None, encoder.to(device).eval(), tokenizer, None)
-    template = pipeline.prompt_template_encode
-    # transformers silently creates a tokenizer with an empty vocabulary if its files are missing
-    if tokenizer.decode(tokenizer(template).input_ids) != template:
+    _check_tokenizer(tokenizer, pipeline.prompt_template_encode, model)
+    embeds, mask = pipeline.encode_prompt(prompt, device=device)
+    return embeds[0], None if mask is None else mask[0]
+
+
+def _embed_sd3(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+    """The pooled embedding of both CLIP encoders, padded with zeros, is the first row (sd3.py)."""
+    pipeline = _text_pipeline(model, index, device, dtype)
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device, do_classifier_free_guidance=False)
+    return torch.cat((F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1])), tokens[0])), None
+
+
+EMBEDDINGS = {  # pipeline named in model_index.json -> how it embeds a prompt
+    "QwenImagePipeline": _embed_qwen,
+    "StableDiffusion3Pipeline": _embed_sd3,
+}
+
+
+def _text_pipeline(model: str, index: dict, device: torch.device, dtype: torch.dtype):
+    """Return the model's pipeline with its tokenizers and text encoders, on the device, and nothing else."""
+    import diffusers
+    import transformers
+
+    parts = {}
+    for part, value in index.items():
+        if part.startswith("tokenizer"):
+            parts[part] = _tokenizer(getattr(transformers, value[1]), model, part)
+            _check_tokenizer(parts[part], "a photo", model)
+        elif part.startswith("text_encoder"):
+            encoder = load_part(getattr(transformers, value[1]), "model", model, part, dtype, part.replace("_", " "))
+            parts[part] = encoder.to(device).eval()
+        elif not part.startswith("_"):
+            parts[part] = None if isinstance(value, list) else value
+    return getattr(diffusers, index["_class_name"])(**parts)
+
+
+def _tokenizer(cls: type, model: str, subfolder: str):
+    try:
+        return cls.from_pretrained(model_name(model, "model"), subfolder=subfolder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise cannot_load("model", model, error) from error
+
+
+def _check_tokenizer(tokenizer, text: str, model: str) -> None:
+    """Raise ValueError if the text does not survive; transformers silently makes a tokenizer without words of files."""
+    if tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens="<" not in text).strip() != text.strip():
         reason = "its folder tokenizer is missing or broken: decoding the encoded prompt template does not give it back"
         raise cannot_load("model", model, reason)
-    with torch.inference_mode():
-        embeds, mask = pipeline.encode_prompt(prompt, device=device)
-    return embeds[0].cpu().clone(), None if mask is None else mask[0].cpu().clone()
 
 
 def libraries() -> dict[str, str]:

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 
 settings:
   shards         folder of the shard set
-  vae            local folder of a Qwen-Image VAE, or of a model with one in vae/; or a model's name on the hub
+  vae            local folder of a diffusers VAE, or of a model with one in vae/; or a model's name on the hub
   out            folder of the latents (default: latents/ inside `shards`)
   augment        none, flip (default) or dihedral: store the latents of 1, 2 or 8 flipped and rotated images, as many
                  as training with that data.augment needs
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-latents") 
 
 
 def _cache(options: argparse.Namespace) -> None:
+    from teasr.backbones.codecs import load_codec
     from teasr.backbones.prompts import pick_device
-    from teasr.backbones.qwen_image.vae import QwenCodec
     from teasr.config import strict_yaml
     from teasr.data.prep import engines
     from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents
@@ -68,7 +68,7 @@ def _cache(options: argparse.Namespace) -> None:
     config = strict_yaml.load(LatentsConfig, None, options.settings)
     part = engines.split_from_environment()
     device = pick_device(config.device)
-    codec = QwenCodec.from_pretrained(config.vae, DTYPES[config.compute_dtype], key="vae").to(device)
+    codec = load_codec(config.vae, DTYPES[config.compute_dtype], key="vae").to(device)
     cache_latents(config, codec, device, *part, options.overwrite)
 
 

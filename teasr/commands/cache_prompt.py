@@ -9,10 +9,12 @@ from teasr.util import command_line
 SUMMARY = "compute the text embedding of the prompt once, into one file that training and inference read"
 EXAMPLES = """examples:
   {prog} model=Qwen/Qwen-Image out=data/train/prompt.safetensors prompt=""
+  {prog} model=stabilityai/stable-diffusion-3.5-medium out=data/sd3_prompt.safetensors
   {prog} model=~/models/qwen-image out=prompt.safetensors device=cpu
 
 settings:
-  model     local folder of a diffusers Qwen-Image model (text_encoder/ and tokenizer/ are read), or its hub name
+  model     local folder of a diffusers model, or its name on the hub; its model_index.json, tokenizers and text
+            encoders are read
   out       output file; kept if prompt, model and library versions are unchanged, otherwise computed again
   prompt    everything after prompt= is the text (default: the empty prompt)
   device    auto (a GPU if there is one), cpu, cuda

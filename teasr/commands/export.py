@@ -153,6 +153,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     state = json.loads((folder / "state.json").read_text())
     peft, metadata = lora
     metadata |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
+    metadata["backbone"] = settings.backbone_name
     metadata |= {
         "weights": options.weights,
         "updates": state["update"],

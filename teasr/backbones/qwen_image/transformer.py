@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformer2DModel,
@@ -25,9 +24,9 @@ from diffusers.models.transformers.transformer_qwenimage import (
     apply_rotary_emb_qwen,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from teasr.backbones.lora import add_lora, base, upgrade_lora, with_lora
+from teasr.backbones.generic.network import Attention, DualBranch, heads, rms
+from teasr.backbones.lora import add_lora, base, with_lora
 from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
 from teasr.backbones.roles import DEFAULT_SET, Adapters
 
@@ -35,7 +34,7 @@ STUDENT_SETS = Adapters(condition=DEFAULT_SET)
 Tokens = tuple[Tensor, Tensor, Tensor | None]  # of noise [B, L, D], text [B, T, D] and condition [B, L, D]
 
 
-class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
+class DualBranchAttention(Attention, QwenDoubleStreamAttnProcessor2_0):
     """Joint attention over [text, noise, condition] tokens through diffusers' attention dispatcher."""
 
     def __call__(
@@ -54,45 +53,31 @@ class DualBranchAttention(QwenDoubleStreamAttnProcessor2_0):
         rope: complex [T + 2 L, E / 2], for text, noise and condition tokens. The text and condition outputs are None
         in the last block.
         """
-        heads = functools.partial(_heads, attn)
+        split = functools.partial(heads, attn)
         lx, lc = adapters.noise, adapters.condition
-        q = [_rms(attn.norm_added_q, heads(attn.add_q_proj(text_BTD)))]
-        k = [_rms(attn.norm_added_k, heads(attn.add_k_proj(text_BTD)))]
-        v = [heads(attn.add_v_proj(text_BTD))]
+        q = [rms(attn.norm_added_q, split(attn.add_q_proj(text_BTD)))]
+        k = [rms(attn.norm_added_k, split(attn.add_k_proj(text_BTD)))]
+        v = [split(attn.add_v_proj(text_BTD))]
         for tokens, name in ((x_BLD, lx), (cond_BLD, lc)):
             if tokens is not None:
-                k.append(_rms(attn.norm_k, heads(with_lora(attn.to_k, tokens, name))))
-                v.append(heads(with_lora(attn.to_v, tokens, name)))
+                k.append(rms(attn.norm_k, split(with_lora(attn.to_k, tokens, name))))
+                v.append(split(with_lora(attn.to_v, tokens, name)))
                 if tokens is x_BLD or not last:
-                    q.append(_rms(attn.norm_q, heads(with_lora(attn.to_q, tokens, name))))
+                    q.append(rms(attn.norm_q, split(with_lora(attn.to_q, tokens, name))))
         q, k, v = torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1)
         q, k = (apply_rotary_emb_qwen(y, rope[: y.shape[1]], use_real=False) for y in (q, k))
         t, n = text_BTD.shape[1], text_BTD.shape[1] + x_BLD.shape[1]
         has_cond = q.shape[1] > n
         if has_cond and independent:
-            out, out_c = self._attend(q[:, :n], k, v), self._attend(q[:, n:], k[:, n:], v[:, n:])
+            out, out_c = self.attend(q[:, :n], k, v), self.attend(q[:, n:], k[:, n:], v[:, n:])
         else:
-            out = self._attend(q, k, v)
+            out = self.attend(q, k, v)
             out_c = out[:, n:].contiguous()
         out_x = with_lora(attn.to_out[0], out[:, t:n].contiguous(), lx)
         if last:
             return out_x, None, None
         out_t = attn.to_add_out(out[:, :t].contiguous())
         return out_x, out_t, with_lora(attn.to_out[0], out_c, lc) if has_cond else None
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map q, k and v, each [B, *, H, E], to [B, queries, D]."""
-        out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
-        return out.flatten(2, 3).to(q.dtype)
-
-
-def _rms(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply diffusers' RMSNorm as one fused operation: equal in fp32, and rounded once instead of twice in bf16."""
-    return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
-
-
-def _heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
-    return x_BLD.unflatten(-1, (-1, attn.inner_dim // attn.heads))
 
 
 class DualBranchBlock(QwenImageTransformerBlock):
@@ -160,7 +145,7 @@ class DualBranchBlock(QwenImageTransformerBlock):
         return with_lora(second, F.gelu(with_lora(first.proj, y_BLD, name), approximate="tanh"), name)
 
 
-class DualBranchTransformer(QwenImageTransformer2DModel):
+class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
     """The dual-branch transformer; it loads the weights of the stock model unchanged."""
 
     _repeated_blocks: ClassVar = ["DualBranchBlock"]
@@ -170,33 +155,14 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # otherwise from_pretrained drops the config
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._upgrade()
+        self.upgrade()
 
-    @classmethod
-    def from_stock(cls, model: QwenImageTransformer2DModel) -> DualBranchTransformer:
-        """Convert a loaded stock model, quantised or not, to this class in place."""
-        model.__class__ = cls
-        model._upgrade()
-        return model
-
-    def _upgrade(self) -> None:
+    def upgrade(self) -> None:
         for block in self.transformer_blocks:
             block.__class__ = DualBranchBlock
             processor = DualBranchAttention()
             processor._attention_backend = block.attn.processor._attention_backend
             block.attn.processor = processor
-
-    def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
-        """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""
-        super().load_lora_adapter(*args, adapter_name=adapter_name, **kwargs)
-        upgrade_lora(self)
-
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """Raise RuntimeError: fusing is not supported, because it would change the noise tokens too."""
-        raise RuntimeError(
-            "this LoRA applies to condition tokens only and cannot be fused into the base weights, because that would "
-            "change the noise tokens too"
-        )
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """Embed times [B] fp32 of either sign: [B, D].
@@ -233,11 +199,7 @@ class DualBranchTransformer(QwenImageTransformer2DModel):
             tokens_BLP, t_cur, text_BTD, grid, cond, t_tar, rope, cond_attention, adapters, blocks
         )
         for i in range(len(self.transformer_blocks) if blocks is None else blocks):
-            block = self.transformer_blocks[i]
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = checkpoint(block, *tokens, use_reentrant=False, **others(i))
-            else:
-                tokens = block(*tokens, **others(i))
+            tokens = self.run_block(i, *tokens, **others(i))
         return self.end(tokens, others) if blocks is None else tokens[0]
 
     def begin(

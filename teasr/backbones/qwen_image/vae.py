@@ -7,8 +7,6 @@ clamped values have no gradient; this one does not clamp and is differentiable.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
@@ -16,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teasr.backbones.prompts import load_part, vae_folder
+from teasr.backbones.generic.codec import Codec
 
 
 class LastTap(nn.Module):
@@ -58,37 +56,19 @@ def to_2d(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     return vae
 
 
-class QwenCodec(nn.Module):
+class QwenCodec(Codec):
     """Frozen codec between images and normalised latents."""
 
-    downsample = 8
+    vae_class = AutoencoderKLQwenImage
 
     def __init__(self, vae: AutoencoderKLQwenImage):
         """Build the codec from a VAE, which is converted to 2-D in place."""
-        super().__init__()
-        self.vae = to_2d(vae).eval().requires_grad_(False)
+        super().__init__(to_2d(vae))
+        self.latent_channels = vae.config.z_dim
         for name in ("latents_mean", "latents_std"):
             self.register_buffer(
                 name, torch.tensor(vae.config[name], dtype=torch.float32)[:, None, None], persistent=False
             )
-
-    @classmethod
-    def from_pretrained(cls, model: str, dtype: torch.dtype, key: str = "backbone.model") -> QwenCodec:
-        """Load from a hub name, or from the local folder of a VAE or of a model with a VAE in vae/.
-
-        `key`: the config key that names it. Raises ValueError if it is missing or incomplete.
-        """
-        return cls(load_part(AutoencoderKLQwenImage, key, model, vae_folder(model, key), dtype, "VAE"))
-
-    def sha256(self) -> str:
-        """Hash of the weights, rounded to bf16 so that it does not depend on the dtype, and of the normalisation."""
-        tensors = {name: x.bfloat16() for name, x in self.vae.state_dict().items()}
-        tensors |= {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
-        sha256 = hashlib.sha256()
-        for name, x in sorted(tensors.items()):
-            sha256.update(f"{name} {list(x.shape)}".encode())
-            sha256.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return sha256.hexdigest()
 
     @property
     def checkpointing(self) -> bool:
@@ -105,10 +85,6 @@ class QwenCodec(nn.Module):
         """[B, 3, H, W] in [-1, 1] -> (mode of the posterior - mean) / standard deviation, [B, C, H / 8, W / 8] fp32."""
         moments = self.vae.quant_conv(self.vae.encoder(x[:, :, None].to(self._dtype)))
         return (moments.chunk(2, dim=1)[0][:, :, 0].float() - self.latents_mean) / self.latents_std
-
-    def decode(self, z: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, 8 h, 8 w] fp32, differentiable and not clamped."""
-        return self.decode_local(self.decode_global(z))
 
     def decode_global(self, z: Tensor) -> Tensor:
         """Run the part of the decoder with attention over the whole picture, [B, C, h, w] -> [B, C', 1, h, w]."""

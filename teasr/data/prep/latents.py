@@ -50,7 +50,7 @@ class LatentsConfig:
     """Config of the latent cache: which shards are encoded, and with which VAE."""
 
     shards: str  # folder of the shard set
-    vae: str  # local folder of a Qwen-Image VAE or of a model with one in vae/; or a model name on the hub
+    vae: str  # local folder of a diffusers VAE or of a model with one in vae/; or a model name on the hub
     out: str | None = None  # folder of the sidecar shards; default: latents/ inside `shards`
     augment: Literal["none", "flip", "dihedral"] = "flip"  # data.augment of the trainings: 1, 2 or 8 latents per image
     device: Literal["auto", "cpu", "cuda"] = "auto"

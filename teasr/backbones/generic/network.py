@@ -1,0 +1,128 @@
+"""What the networks of backbones on diffusers share: the prompt beside the transformer, and the condition branch.
+
+Shape legend: B batch, C latent channels, h w latent pixels, L image tokens, D width, T text tokens, H heads, E head
+width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from teasr.backbones.generic.config import DiffusersConfig
+from teasr.backbones.lora import upgrade_lora
+from teasr.backbones.parts import RoleNet
+from teasr.backbones.roles import DEFAULT_SET, Adapters, Role
+
+
+class DiffusersNet(RoleNet):
+    """The network: latents and two times -> velocity. It holds the transformer and the prompt embedding."""
+
+    def __init__(self, transformer: DualBranch, prompt_TD: Tensor, config: DiffusersConfig):
+        super().__init__()
+        self.transformer, self.config = transformer, config
+        self.register_buffer("prompt", prompt_TD, persistent=False)
+        self.register_buffer("null_prompt", None, persistent=False)
+
+    def predict(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Tensor:
+        """Map latents [B, C, h, w] and times [B] fp32 to the velocity [B, C, h, w]."""
+        return self.run(z_t, t_cur, z_lq, t_tar, self._text(text, z_t), role.adapters)
+
+    def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
+        """Return a feature map [B, D, h / 2, w / 2]."""
+        blocks = role.blocks or len(self.transformer.blocks)
+        x = self.run(z_t, t_cur, None, None, self._text(text, z_t), role.adapters, blocks)
+        return x.transpose(1, 2).unflatten(2, (z_t.shape[-2] // 2, z_t.shape[-1] // 2))
+
+    def run(
+        self,
+        z_t: Tensor,
+        t_cur: Tensor,
+        z_lq: Tensor | None,
+        t_tar: Tensor | None,
+        text_BTD: Tensor,
+        adapters: Adapters,
+        blocks: int | None = None,
+    ) -> Tensor:
+        """Return the velocity [B, C, h, w], or the noise tokens [B, L, D] after `blocks` blocks if that is given."""
+        cond = None if z_lq is None else z_lq.to(text_BTD.dtype)
+        return self.transformer(z_t.to(text_BTD.dtype), t_cur, text_BTD, cond, t_tar, adapters, blocks)
+
+    def _text(self, text: Tensor | None, z_t: Tensor) -> Tensor:
+        text = self.prompt if text is None else text.to(self.prompt.dtype)
+        return text.expand(len(z_t), -1, -1)
+
+
+class DualBranch:
+    """What transformers with a condition branch share; the stock class of diffusers follows it in the bases.
+
+    The modules and state-dict keys are those of the stock model, with no additional parameters. The LoRA sets of noise
+    and of condition tokens are passed to every block as an argument (`Adapters`), without masks, hooks or global state,
+    so that activation checkpointing recomputes exactly what the first forward pass computed.
+    """
+
+    block_list = "transformer_blocks"  # name of the module list of blocks
+
+    @classmethod
+    def from_stock(cls, model: nn.Module) -> Self:
+        """Convert a loaded stock model, quantised or not, to this class in place."""
+        model.__class__ = cls
+        model.upgrade()
+        return model
+
+    @abstractmethod
+    def upgrade(self) -> None:
+        """Convert the stock model's blocks in place."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return getattr(self, self.block_list)
+
+    def run_block(self, i: int, *arguments: Any, **others: Any) -> Any:
+        """Run block i, recomputed in the backward pass if activation checkpointing is on."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return checkpoint(self.blocks[i], *arguments, use_reentrant=False, **others)
+        return self.blocks[i](*arguments, **others)
+
+    def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
+        """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""
+        super().load_lora_adapter(*args, adapter_name=adapter_name, **kwargs)
+        upgrade_lora(self)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """Raise RuntimeError: fusing is not supported, because it would change the noise tokens too."""
+        raise RuntimeError(
+            "this LoRA applies to condition tokens only and cannot be fused into the base weights, because that would "
+            "change the noise tokens too"
+        )
+
+
+class Attention:
+    """What attention processors share: softmax attention through diffusers' dispatcher."""
+
+    _attention_backend = None  # set by diffusers' `set_attention_backend`
+    _parallel_config = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Map q, k and v, each [B, *, H, E], to [B, queries, D]."""
+        out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+        return out.flatten(2, 3).to(q.dtype)
+
+
+def heads(attn: nn.Module, x_BLD: Tensor) -> Tensor:
+    """[B, L, D] -> [B, L, H, E]."""
+    return x_BLD.unflatten(-1, (-1, attn.inner_dim // attn.heads))
+
+
+def rms(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Apply diffusers' RMSNorm as one fused operation: equal in fp32, and rounded once instead of twice in bf16."""
+    return x if norm is None else F.rms_norm(x, norm.dim, norm.weight, norm.eps)
