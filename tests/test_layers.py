@@ -20,7 +20,6 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "peft": {"backbones/lora.py"},
     "bitsandbytes": {"backbones/memory/quantised.py"},
     "diffusers": {
-        "backbones/memory/offloading.py",
         "backbones/prompts.py",
         "backbones/generic/codec.py",
         "backbones/generic/network.py",

@@ -101,6 +101,19 @@ def test_weights_are_copied_and_expanded_three_times(monkeypatch):
     assert all(m.kept is None for m in b.net.modules() if isinstance(m, QuantisedLinear))
 
 
+@pytest.mark.parametrize("order", ["losses", "blocks"])
+def test_checkpoints_in_host_memory_change_no_bit(order):
+    wanted, _ = update(order)
+    found, b = update(order, host_checkpoints=True, swap_blocks=3)
+    assert equal(found, wanted)
+    store = b.net.transformer.checkpoints
+    alive = sum(len(buffers) * n for (shape, dtype), buffers in store.free.items() for n in [shape.numel() * 4])
+    assert alive == store.host_bytes == b.checkpoint_bytes > 0  # all buffers are free again
+    graphs = {"losses": 1, "blocks": 4}[order]
+    tokens = 2 * 64 * (4 + 5 + 4) * 4  # bytes of two pictures: width, noise, text and condition tokens
+    assert store.host_bytes == graphs * BLOCKS * tokens and store.copied_bytes == 4 * BLOCKS * tokens
+
+
 def test_mistakes_name_the_cure():
     method = Teasr(TeasrConfig(**PLAIN, order="blocks"))
     for b in (Tiny(TinyConfig()), backbone(gradient_checkpointing=False), backbone(compile=True)):

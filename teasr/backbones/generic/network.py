@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.lora import upgrade_lora
+from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import DEFAULT_SET, Adapters, Role
 
@@ -70,6 +72,7 @@ class DualBranch:
     """
 
     block_list = "transformer_blocks"  # name of the module list of blocks
+    checkpoints: HostCheckpoints | None = None  # where the inputs of recomputed blocks are kept; None: on the device
 
     @classmethod
     def from_stock(cls, model: nn.Module) -> Self:
@@ -90,7 +93,8 @@ class DualBranch:
     def run_block(self, i: int, *arguments: Any, **others: Any) -> Any:
         """Run block i, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return checkpoint(self.blocks[i], *arguments, use_reentrant=False, **others)
+            with nullcontext() if self.checkpoints is None else self.checkpoints.hooks():
+                return checkpoint(self.blocks[i], *arguments, use_reentrant=False, **others)
         return self.blocks[i](*arguments, **others)
 
     def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:

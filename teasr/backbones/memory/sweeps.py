@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.memory.quantised import expanded_once
 
 Tokens = tuple[Tensor | None, ...]
@@ -29,7 +30,7 @@ class Pass:
     end: Callable[[Tokens], Tensor]  # from the tokens after the last block to the output
     # whether a gradient goes back through the call
     graph: bool = field(default_factory=torch.is_grad_enabled)
-    inputs: list[Tokens] = field(default_factory=list)  # of each block
+    inputs: list[tuple] = field(default_factory=list)  # of each block, as `Sweeps` keeps them
     leaves: Tokens = ()  # the tokens after the last block, on which the graph of `end` and of the losses begins
     gradients: Tokens = ()  # with respect to the tokens that the backward sweep has arrived at
 
@@ -42,12 +43,15 @@ class Sweeps:
     sweeps.joined(loss(a, b, c)).backward()
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], begin: Callable[..., Pass]):
+    def __init__(
+        self, blocks: Sequence[nn.Module], begin: Callable[..., Pass], checkpoints: HostCheckpoints | None = None
+    ):
         """blocks: a swapped one has a function `fetch` (swapping.py), which is called once a visit.
 
-        begin: takes the arguments of `RoleNet.predict` and returns the call as a `Pass`.
+        begin: takes the arguments of `RoleNet.predict` and returns the call as a `Pass`. checkpoints: where the inputs
+        of the blocks are kept; None: on the device.
         """
-        self.blocks, self.begin = blocks, begin
+        self.blocks, self.begin, self.checkpoints = blocks, begin, checkpoints
         self.passes: list[Pass] = []  # those with a graph
         self.loss: Tensor | None = None
 
@@ -63,7 +67,7 @@ class Sweeps:
                 with self._visit(i):
                     for k, p in enumerate(passes):
                         if p.graph:
-                            p.inputs.append(tokens[k])
+                            p.inputs.append(self._keep(tokens[k]))
                         tokens[k] = p.through(i, tokens[k])
         self.passes += [p for p in passes if p.graph]
         return [self._output(p, last) for p, last in zip(passes, tokens, strict=True)]
@@ -75,6 +79,14 @@ class Sweeps:
                 return p.end(tokens)
         p.leaves = tuple(None if x is None else x.detach().requires_grad_() for x in tokens)
         return p.end(p.leaves)
+
+    def _keep(self, tokens: Tokens) -> tuple:
+        keep = self.checkpoints
+        return tokens if keep is None else tuple(None if x is None else keep.put(x) for x in tokens)
+
+    def _kept(self, kept: tuple) -> Tokens:
+        keep = self.checkpoints
+        return kept if keep is None else tuple(None if x is None else keep.get(x) for x in kept)
 
     def joined(self, loss: Tensor) -> Tensor:
         """Return a scalar with the value of `loss`, whose backward pass is the backward sweep."""
@@ -106,13 +118,12 @@ class Sweeps:
             _backward(p.tokens, p.gradients)
         self.passes = []
 
-    @staticmethod
-    def _through(p: Pass, i: int) -> Tokens:
+    def _through(self, p: Pass, i: int) -> Tokens:
         """Recompute block i for one call, and return the gradients of its inputs from those of its outputs."""
         inputs = tuple(
             # from the first block on, all tokens depend on parameters
             None if x is None else x.detach().requires_grad_(i > 0 or first.requires_grad)
-            for x, first in zip(p.inputs.pop(), p.tokens, strict=True)
+            for x, first in zip(self._kept(p.inputs.pop()), p.tokens, strict=True)
         )
         _backward(p.through(i, inputs), p.gradients)
         return tuple(None if x is None else x.grad for x in inputs)

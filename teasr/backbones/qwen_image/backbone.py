@@ -117,7 +117,8 @@ class QwenImage(DiffusersModel):
                 "method.order = blocks recomputes each block, which must not be compiled: set "
                 "backbone.gradient_checkpointing=true and backbone.compile=false, or method.order=losses"
             )
-        return Sweeps(self.network.transformer.blocks, self.network.begin)
+        transformer = self.network.transformer
+        return Sweeps(transformer.blocks, self.network.begin, transformer.checkpoints)
 
     def snap(self, t: Tensor) -> Tensor:
         """Round to the times of the modulation table, so that time embedding and noise level agree."""
