@@ -15,7 +15,8 @@ from teasr.backbones.model import Condition, Model
 from teasr.data.batch import Batch
 from teasr.diffusion import flow
 from teasr.methods.base import Loss, Progress
-from teasr.methods.teasr import Teasr, TeasrConfig, Times
+from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.methods.teasr_times import Times
 from teasr.util.randomness import Draws
 
 

@@ -20,7 +20,6 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "peft": {"backbones/lora.py"},
     "bitsandbytes": {"backbones/memory/quantised.py"},
     "diffusers": {
-        "backbones/memory/offloading.py",
         "backbones/prompts.py",
         "backbones/generic/codec.py",
         "backbones/generic/network.py",
@@ -52,7 +51,7 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
     "methods/base.py": {"backbones.model", "backbones.roles", "data.batch", "methods.sampler", "util/"},
     "methods/teasr.py": {
         "backbones.model", "backbones.roles", "data.batch", "diffusion/", "methods.base", "methods.pixel_losses",
-        "methods.sampler", "methods.tiles", "util/",
+        "methods.sampler", "methods.teasr_times", "methods.tiles", "util/",
     },
     "registry.py": {"backbones/", "methods/", "util.optional"},
     "run_config.py": {"backbones/", "config/", "data.config", "data.layout", "methods/", "registry"},

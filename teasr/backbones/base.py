@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from teasr import assets
+from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import FIRST, STUDENT, Role
 from teasr.diffusion.losses import only_input_gradient
@@ -47,6 +48,7 @@ class Backbone(ABC):
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # dtypes in which a trained model can restore
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")  # types of devices on which it computes
     tile_px = 1024  # side of the tiles in which large images are restored
+    swapped_blocks = 0  # number of blocks whose frozen weights stay in host memory and are copied to compute
     patch_px: int  # image pixels per token along each side: the period of possible checkerboard artefacts
     # `decode_local` needs so many latent pixels around each pixel; None: it cannot be called on parts of a picture
     decoder_halo: int | None = None
@@ -112,6 +114,15 @@ class Backbone(ABC):
         A uniform share then is a time distributed as in that training. This is the identity for rectified flows.
         """
         return u
+
+    def sweeps(self) -> Sweeps:
+        """Begin the sweeps of one loss, in which several calls pass through each block together.
+
+        Raises ValueError if the backbone cannot do that.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot compute block by block: set method.order=losses, which is the default"
+        )
 
     @property
     def null_text(self) -> Tensor | None:
@@ -224,13 +235,13 @@ class Backbone(ABC):
         return config
 
     @property
-    def swapped_blocks(self) -> int:
-        """Number of blocks whose frozen weights stay in host memory and are copied to the device when they compute."""
+    def copied_bytes(self) -> int:
+        """Bytes of swapped blocks and of activation checkpoints that have been copied to the device so far."""
         return 0
 
     @property
-    def copied_bytes(self) -> int:
-        """Bytes of swapped blocks that have been copied to the device so far."""
+    def checkpoint_bytes(self) -> int:
+        """Host memory that activation checkpoints have needed so far."""
         return 0
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
@@ -251,11 +262,14 @@ class Backbone(ABC):
         each(self.net)
 
     def offload(self, device: torch.device) -> None:
-        """Use instead of `to` for inference: blocks stay in host memory and move to the device one at a time.
+        """Use instead of `to` for inference: blocks stay in host memory and are copied to the device one at a time.
 
         Raises ValueError if the backbone does not support it.
         """
         raise ValueError(f"{type(self).__name__} does not support offloading to host memory: leave offload out")
+
+    def drop_training_precision(self) -> None:  # noqa: B027 - small models compute in the dtype of their weights
+        """Keep the LoRA in the dtype in which it computes; restoring then gives the same bits with less memory."""
 
     @classmethod
     def inference_config(cls, config: Any, dtype: str | None, folder: Path) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from teasr.backbones.base import Backbone
+from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.roles import STUDENT, Role
 
 
@@ -26,6 +28,16 @@ class Condition:
 
 
 NOTHING = Condition()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a velocity prediction that shares its sweep over the blocks with others."""
+
+    z_t: Tensor  # [B, C, h, w]
+    t_cur: Tensor  # [B]
+    condition: Condition
+    graph: bool = True  # whether the velocity gets a gradient
 
 
 class Model:
@@ -109,7 +121,39 @@ class Model:
         3.4). Guidance requires a second evaluation with the null prompt. Raises ValueError for a condition that does
         not match the role's branch layout.
         """
-        role, c = self.role, condition
+        self._check(c := condition)
+        v = self.backbone.call(self.role, "velocity", z_t, t_cur, c.z_lq, c.t_tar, c.text)
+        if isinstance(c.guidance, float | int) and c.guidance == 1:
+            return v
+        if c.text is None or c.null_text is None:
+            raise ValueError("guidance != 1 needs two prompts: give text and null_text")
+        null = self.velocity(z_t, t_cur, replace(c, text=c.null_text, guidance=1.0))
+        g = torch.as_tensor(c.guidance, dtype=v.dtype, device=v.device)
+        return null + g.reshape(-1, 1, 1, 1) * (v - null)
+
+    def sweeps(self) -> Sweeps:
+        """Begin the sweeps of one loss, in which several calls pass through each block together.
+
+        Raises ValueError if the backbone cannot do that.
+        """
+        return self.backbone.sweeps()
+
+    def velocities(self, sweeps: Sweeps, calls: Mapping[str, Call]) -> dict[str, Tensor]:
+        """Predict the velocities of several calls in one forward sweep, by the names of the calls.
+
+        They get their gradients from `sweeps.joined(loss)`. Guidance is not supported.
+        """
+        passes = []
+        for call in calls.values():
+            c = call.condition
+            self._check(c)
+            with torch.set_grad_enabled(call.graph):
+                passes.append(sweeps.begin(call.z_t, call.t_cur, c.z_lq, c.t_tar, c.text, self.role))
+        return dict(zip(calls, sweeps.run(passes), strict=True))
+
+    def _check(self, c: Condition) -> None:
+        """Raise ValueError for a condition that does not match the role's branch layout."""
+        role = self.role
         if role.blocks is not None:
             raise ValueError(
                 f"role {role.name} uses only blocks 1 to {role.blocks}: it returns features, not a velocity; "
@@ -118,14 +162,6 @@ class Model:
         if (role.branches == "dual") != (c.z_lq is not None) or (c.z_lq is None) != (c.t_tar is None):
             must = "must contain z_lq and t_tar" if role.branches == "dual" else "must contain neither z_lq nor t_tar"
             raise ValueError(f"role {role.name} is {role.branches}-branch: its condition {must}")
-        v = self.backbone.call(role, "velocity", z_t, t_cur, c.z_lq, c.t_tar, c.text)
-        if isinstance(c.guidance, float | int) and c.guidance == 1:
-            return v
-        if c.text is None or c.null_text is None:
-            raise ValueError("guidance != 1 needs two prompts: give text and null_text")
-        null = self.velocity(z_t, t_cur, replace(c, text=c.null_text, guidance=1.0))
-        g = torch.as_tensor(c.guidance, dtype=v.dtype, device=v.device)
-        return null + g.reshape(-1, 1, 1, 1) * (v - null)
 
     def coarse(self, z_lq: Tensor) -> tuple[Tensor, Tensor]:
         """Return a coarse restoration of z_lq and the log standard deviation of its error, [B, C, h, w] each.

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from teasr.backbones.base import Backbone, find_weights
 from teasr.backbones.lora import add_branch_lora, branch, with_lora
-from teasr.backbones.memory.offloading import offload_blocks
 from teasr.backbones.parts import RoleNet, sinusoid
 from teasr.backbones.roles import DEFAULT_SET, STUDENT, Adapters, Role, blocks_seen
 from teasr.diffusion.flow import per_sample
@@ -448,11 +447,6 @@ class Tiny(Backbone):
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
         super().to(device, each)
-        self.codec.to(device)
-
-    def offload(self, device: torch.device) -> None:
-        self.to(torch.device("cpu"))
-        offload_blocks(self.net, device)
         self.codec.to(device)
 
     @classmethod

@@ -90,6 +90,7 @@ class Loss:
 class Method(ABC):
     """Base class of training methods, one subclass per paper."""
 
+    by_block = False  # its network calls pass through each block of the network together (`Model.velocities`)
     cycle = 1  # the work repeats after this many micro-batches; an update must have a multiple of it
 
     def __init__(self, config: Any):

@@ -1,10 +1,10 @@
 """TEASR: self-adversarial distillation in one model with time-aware rectification (sec. 3 of the paper).
 
-An update has four graphs, only one of which is in memory at a time. The first is that of the one-step estimate (eq. 6):
-the score difference (eqs. 9-10) and the pixel losses (eqs. 12-13) at this estimate reach the network through *one*
-backward pass with an analytic output gradient, since z_hat = eps - v means d z_hat / d v = -1. L_cons (eqs. 1-4),
-L_flow and L_adv (eqs. 7-8) follow. The weights do not change in between, so the summed gradients are those of the joint
-loss
+An update has four graphs. The first is that of the one-step estimate (eq. 6): the score difference (eqs. 9-10) and the
+pixel losses (eqs. 12-13) at this estimate reach the network through *one* backward pass with an analytic output
+gradient, since z_hat = eps - v means d z_hat / d v = -1. L_cons (eqs. 1-4), L_flow and L_adv (eqs. 7-8) follow. With
+`order: losses`, only one of the graphs is in memory at a time; with `order: blocks`, all of them pass through each
+block of the network together. The weights do not change in between, so the summed gradients are those of the joint loss
 
     L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l_lpips L_lpips.
 """
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from teasr.backbones.model import Condition, Model
+from teasr.backbones.model import Call, Condition, Model
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
@@ -27,6 +27,7 @@ from teasr.methods import tiles
 from teasr.methods.base import Loss, Progress, Ramp, latents, require_loss
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
+from teasr.methods.teasr_times import Shortcut, Times
 from teasr.util.randomness import Draws
 
 WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "restart")
@@ -67,6 +68,9 @@ class TeasrConfig:
     lpips_shift_px: Annotated[int, "[0, inf)"] = 0
     # compute the pixel losses in tiles of this side, which saves memory on large pictures and changes no gradient
     pixel_tile_px: Annotated[int, "[64, inf)", "a multiple of 16, or null for whole pictures"] | None = None
+    # losses: one after another, one graph at a time. blocks: all network calls of a micro-batch pass through each block
+    # of the network together, which copies swapped weights 3 times instead of 8, and keeps the inputs of all graphs
+    order: Literal["losses", "blocks"] = "losses"
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
@@ -121,9 +125,15 @@ class Teasr(WithLpips):
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
         super().__init__(config, lpips)
         self.cycle = 4 if config.mode == "cycle" else 1
+        self.by_block = config.order == "blocks"
 
     def roles(self) -> tuple[Role, ...]:
         return (STUDENT,)
+
+    def check_models(self, models: Mapping[str, Model]) -> None:
+        """Raise ValueError for a backbone that cannot compute block by block, if the config asks for that."""
+        if self.by_block:
+            models["student"].sweeps()
 
     def sampler(self) -> Sampler:
         return Restarts() if self.config.sampler == "restart" else AnyStep()
@@ -167,45 +177,84 @@ class Teasr(WithLpips):
     ) -> Iterator[Loss]:
         z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight, data)
+        inputs = StepInputs(student, batch.x_hq, z0, z_lq, eps, draws, times, weight, data)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
-        z_fake = target_velocity = None
+        if self.by_block:
+            yield self._by_block(inputs, shortcut)
+        else:
+            yield from self._one_by_one(inputs, shortcut)
 
+    def _one_by_one(self, inputs: StepInputs, shortcut: Shortcut | None) -> Iterator[Loss]:
+        """Yield the losses, each with its own graph."""
+        weight, z_fake, target = inputs.weight, None, None
         if weight["restart"]:
-            yield self._restart(inputs)
+            with torch.no_grad():
+                z_t, t = self._own_state(inputs, estimate(inputs, inputs.velocity(one_step_call(inputs))))
+            yield self._restart(inputs, z_t, t, inputs.velocity(jump_to_image(inputs, z_t, t)))
 
-        if weight["rectify"] or weight["mse"] or weight["lpips"]:
-            loss, z_fake, target_velocity = self._one_step(inputs, shortcut)
-            yield loss
-            del loss
+        if inputs.has_one_step:
+            v = inputs.velocity(one_step_call(inputs))
+            z_fake = estimate(inputs, v)
+            difference, target = self._score_difference(inputs, z_fake, shortcut)
+            yield self._one_step(inputs, v, z_fake, difference)
+            del v
         elif weight["adv"]:
             with torch.no_grad():
-                z_fake = one_step(inputs)[0]
+                z_fake = estimate(inputs, inputs.velocity(one_step_call(inputs)))
 
         if shortcut is not None:
-            if target_velocity is None:
+            if target is None:
                 with torch.no_grad():
-                    target_velocity = second_half(
-                        inputs, shortcut, student.velocity(shortcut.z_t, shortcut.t, Condition(z_lq, shortcut.m))
-                    )
-            v = student.velocity(shortcut.z_t, shortcut.t, Condition(z_lq, shortcut.s))
-            loss = losses.mse(v, target_velocity)  # eq. 4; the target carries no gradient
-            yield Loss("cons", "student", weight["cons"] * loss, {"cons": loss.detach()})
-            del v, loss
+                    target = second_half(inputs, shortcut, inputs.velocity(shortcut.to_m(inputs.z_lq)))
+            # eq. 4; the target carries no gradient
+            yield velocity_loss("cons", weight, inputs.velocity(shortcut.to_s(inputs.z_lq)), target)
 
         if weight["flow"]:
-            # t_tar = t_cur gives the instantaneous velocity, which eq. 10 uses as the real score.
-            t = times.flow
-            v = student.velocity(flow.interpolate(z0, eps, t), t, Condition(z_lq, t))
-            loss = losses.mse(v, flow.velocity_target(z0, eps))
-            yield Loss("flow", "student", weight["flow"] * loss, {"flow": loss.detach()})
-            del v, loss
+            call, target = flow_call(inputs)
+            yield velocity_loss("flow", weight, inputs.velocity(call), target)
 
         if weight["adv"]:
-            t, eps_fake = times.fake, draws.normal("fake noise", z0)
-            v = student.velocity(flow.interpolate(z_fake, eps_fake, t), t, Condition(z_lq, -t))  # eq. 7
-            loss = losses.mse(v, flow.velocity_target(z_fake, eps_fake))  # eq. 8
-            yield Loss("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
+            call, target = adv_call(inputs, z_fake)
+            yield velocity_loss("adv", weight, inputs.velocity(call), target)
+
+    def _by_block(self, inputs: StepInputs, shortcut: Shortcut | None) -> Loss:
+        """Return all losses as one, whose network calls pass through each block together.
+
+        The first forward sweep has the calls that depend on the data alone, the second those that need its results: the
+        one-step estimate and the middle of the shortcut. Two forward sweeps are therefore the fewest.
+        """
+        weight, z_lq, targets = inputs.weight, inputs.z_lq, {}
+        sweeps, calls = inputs.student.sweeps(), {}
+        if inputs.has_one_step or weight["adv"] or weight["restart"]:
+            calls["one_step"] = replace(one_step_call(inputs), graph=inputs.has_one_step)
+        if shortcut is not None:
+            calls |= {"cons": shortcut.to_s(z_lq), "to_m": replace(shortcut.to_m(z_lq), graph=False)}
+        if weight["flow"]:
+            calls["flow"], targets["flow"] = flow_call(inputs)
+        v = inputs.student.velocities(sweeps, calls)
+
+        z_fake, calls, found = estimate(inputs, v["one_step"]) if "one_step" in v else None, {}, []
+        if weight["rectify"]:
+            calls |= {name: replace(call, graph=False) for name, call in score_calls(inputs, z_fake).items()}
+        if shortcut is not None:
+            calls["from_m"] = replace(shortcut.from_m(z_lq, v["to_m"]), graph=False)
+        if weight["adv"]:
+            calls["adv"], targets["adv"] = adv_call(inputs, z_fake)
+        if weight["restart"]:
+            z_t, t = self._own_state(inputs, z_fake)
+            calls["restart"] = jump_to_image(inputs, z_t, t)
+        v |= inputs.student.velocities(sweeps, calls)
+
+        if shortcut is not None:
+            targets["cons"] = shortcut.target(v["to_m"], v["from_m"])
+        if inputs.has_one_step:
+            difference = self._difference(v["fake"], v["real"]) if weight["rectify"] else None
+            found.append(self._one_step(inputs, v["one_step"], z_fake, difference))
+        found += [velocity_loss(name, weight, v[name], target) for name, target in targets.items()]
+        if weight["restart"]:
+            found.append(self._restart(inputs, z_t, t, v["restart"]))
+        logs = {name: value for loss in found for name, value in loss.logs.items()}
+        return Loss("all", "student", sweeps.joined(sum(loss.value for loss in found)), logs)
 
     def _select(self, weight: dict[str, float], draws: Draws, progress: Progress) -> dict[str, float]:
         """Return the weights of this micro-batch; the cheaper modes keep their mean over updates or micro-batches.
@@ -220,17 +269,13 @@ class Teasr(WithLpips):
             return {name: 4 * value if name in group else 0.0 for name, value in weight.items()}
         return weight
 
-    def _one_step(self, inputs: StepInputs, shortcut: Shortcut | None) -> tuple[Loss, Tensor, Tensor | None]:
+    def _one_step(self, inputs: StepInputs, v: Tensor, z_fake: Tensor, difference: Tensor | None) -> Loss:
         """Combine L_data and L_rectify at the one-step estimate into one scalar that has exactly their gradient.
 
-        Returns the loss, the detached estimate, and the target of the shortcut; the first half of the shortcut is
-        evaluated in the same batched forward pass as the scores, without a graph.
+        v: velocity of the one-step jump. z_fake: the detached estimate. difference: D of eq. 10, if it has a weight.
         """
         weight = inputs.weight
-        z_hat, v = one_step(inputs)
-        z_fake = z_hat.detach()
         logs = {"z_hat_mean": z_fake.mean(), "z_hat_std": z_fake.flatten(1).std(1).mean()}
-        difference, target_velocity = self._score_difference(inputs, z_fake, shortcut)
         gradient = torch.zeros_like(z_fake)  # gradient of the loss with respect to v
         if difference is not None:
             w = self._time_weight(inputs.times.score).to(difference.dtype)
@@ -244,22 +289,18 @@ class Teasr(WithLpips):
             logs |= data_logs
             if difference is not None:
                 logs["rectify_to_data"] = (losses.rms(rectify) / losses.rms(data).clamp(min=1e-12)).mean()
-        return Loss("one_step", "student", (v * gradient).sum(), logs), z_fake, target_velocity
+        return Loss("one_step", "student", (v * gradient).sum(), logs)
 
-    @torch.no_grad()
-    def _own_state(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    def _own_state(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor]:
         """Return the one-step result re-noised to a random time, and that time."""
-        z_fake, _ = one_step(inputs)
         t = inputs.student.snap(inputs.draws.uniform("restart time", *self.config.restart_range))
         return flow.interpolate(z_fake, inputs.draws.normal("restart noise", z_fake), t), t
 
-    def _restart(self, inputs: StepInputs) -> Loss:
-        """Pixel losses of the jump from the student's own re-noised one-step result to the image.
+    def _restart(self, inputs: StepInputs, z_t: Tensor, t: Tensor, v: Tensor) -> Loss:
+        """Pixel losses of the jump from the student's own re-noised one-step result to the image, with velocity v.
 
         Deviation: not in TEASR. It trains the last jump on states that a sampler with restarts really visits.
         """
-        z_t, t = self._own_state(inputs)
-        v = inputs.student.velocity(z_t, t, Condition(inputs.z_lq, torch.zeros_like(t)))
         value, gradient, logs = self._data_gradient(inputs, flow.z0_from_velocity(z_t, v.detach(), t))
         gradient = -inputs.weight["restart"] * flow.per_sample(t, gradient) * gradient  # d z_hat / d v = -t
         logs = {f"restart_{name}": x for name, x in logs.items()} | {"restart": value}
@@ -277,22 +318,22 @@ class Teasr(WithLpips):
 
         Fake score, real score and the first half of the shortcut are computed in one batched forward pass.
         """
-        rows: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t, t_cur, t_tar
-        if inputs.weight["rectify"]:
-            s = inputs.times.score
-            z_s = flow.interpolate(z_fake, inputs.draws.normal("score noise", z_fake), s)  # eq. 9
-            rows += [(z_s, s, -s), (z_s, s, s)]
+        calls = [*score_calls(inputs, z_fake).values()] if inputs.weight["rectify"] else []
         if shortcut is not None:
-            rows.append((shortcut.z_t, shortcut.t, shortcut.m))
-        if not rows:
+            calls.append(shortcut.to_m(inputs.z_lq))
+        if not calls:
             return None, None
-        z, t_cur, t_tar = (torch.cat(column) for column in zip(*rows, strict=True))
-        v = inputs.student.velocity(z, t_cur, Condition(inputs.z_lq.repeat(len(rows), 1, 1, 1), t_tar)).chunk(len(rows))
-        target_velocity = None if shortcut is None else second_half(inputs, shortcut, v[-1])
-        if not inputs.weight["rectify"]:
-            return None, target_velocity
-        v_fake, v_real, *_ = v
-        return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
+        z, t_cur, t_tar = (
+            torch.cat(column) for column in zip(*((c.z_t, c.t_cur, c.condition.t_tar) for c in calls), strict=True)
+        )
+        z_lq = inputs.z_lq.repeat(len(calls), 1, 1, 1)
+        v = inputs.student.velocity(z, t_cur, Condition(z_lq, t_tar)).chunk(len(calls))
+        target = None if shortcut is None else second_half(inputs, shortcut, v[-1])
+        return self._difference(*v[:2]) if inputs.weight["rectify"] else None, target
+
+    def _difference(self, v_fake: Tensor, v_real: Tensor) -> Tensor:
+        """D of eq. 10, without a graph."""
+        return flow.score_difference(v_fake, v_real, self.config.score_clamp)
 
     def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the weighted pixel losses (eqs. 12-13) at an estimate of the clean latent, and their gradient."""
@@ -344,82 +385,69 @@ class StepInputs:
 
     student: Model
     x_hq: Tensor
+    z0: Tensor
     z_lq: Tensor
+    eps: Tensor  # noise of L_flow and L_cons
     draws: Draws
     times: Times
     weight: dict[str, float]
     data: dict[str, float]  # weights of the pixel losses
 
+    @property
+    def has_one_step(self) -> bool:
+        """Whether a loss sends a gradient through the one-step jump."""
+        return any(self.weight[name] for name in ("rectify", "mse", "lpips"))
 
-@dataclass(frozen=True)
-class Shortcut:
-    """A shortcut t -> m -> s of L_cons, starting at z_t."""
+    def velocity(self, call: Call) -> Tensor:
+        """Return the student's velocity for one call."""
+        return self.student.velocity(call.z_t, call.t_cur, call.condition)
 
-    z_t: Tensor
-    t: Tensor
-    m: Tensor
-    s: Tensor
+
+def one_step_call(inputs: StepInputs) -> Call:
+    """The jump from pure noise to the image, v(eps, 1, z_lq, 0)."""
+    eps = inputs.draws.normal("one-step noise", inputs.z_lq)
+    one, zero = torch.ones(len(eps), device=eps.device), torch.zeros(len(eps), device=eps.device)
+    return Call(eps, one, Condition(inputs.z_lq, zero))
+
+
+def estimate(inputs: StepInputs, v: Tensor) -> Tensor:
+    """The one-step estimate z_hat = eps - v (eq. 6) from the velocity of `one_step_call`, without a graph."""
+    call = one_step_call(inputs)
+    return flow.z0_from_velocity(call.z_t, v.detach(), call.t_cur)
+
+
+def jump_to_image(inputs: StepInputs, z_t: Tensor, t: Tensor) -> Call:
+    """The jump from time t to the image."""
+    return Call(z_t, t, Condition(inputs.z_lq, torch.zeros_like(t)))
+
+
+def flow_call(inputs: StepInputs) -> tuple[Call, Tensor]:
+    """The call of L_flow and its target; t_tar = t_cur asks for the velocity that eq. 10 uses as the real score."""
+    t = inputs.times.flow
+    call = Call(flow.interpolate(inputs.z0, inputs.eps, t), t, Condition(inputs.z_lq, t))
+    return call, flow.velocity_target(inputs.z0, inputs.eps)
+
+
+def adv_call(inputs: StepInputs, z_fake: Tensor) -> tuple[Call, Tensor]:
+    """The call of L_adv at the one-step estimate (eq. 7), and its target (eq. 8)."""
+    t, eps = inputs.times.fake, inputs.draws.normal("fake noise", z_fake)
+    call = Call(flow.interpolate(z_fake, eps, t), t, Condition(inputs.z_lq, -t))
+    return call, flow.velocity_target(z_fake, eps)
+
+
+def score_calls(inputs: StepInputs, z_fake: Tensor) -> dict[str, Call]:
+    """The fake and the real score at the one-step estimate (eq. 9)."""
+    s = inputs.times.score
+    z_s = flow.interpolate(z_fake, inputs.draws.normal("score noise", z_fake), s)
+    return {"fake": Call(z_s, s, Condition(inputs.z_lq, -s)), "real": Call(z_s, s, Condition(inputs.z_lq, s))}
 
 
 def second_half(inputs: StepInputs, shortcut: Shortcut, u1: Tensor) -> Tensor:
-    """Evaluate the second half m -> s of a shortcut and return the average velocity of both halves (eqs. 2-3).
-
-    The second half starts at the point that the first half, with velocity `u1`, reaches.
-    """
-    z_m = flow.step(shortcut.z_t, u1, shortcut.t, shortcut.m)
-    u2 = inputs.student.velocity(z_m, shortcut.m, Condition(inputs.z_lq, shortcut.s))
-    return flow.shortcut_target(u1, u2, shortcut.t, shortcut.m, shortcut.s)
+    """Evaluate the second half m -> s of a shortcut, and return the target of the whole (eqs. 2-3)."""
+    return shortcut.target(u1, inputs.velocity(shortcut.from_m(inputs.z_lq, u1)))
 
 
-def one_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
-    """Return the one-step estimate z_hat = eps - v(eps, 1, z_lq, 0) (eq. 6) and the velocity v.
-
-    Both carry a graph if gradients are enabled.
-    """
-    eps = inputs.draws.normal("one-step noise", inputs.z_lq)
-    one, zero = torch.ones(len(eps), device=eps.device), torch.zeros(len(eps), device=eps.device)
-    v = inputs.student.velocity(eps, one, Condition(inputs.z_lq, zero))
-    return flow.z0_from_velocity(eps, v, one), v
-
-
-@dataclass(frozen=True)
-class Times:
-    """All times of one update, float32 [B], on the backbone's time grid."""
-
-    t: Tensor  # L_cons shortcuts t -> s
-    m: Tensor
-    s: Tensor
-    flow: Tensor
-    fake: Tensor  # t' of L_adv
-    score: Tensor  # s of L_rectify
-
-    @classmethod
-    def draw(cls, config: TeasrConfig, draws: Draws, model: Model) -> Times:
-        """Draw the times: U(0, 1) for L_flow, U(s_range) for L_adv and L_rectify, `cons_mix` for L_cons."""
-        t, s = shortcut_times(config, draws)
-        t, s = model.snap(t), model.snap(s)
-        return cls(
-            t=t,
-            m=model.snap(s + config.cons_midpoint * (t - s)),
-            s=s,
-            flow=model.snap(draws.uniform("flow time")),
-            fake=model.snap(draws.uniform("fake time", *config.s_range)),
-            score=model.snap(draws.uniform("score time", *(config.rectify_range or config.s_range))),
-        )
-
-
-def shortcut_times(config: TeasrConfig, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Draw (t, s) of L_cons from the mixture `cons_mix`.
-
-    Its components are: t ~ U(0, 1) with s ~ U(0, t); the one-step jump (1, 0); a pair of the inference grid.
-    """
-    t = draws.uniform("cons t")
-    s = t * draws.uniform("cons s")
-    kind = draws.uniform("cons kind")
-    sizes = torch.tensor(config.cons_grid, device=t.device, dtype=t.dtype)
-    n = sizes[(draws.uniform("cons grid size") * len(sizes)).long()]
-    k = (draws.uniform("cons grid place") * n).floor()
-    uniform, one = config.cons_mix[0], config.cons_mix[0] + config.cons_mix[1]
-    t = torch.where(kind < uniform, t, torch.where(kind < one, torch.ones_like(t), (k + 1) / n))
-    s = torch.where(kind < uniform, s, torch.where(kind < one, torch.zeros_like(s), k / n))
-    return t, s
+def velocity_loss(name: str, weight: dict[str, float], v: Tensor, target: Tensor) -> Loss:
+    """The squared error of a velocity."""
+    loss = losses.mse(v, target)
+    return Loss(name, "student", weight[name] * loss, {name: loss.detach()})

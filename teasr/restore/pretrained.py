@@ -40,7 +40,7 @@ def load(
     model: folder of a run (its newest checkpoint is loaded), of a checkpoint, or written by `save` or `teasr export`;
     `owner/name` on the hub; or the name of a model shipped with teasr (`teasr.assets`).
     weights: `ema` (averaged) or `weights` of a checkpoint. dtype: one of the backbone's `dtypes`.
-    offload: keep the blocks in host memory and move them to the GPU one by one.
+    offload: keep the blocks' frozen weights in host memory and copy them to the GPU one block after another.
 
     Raises ValueError naming what is missing, damaged or not possible on this machine.
     """
@@ -67,6 +67,7 @@ def load(
         backbone.load_weights(state)
     backbone.autocast = None if backbone.own_dtype else AUTOCAST.get(dtype)
     backbone.offload(place) if offload else backbone.to(place)
+    backbone.drop_training_precision()
     return Model(backbone, student), method.sampler(), config, place
 
 

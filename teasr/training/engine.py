@@ -157,9 +157,16 @@ def check_nvme(settings: dict, world: World, roles: Sequence[Role]) -> None:
         )
 
 
-def check_swap(settings: dict, backbone: Backbone) -> None:
-    """Raise ValueError when the backbone swaps blocks and `settings` partition weights as well (ZeRO-3)."""
-    if backbone.swapped_blocks and settings["zero_optimization"]["stage"] == 3:
+def check_swap(settings: dict, backbone: Backbone, by_block: bool = False) -> None:
+    """Raise ValueError when `settings` partition weights (ZeRO-3) and the backbone swaps blocks, or runs `by_block`."""
+    if settings["zero_optimization"]["stage"] < 3:
+        return
+    if by_block:
+        raise ValueError(
+            "method.order = blocks does not work with ZeRO-3, which follows the order of whole network calls: set "
+            "train.deepspeed=ds_configs/zero1.json or ds_configs/zero2_offload.json, or method.order=losses"
+        )
+    if backbone.swapped_blocks:
         raise ValueError(
             f"backbone.swap_blocks = {backbone.swapped_blocks} keeps frozen weights in host memory, and so does ZeRO-3 "
             "in its own way: set train.deepspeed=ds_configs/zero1.json or ds_configs/zero2_offload.json, or "

@@ -49,7 +49,7 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 @dataclass
 class Calls:
-    """The calls of one loss in one update: kernels by their work, views, and the bytes of swapped blocks copied."""
+    """The calls of one loss in one update: kernels by their work, views, and the bytes copied from host memory."""
 
     kernels: Counter[Work] = field(default_factory=Counter)
     views: int = 0
@@ -76,7 +76,7 @@ class Footprint:
 
     @property
     def copied(self) -> int:
-        """Bytes of swapped blocks copied to the GPU in one update."""
+        """Bytes of swapped blocks and activation checkpoints copied to the GPU in one update."""
         return sum(calls.copied for calls in self.calls.values())
 
     @property
@@ -101,7 +101,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     networks, result = Networks(config, method), Footprint(size_px)
     for place, base in networks.bases.items():
         if place in networks.trained_bases:
-            check_swap(settings, base)
+            check_swap(settings, base, method.by_block)
         for group, tensors in base.memory_groups().items():
             _put(result.parameters, group, sum(x.numel() for x in tensors))
         base.to(meta)
@@ -118,6 +118,7 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     if zero["stage"] == 3:
         _put(result.gpu, "reduction bucket", bucket)
     _run(result, config, method, networks, accumulation)
+    _put(result.host, "activation checkpoints", sum(base.checkpoint_bytes for base in networks.bases.values()))
     result.trained = sum(trained.values()) // ranks
     result.on_host = _offloads(zero, "optimizer")
     # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
@@ -226,7 +227,7 @@ def table(result: Footprint) -> str:
             lines += ["", title] + [f"  {name:44s}{n / GIB:12.2f} GiB" for name, n in items.items()]
             lines.append(f"  {'total':44s}{sum(items.values()) / GIB:12.2f} GiB")
     if result.copied:
-        lines += ["", f"{'swapped blocks copied to the GPU in one update':46s}{result.copied / GIB:12.2f} GiB"]
+        lines += ["", f"{'copied from host memory to the GPU in one update':46s}{result.copied / GIB:12.2f} GiB"]
     lines += ["", f"{'loss':46s}{'FLOPs of one update':>20s}{'activations':>16s}"]
     for name, n in result.flops.items():
         lines.append(f"  {name:44s}{n / 1e12:14,.1f} TFLOP{result.peaks[name] / GIB:12.2f} GiB")

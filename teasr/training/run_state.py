@@ -30,9 +30,10 @@ from teasr.util.distributed import World
 
 # Keys that may change on resuming without --accept-changes: the length of the run, and keys that do not affect results.
 MAY_CHANGE = (
-    "run_dir", "backbone.swap_blocks", "backbone.swap_ring", "data.latents", "data.shards", "data.workers", "preview.",
-    "tracking.", "train.cpu_threads", "train.deepspeed", "train.keep_checkpoints", "train.max_hours",
-    "train.max_skipped", "train.micro_batch", "train.on_full_disk", "train.save_every_updates", "train.updates",
+    "run_dir", "backbone.host_checkpoints", "backbone.swap_blocks", "backbone.swap_ring", "data.latents", "data.shards",
+    "data.workers", "preview.", "tracking.", "train.cpu_threads", "train.deepspeed", "train.keep_checkpoints",
+    "train.max_hours", "train.max_skipped", "train.micro_batch", "train.on_full_disk", "train.save_every_updates",
+    "train.updates",
 )  # fmt: skip
 
 

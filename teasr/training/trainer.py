@@ -64,7 +64,7 @@ class Trainer:
         self.method.load()
         self.networks = Networks(config, self.method)
         for base in self.networks.trained_bases.values():
-            check_swap(self.settings, base)
+            check_swap(self.settings, base, self.method.by_block)
         if latents is not None:
             latents.check_codec(self.networks.student.codec_sha256())
         self._set_autocast()

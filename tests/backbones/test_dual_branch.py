@@ -158,7 +158,7 @@ def test_independent_condition_tokens_see_only_each_other(adapted, inputs):
     seen = {}
 
     def keep(_, args, name=None):
-        seen[name] = args[4].detach()
+        seen[name] = args[2].detach()
 
     for mode in ("joint", "independent"):
         for which, x in (("a", inputs["x"]), ("b", inputs["x"] + 1)):

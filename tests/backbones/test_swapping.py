@@ -298,7 +298,7 @@ def test_dry_run_counts_host_memory_slots_and_copied_bytes():
     one = network.ring.blocks[0].source.nbytes
     assert counted.copied == network.copied_bytes >= 4 * 4 * one
     assert counted.host["swapped blocks"] == 4 * one and counted.gpu["slots for swapped blocks"] == 2 * one
-    assert "swapped blocks copied to the GPU in one update" in table(counted)
+    assert "copied from host memory to the GPU in one update" in table(counted)
     with pytest.raises(ValueError, match="ZeRO-3"):
         count(settings, {"zero_optimization": {"stage": 3}}, 32)
 

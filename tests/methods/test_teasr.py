@@ -13,7 +13,8 @@ from teasr.backbones.tiny import Tiny, TinyConfig
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses, perceptual
 from teasr.methods.base import Progress
-from teasr.methods.teasr import Ramp, Teasr, TeasrConfig, Times, shortcut_times
+from teasr.methods.teasr import Ramp, Teasr, TeasrConfig
+from teasr.methods.teasr_times import Times, shortcut_times
 from teasr.util.randomness import Draws
 
 NOW = Progress(update=5, updates=10)

@@ -24,6 +24,7 @@ class DiffusersConfig:
     swap_blocks: Annotated[int, "[0, 65536]"] = 0
     swap_ring: Annotated[int, "[1, 64]"] = 2  # number of them on the GPU; with 2, the next one is copied meanwhile
     gradient_checkpointing: bool = True
+    host_checkpoints: bool = False  # keep the inputs of recomputed blocks in host memory between the passes
     compile: bool = False  # torch.compile of the blocks (not under ZeRO-3, whose hooks break the graphs)
     attention_backend: str | None = None  # a diffusers backend name; default: chosen by PyTorch
     # only for `model: random`: arguments that override the published sizes
@@ -56,6 +57,11 @@ class DiffusersConfig:
             raise ValueError(
                 f"backbone.swap_blocks = {self.swap_blocks} does not work with compiled blocks: set "
                 "backbone.compile=false, or backbone.swap_blocks=0"
+            )
+        if self.host_checkpoints and not self.gradient_checkpointing:
+            raise ValueError(
+                "backbone.host_checkpoints keeps the inputs of recomputed blocks in host memory: set "
+                "backbone.gradient_checkpointing=true, or backbone.host_checkpoints=false"
             )
         if self.quantise == "nf4":
             check_installed("bitsandbytes", "backbone.quantise = nf4")

@@ -26,7 +26,7 @@ from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.generic.network import DiffusersNet, DualBranch
 from teasr.backbones.generic.random_weights import fill
 from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linears
-from teasr.backbones.memory.offloading import offload_blocks
+from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.memory.quantised import KINDS, FullLinear
 from teasr.backbones.memory.swapping import Ring, spaced
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
@@ -74,6 +74,7 @@ class DiffusersModel(Backbone):
             raise ValueError(
                 f"backbone.swap_blocks = {config.swap_blocks}: this network has only {len(transformer.blocks)} blocks"
             )
+        self.swapped_blocks = config.swap_blocks
         self.ring: Ring | None = None
         self.latent_channels, self.codec.checkpointing = self.codec.latent_channels, config.gradient_checkpointing
         with torch.random.fork_rng():
@@ -169,10 +170,14 @@ class DiffusersModel(Backbone):
         return replace(config, model="random", prompt="random", null_prompt=null, lora=None, **sizes)
 
     def offload(self, device: torch.device) -> None:
-        self.to(torch.device("cpu"))
-        offload_blocks(self.net.transformer, device)
-        self.net.prompt = self.net.prompt.to(device)
-        self.codec.to(device)
+        """Use instead of `to` for inference: the frozen weights of all blocks take turns in the slots of a ring."""
+        self.swapped_blocks = len(self.net.transformer.blocks)
+        self.to(device)
+
+    def drop_training_precision(self) -> None:
+        for name, parameter in self.net.transformer.named_parameters():
+            if "lora_" in name:  # the products round it to this dtype anyway (lora.py)
+                parameter.data = parameter.data.to(DTYPES[self.config.dtype])
 
     @classmethod
     def inference_config(cls, config: DiffusersConfig, dtype: str | None, folder: Path) -> DiffusersConfig:
@@ -184,7 +189,7 @@ class DiffusersModel(Backbone):
             null_prompt=None,  # the student restores without guidance
             lora=str(folder) if lora.is_file() else None,
         )
-        config = replace(config, swap_blocks=0)  # restoring has its own way to keep blocks in host memory: `offload`
+        config = replace(config, swap_blocks=0)  # restoring keeps all blocks in host memory or none: `offload`
         if dtype in ("fp8", "nf4"):
             return replace(config, dtype="bf16", quantise=dtype)
         return config if dtype is None else replace(config, dtype=dtype, quantise=None)
@@ -224,12 +229,14 @@ class DiffusersModel(Backbone):
             self.pending_weights |= state  # no memory is allocated yet: `_place` copies these later
 
     @property
-    def swapped_blocks(self) -> int:
-        return self.config.swap_blocks
+    def copied_bytes(self) -> int:
+        checkpoints = self.net.transformer.checkpoints
+        return (self.ring.copier.bytes if self.ring else 0) + (checkpoints.copied_bytes if checkpoints else 0)
 
     @property
-    def copied_bytes(self) -> int:
-        return self.ring.copier.bytes if self.ring else 0
+    def checkpoint_bytes(self) -> int:
+        checkpoints = self.net.transformer.checkpoints
+        return checkpoints.host_bytes if checkpoints else 0
 
     def memory_groups(self) -> dict[str, Iterable[Tensor]]:
         groups: dict[str, list[Tensor]] = {}
@@ -247,7 +254,7 @@ class DiffusersModel(Backbone):
         if self.prepared:
             if self.ring and device.type != self.ring.device.type:
                 raise ValueError(
-                    f"a network with backbone.swap_blocks = {self.config.swap_blocks} computes on "
+                    f"a network whose blocks are in host memory (backbone.swap_blocks, offload) computes on "
                     f"{self.ring.device.type} and cannot be moved to {device.type}: build it again"
                 )
             self.net.to(device)
@@ -272,7 +279,7 @@ class DiffusersModel(Backbone):
         for name, embedding in list(self.net.named_buffers(recurse=False)):
             setattr(self.net, name, embedding.to(device))
         prepare = self.block_preparation(device)
-        swapped, kind = spaced(config.swap_blocks, len(blocks)), KINDS.get(config.quantise)
+        swapped, kind = spaced(self.swapped_blocks, len(blocks)), KINDS.get(config.quantise)
         self.ring = Ring(config.swap_ring, device) if swapped else None
         for i, block in enumerate(blocks):
             self._place(f"block {i}", block, device, f"transformer.{transformer.block_list}.{i}.")
@@ -284,8 +291,9 @@ class DiffusersModel(Backbone):
             each(block)
         if self.ring:
             self.ring.allocate()
+        transformer.checkpoints = HostCheckpoints(device) if config.host_checkpoints else None
         self.prepared, self.pending_weights = True, {}
-        if config.compile:
+        if config.compile and not swapped:
             transformer.compile_repeated_blocks()
 
     def _place(self, part_name: str, part: nn.Module, device: torch.device, prefix: str = "") -> None:

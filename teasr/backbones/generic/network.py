@@ -7,15 +7,18 @@ width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.lora import upgrade_lora
+from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.parts import RoleNet
 from teasr.backbones.roles import DEFAULT_SET, Adapters, Role
 
@@ -69,6 +72,7 @@ class DualBranch:
     """
 
     block_list = "transformer_blocks"  # name of the module list of blocks
+    checkpoints: HostCheckpoints | None = None  # where the inputs of recomputed blocks are kept; None: on the device
 
     @classmethod
     def from_stock(cls, model: nn.Module) -> Self:
@@ -90,11 +94,12 @@ class DualBranch:
         """Remove the blocks after the first `blocks`, which no role uses."""
         setattr(self, self.block_list, self.blocks[:blocks])
 
-    def run_block(self, block: nn.Module, *arguments: Any) -> Any:
+    def run_block(self, block: nn.Module, *arguments: Any, **others: Any) -> Any:
         """Run a block, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *arguments)
-        return block(*arguments)
+            with nullcontext() if self.checkpoints is None else self.checkpoints.hooks():
+                return checkpoint(block, *arguments, use_reentrant=False, **others)
+        return block(*arguments, **others)
 
     def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
         """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""

@@ -7,6 +7,9 @@ not shard them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +22,8 @@ class QuantisedLinear(nn.Module):
 
     moves = False  # the weight is readable only while its block computes (swapping.py)
     stored: tuple[str, ...] = ("packed",)  # names of the buffers that hold the weight
+    keeps = False  # the dequantised weight is kept until the end of `expanded_once`
+    kept: Tensor | None = None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -29,6 +34,14 @@ class QuantisedLinear(nn.Module):
         """Return the dequantised weight [out, in] in this dtype."""
         raise NotImplementedError
 
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """Return `weight_in(dtype)`, which is computed once within `expanded_once`."""
+        if not self.keeps:
+            return self.weight_in(dtype)
+        if self.kept is None or self.kept.dtype != dtype:
+            self.kept = self.weight_in(dtype)
+        return self.kept
+
     def rebind(self, tensors: dict[str, Tensor]) -> None:
         """Read the weight from these tensors from now on; they are copies of the buffers named by `stored`."""
         self._buffers.update(tensors)
@@ -38,20 +51,33 @@ class QuantisedLinear(nn.Module):
         return _Product.apply(x, self)
 
 
+@contextlib.contextmanager
+def expanded_once(module: nn.Module) -> Iterator[None]:
+    """Context in which each quantised weight of a module is dequantised once, however often it is used."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantisedLinear)]
+    for layer in layers:
+        layer.keeps = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps, layer.kept = False, None
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantisedLinear) -> Tensor:
         ctx.layer = layer
         if layer.moves:
             ctx.save_for_backward(x.new_empty(0))
-        return F.linear(x, layer.weight_in(x.dtype), layer.bias)
+        return F.linear(x, layer.expanded(x.dtype), layer.bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         # In a checkpointed block, reading any saved tensor first recomputes the block, which fetches its weights again.
         # Without a saved tensor, this product could come before the recomputation.
         _ = ctx.saved_tensors
-        return gradient @ ctx.layer.weight_in(gradient.dtype), None
+        return gradient @ ctx.layer.expanded(gradient.dtype), None
 
 
 class FullLinear(QuantisedLinear):
@@ -117,6 +143,14 @@ class Nf4Linear(QuantisedLinear):
 
     def _link(self) -> None:
         self.state.absmax, self.state.state2.absmax = self.scales, self.scales_of_scales
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """Return `weight_in(dtype)`, which is computed once within `expanded_once`."""
+        if not self.keeps:
+            return self.weight_in(dtype)
+        if self.kept is None or self.kept.dtype != dtype:
+            self.kept = self.weight_in(dtype)
+        return self.kept
 
     def rebind(self, tensors: dict[str, Tensor]) -> None:
         super().rebind(tensors)

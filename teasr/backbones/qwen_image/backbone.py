@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.generic.model import DiffusersModel
 from teasr.backbones.generic.network import DiffusersNet
+from teasr.backbones.memory.sweeps import Pass, Sweeps, Tokens
 from teasr.backbones.qwen_image.modulation import ModulationTable
 from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
 from teasr.backbones.qwen_image.vae import QwenCodec
-from teasr.backbones.roles import Adapters
+from teasr.backbones.roles import Adapters, Role
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,33 @@ class QwenNet(DiffusersNet):
         adapters: Adapters,
         blocks: int | None = None,
     ) -> Tensor:
+        """Return the velocity [B, C, h, w], or the noise tokens [B, L, D] after `blocks` blocks if that is given."""
+        out = self.transformer(*self._inputs(z_t, t_cur, z_lq, t_tar, text_BTD, adapters), blocks)
+        return unpack(out, z_t.shape[-2] // 2, z_t.shape[-1] // 2) if blocks is None else out
+
+    def begin(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Pass:
+        """Return the call of `predict` with these arguments as one that can share its sweep with others."""
+        transformer = self.transformer
+        inputs = self._inputs(z_t, t_cur, z_lq, t_tar, self._text(text, z_t), role.adapters)
+        tokens, others = transformer.begin(*inputs)
+
+        def through(i: int, tokens: Tokens) -> Tokens:
+            return transformer.blocks[i].compute(*tokens, **others(i))
+
+        def end(tokens: Tokens) -> Tensor:
+            v = unpack(transformer.end(tokens, others), z_t.shape[-2] // 2, z_t.shape[-1] // 2)
+            return v if v.dtype == z_t.dtype else v.float()
+
+        return Pass(tokens, through, end)
+
+    def _inputs(self, z_t, t_cur, z_lq, t_tar, text_BTD, adapters: Adapters) -> tuple:
+        """Return the arguments of the transformer, in order."""
         grid, dtype = (z_t.shape[-2] // 2, z_t.shape[-1] // 2), text_BTD.dtype
-        out = self.transformer(
-            pack(z_t).to(dtype),
-            t_cur,
-            text_BTD,
-            grid,
-            cond=None if z_lq is None else pack(z_lq).to(dtype),
-            t_tar=t_tar,
-            rope=self.config.rope,
-            cond_attention=self.config.cond_attention,
-            adapters=adapters,
-            blocks=blocks,
-        )
-        return unpack(out, *grid) if blocks is None else out
+        cond = None if z_lq is None else pack(z_lq).to(dtype)
+        settings = self.config.rope, self.config.cond_attention, adapters
+        return pack(z_t).to(dtype), t_cur, text_BTD, grid, cond, t_tar, *settings
 
 
 def pack(z: Tensor) -> Tensor:
@@ -96,6 +110,15 @@ class QwenImage(DiffusersModel):
 
     def lora_targets(self, branches: Literal["dual", "single"], blocks: int | None = None) -> str:
         return lora_targets(self.net.transformer, branches, blocks)
+
+    def sweeps(self) -> Sweeps:
+        if self.config.compile or not self.config.gradient_checkpointing:
+            raise ValueError(
+                "method.order = blocks recomputes each block, which must not be compiled: set "
+                "backbone.gradient_checkpointing=true and backbone.compile=false, or method.order=losses"
+            )
+        transformer = self.network.transformer
+        return Sweeps(transformer.blocks, self.network.begin, transformer.checkpoints)
 
     def snap(self, t: Tensor) -> Tensor:
         """Round to the times of the modulation table, so that time embedding and noise level agree."""

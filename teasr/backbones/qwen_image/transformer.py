@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
 from teasr.backbones.roles import DEFAULT_SET, Adapters
 
 STUDENT_SETS = Adapters(condition=DEFAULT_SET)
+Tokens = tuple[Tensor, Tensor, Tensor | None]  # of noise [B, L, D], text [B, T, D] and condition [B, L, D]
 
 
 class DualBranchAttention(Attention, QwenDoubleStreamAttnProcessor2_0):
@@ -84,26 +85,31 @@ class DualBranchBlock(QwenImageTransformerBlock):
 
     fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
 
-    def forward(
+    def forward(self, *tokens: Tensor | None, **others) -> Tokens:
+        """Fetch the block's weights if it is swapped, and return the result of `compute`."""
+        if self.fetch is not None:
+            self.fetch()
+        return self.compute(*tokens, **others)
+
+    def compute(
         self,
         x_BLD: Tensor,
         text_BTD: Tensor,
+        cond_BLD: Tensor | None,
+        *,
         temb_cur_BD: Tensor,
+        temb_tar_BD: Tensor | None,
         rope: Tensor,
-        cond_BLD: Tensor | None = None,
-        temb_tar_BD: Tensor | None = None,
-        independent: bool = False,
-        rows: Rows | None = None,
-        adapters: Adapters = STUDENT_SETS,
-        last: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        independent: bool,
+        rows: Rows | None,
+        adapters: Adapters,
+        last: bool,
+    ) -> Tokens:
         """Return the noise, text and condition tokens after the block.
 
         rows: the block's modulation, if it comes from a table. last: only the resulting noise tokens will be used, so
         the computation of the others is skipped and they are returned unchanged.
         """
-        if self.fetch is not None:
-            self.fetch()
         lx, lc = adapters.noise, adapters.condition
         if rows is None:
             y_cur = F.silu(temb_cur_BD)
@@ -189,6 +195,27 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
         adapters: the LoRA sets of noise and of condition tokens.
         blocks: stop after this many blocks and return their noise tokens [B, L, D] instead.
         """
+        tokens, others = self.begin(
+            tokens_BLP, t_cur, text_BTD, grid, cond, t_tar, rope, cond_attention, adapters, blocks
+        )
+        for i in range(len(self.transformer_blocks) if blocks is None else blocks):
+            tokens = self.run_block(self.transformer_blocks[i], *tokens, **others(i))
+        return self.end(tokens, others) if blocks is None else tokens[0]
+
+    def begin(
+        self,
+        tokens_BLP: Tensor,
+        t_cur: Tensor,
+        text_BTD: Tensor,
+        grid: tuple[int, int],
+        cond: Tensor | None = None,
+        t_tar: Tensor | None = None,
+        rope: str = "shared",
+        cond_attention: str = "joint",
+        adapters: Adapters = STUDENT_SETS,
+        blocks: int | None = None,
+    ) -> tuple[Tokens, Callable[[int], dict[str, Any]]]:
+        """Return the tokens before the first block, and a function that gives the other arguments of block i."""
         x = with_lora(self.img_in, tokens_BLP, adapters.noise)
         text = self.txt_in(self.txt_norm(text_BTD))
         temb_cur = self.time_embedding(t_cur)
@@ -198,23 +225,20 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
         image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
         n = x.shape[1]
         ropes = torch.cat((text_rope, image_rope[:n], image_rope[-n:]))
-        n_blocks = len(self.transformer_blocks) if blocks is None else blocks
+        last = (len(self.transformer_blocks) if blocks is None else blocks) - 1
         tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
-        for i in range(n_blocks):
-            arguments = (
-                x,
-                text,
-                temb_cur,
-                ropes,
-                c,
-                temb_tar,
-                cond_attention == "independent",
-                tabulated[i],
-                adapters,
-                i == n_blocks - 1,
-            )
-            x, text, c = self.run_block(self.transformer_blocks[i], *arguments)
-        return self.proj_out(self.norm_out(x, temb_cur)) if blocks is None else x
+
+        def others(i: int) -> dict[str, Any]:
+            return {
+                "temb_cur_BD": temb_cur, "temb_tar_BD": temb_tar, "rope": ropes, "rows": tabulated[i],
+                "independent": cond_attention == "independent", "adapters": adapters, "last": i == last,
+            }  # fmt: skip
+
+        return (x, text, c), others
+
+    def end(self, tokens: Tokens, others: Callable[[int], dict[str, Any]]) -> Tensor:
+        """Return the velocity tokens [B, L, P] from the tokens after the last block."""
+        return self.proj_out(self.norm_out(tokens[0], others(0)["temb_cur_BD"]))
 
 
 def lora_targets(
