@@ -52,6 +52,7 @@ ROWS = {
     "D3SR": Row("small_d3sr"),
     "TADSR": Row("small_tadsr"),
 }
+BUDGETS = ("updates", "time")
 CLOCKS = {"wall": "update_s", "cpu": "cpu_s"}  # -> column of timing.csv
 QUIET = ("preview.every_updates=0", "tracking.mlflow=false")
 
@@ -61,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="held-out pairs: a shard set, or two folders as LQ:HQ")
     parser.add_argument("--updates", type=int, default=2000, help="updates of every training (default: 2000)")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        choices=BUDGETS,
+        default=list(BUDGETS),
+        help="what is made equal: updates, time or both (default: updates time)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument(
         "--metrics", nargs="+", default=["lpips", "dists", "psnr"], help="metrics (default: lpips dists psnr)"
@@ -96,13 +104,13 @@ def compare(options: argparse.Namespace) -> str:
     """Train and score every method, budget and seed; write the tables after each seed, and return the last one."""
     seconds = update_seconds(options)
     rows: dict[tuple[str, str], dict] = {}
-    for budget in ("updates", "time"):
+    for budget in options.budgets:
         for seed in options.seeds:
             for name, row in ROWS.items():
-                if budget == "time" and name == REFERENCE:
-                    continue
                 updates = options.updates
                 if budget == "time":
+                    if name == REFERENCE:
+                        continue
                     updates = max(1, round(updates * seconds[REFERENCE] / seconds[name]))
                 scores = one(options, name, row, budget, updates, seed)
                 add(rows, options.metrics, scores, name, {"equal": budget, "updates": updates, "s": seconds[name]})
