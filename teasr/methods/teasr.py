@@ -69,6 +69,9 @@ class TeasrConfig:
     pixel_tile_px: Annotated[int, "[64, inf)", "a multiple of 16, or null for whole pictures"] | None = None
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised
+    # student: its negative target times are the fake score. To measure what that saves: the same network with its own
+    # LoRA set on the student's base (set), or a copy of the base (copy)
+    fake: Literal["student", "set", "copy"] = "student"
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
 
     def __post_init__(self):
@@ -109,6 +112,10 @@ class TeasrConfig:
             raise ValueError(
                 f"method.cons_mix = {self.cons_mix}: must be three numbers >= 0 with sum 1, such as [0.5, 0.25, 0.25]"
             )
+        if self.fake != "student" and not self.lambda_adv:
+            raise ValueError(
+                f"method.fake = {self.fake} is trained by L_adv: set method.lambda_adv above 0, or method.fake=student"
+            )
         if not 0 < self.cons_midpoint < 1:
             raise ValueError(f"method.cons_midpoint = {self.cons_midpoint}: must be in (0, 1); the paper uses 0.5")
         if not self.cons_grid or min(self.cons_grid) < 1:
@@ -116,14 +123,15 @@ class TeasrConfig:
 
 
 class Teasr(WithLpips):
-    """TEASR on one network, the student, which acts as generator, real score and fake score."""
+    """TEASR on one network, the student, which acts as generator, real score and, by default, fake score."""
 
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
         super().__init__(config, lpips)
         self.cycle = 4 if config.mode == "cycle" else 1
 
     def roles(self) -> tuple[Role, ...]:
-        return (STUDENT,)
+        fake = self.config.fake
+        return (STUDENT,) if fake == "student" else (STUDENT, Role("fake", copy="fake" if fake == "copy" else ""))
 
     def sampler(self) -> Sampler:
         return Restarts() if self.config.sampler == "restart" else AnyStep()
@@ -141,7 +149,7 @@ class Teasr(WithLpips):
         weight = self._select(self.loss_weights(progress), draws, progress)
         for part, own in self._parts(len(batch.keys), weight):
             data = {name: weight[name] for name in ("mse", "lpips")}
-            yield from self._losses(models["student"], batch.rows(part), draws.rows(part), own, data)
+            yield from self._losses(models, batch.rows(part), draws.rows(part), own, data)
 
     def _parts(self, n: int, weight: dict[str, float]) -> Iterator[tuple[slice, dict[str, float]]]:
         """Yield the rows of the batch and the loss weights for them: one part, or those of mode `split`.
@@ -163,11 +171,17 @@ class Teasr(WithLpips):
                 yield slice(first, end), own
 
     def _losses(
-        self, student: Model, batch: Batch, draws: Draws, weight: dict[str, float], data: dict[str, float]
+        self,
+        models: Mapping[str, Model],
+        batch: Batch,
+        draws: Draws,
+        weight: dict[str, float],
+        data: dict[str, float],
     ) -> Iterator[Loss]:
+        student, fake = models["student"], "student" if self.config.fake == "student" else "fake"
         z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        inputs = StepInputs(student, batch.x_hq, z_lq, draws, times, weight, data)
+        inputs = StepInputs(student, models[fake], batch.x_hq, z_lq, draws, times, weight, data)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
         z_fake = target_velocity = None
 
@@ -203,9 +217,9 @@ class Teasr(WithLpips):
 
         if weight["adv"]:
             t, eps_fake = times.fake, draws.normal("fake noise", z0)
-            v = student.velocity(flow.interpolate(z_fake, eps_fake, t), t, Condition(z_lq, -t))  # eq. 7
+            v = inputs.fake.velocity(flow.interpolate(z_fake, eps_fake, t), t, Condition(z_lq, -t))  # eq. 7
             loss = losses.mse(v, flow.velocity_target(z_fake, eps_fake))  # eq. 8
-            yield Loss("adv", "student", weight["adv"] * loss, {"adv": loss.detach()})
+            yield Loss("adv", fake, weight["adv"] * loss, {"adv": loss.detach()})
 
     def _select(self, weight: dict[str, float], draws: Draws, progress: Progress) -> dict[str, float]:
         """Return the weights of this micro-batch; the cheaper modes keep their mean over updates or micro-batches.
@@ -275,13 +289,13 @@ class Teasr(WithLpips):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return D of eq. 10 and the target of the shortcut.
 
-        Fake score, real score and the first half of the shortcut are computed in one batched forward pass.
+        The student's scores and the first half of the shortcut are computed in one batched forward pass.
         """
         rows: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t, t_cur, t_tar
         if inputs.weight["rectify"]:
             s = inputs.times.score
             z_s = flow.interpolate(z_fake, inputs.draws.normal("score noise", z_fake), s)  # eq. 9
-            rows += [(z_s, s, -s), (z_s, s, s)]
+            rows += [(z_s, s, -s), (z_s, s, s)] if inputs.fake is inputs.student else [(z_s, s, s)]
         if shortcut is not None:
             rows.append((shortcut.z_t, shortcut.t, shortcut.m))
         if not rows:
@@ -291,7 +305,10 @@ class Teasr(WithLpips):
         target_velocity = None if shortcut is None else second_half(inputs, shortcut, v[-1])
         if not inputs.weight["rectify"]:
             return None, target_velocity
-        v_fake, v_real, *_ = v
+        if inputs.fake is inputs.student:
+            v_fake, v_real, *_ = v
+        else:
+            v_fake, v_real = inputs.fake.velocity(z_s, s, Condition(inputs.z_lq, -s)), v[0]
         return flow.score_difference(v_fake, v_real, self.config.score_clamp), target_velocity
 
     def _data_gradient(self, inputs: StepInputs, z_fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -343,6 +360,7 @@ class StepInputs:
     """Inputs shared by all losses of one micro-batch."""
 
     student: Model
+    fake: Model  # whose negative target times are the fake score
     x_hq: Tensor
     z_lq: Tensor
     draws: Draws
