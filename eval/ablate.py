@@ -1,10 +1,11 @@
-"""Train and score variants of a config with several seeds: the paper's Table 3, loss ablations, or initialisations.
+"""Train and score variants of a config with several seeds: the paper's Table 3, and the ablations of each method.
 
 Running the same command again resumes.
 
     python eval/ablate.py --config launch/presets/tiny_teasr.yaml --data runs/demo/shards/heldout --seeds 0 1 2 \\
         --out runs/ablation
     python eval/ablate.py --rows losses --config .. --data .. --launcher "deepspeed --num_gpus 8" train.updates=5000
+    python eval/ablate.py --rows tadsr --config small_tadsr --data .. --steps 1 --strengths 0 0.25 0.5 0.75 1
 
 Every combination of row and seed is a separate run below --out (and in MLflow). ablation.md and ablation.json hold the
 means and standard deviations over seeds. For every metric and step count, they also state whether each row is better
@@ -52,6 +53,25 @@ ROWS = {
         "LoRA on the frozen prior": ["backbone.train=lora"],
         "all weights, from scratch": ["backbone.base=null", "backbone.pair=null"],
     },
+    "fake": {  # for a config of TEASR that trains all weights
+        "fake score in the student": [],
+        "fake score in a copy": ["method.fake=copy"],
+    },
+    "d3sr": {  # for a config of D3SR that trains all weights
+        "MSE": ["method.lambda_adv=0", "method.lambda_ea_dists=0"],
+        "MSE and LPIPS": ["method.lambda_adv=0", "method.lambda_ea_dists=0", "method.lambda_lpips=1"],
+        "MSE and DISTS": ["method.lambda_adv=0", "method.lambda_ea_dists=0", "method.lambda_dists=1"],
+        "MSE and EA-DISTS": ["method.lambda_adv=0"],
+        "with discriminator": [],
+        "with discriminator without noise": ["method.t_range=[0,0]"],
+    },
+    "tadsr": {
+        "full": [],
+        "without encoder": ["method.encoder=false"],
+        "uncoupled": ["method.coupled=false"],
+        "without blur": ["method.blur=none"],
+        "blur alone": ["method.lambda_vsd=0"],
+    },
 }
 CHAINS = {"table3"}  # rows are compared with the previous row, not with the first
 STEADY = {  # column of metrics.csv -> its label, and how the seeds' values are combined
@@ -71,8 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--rows",
         choices=tuple(ROWS),
         default="table3",
-        help="variants to train: table3 (the paper's Table 3), losses (losses left out) or starts (LoRA, all weights, "
-        "from scratch) (default: table3)",
+        help="variants to train: table3 (the paper's Table 3), losses (losses left out), starts (LoRA, all weights, "
+        "from scratch), fake (TEASR's fake score in a copy), d3sr (its losses and its discriminator) or tadsr (its "
+        "parts) (default: table3)",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each row is trained with each (default: 0 1 2)"
@@ -117,6 +138,7 @@ def one(options: argparse.Namespace, name: str, seed: int) -> dict:
     launcher = shlex.split(options.launcher)
     _run([*launcher, str(ROOT / "launch/train.py"), "--config", str(options.config), *settings])
     scoring = ["--data", options.data, "--data-root", str(options.data_root), "--steps", *map(str, options.steps)]
+    scoring += ["--strengths", *map(str, options.strengths)] if options.strengths else []
     scoring += ["--metrics", *options.metrics, "--out", str(run / "eval/ablation")]
     if options.metric_weights:
         scoring += ["--metric-weights", str(options.metric_weights)]

@@ -1,14 +1,16 @@
-"""Train OSEDiff, TSD-SR, CSD and TEASR side by side, at equal updates and at equal time, and score them.
+"""Train TEASR, OSEDiff, TSD-SR, CSD, D3SR and TADSR side by side, for equal updates and for equal time, and score them.
 
-Running the same command again resumes.
+Running the same command again resumes. The tables are written again after every seed.
 
     python eval/compare.py --data runs/small/shards/val --updates 2000 --seeds 0 1 2 --out runs/comparison
     python eval/compare.py --data .. --updates 20 --seeds 0 --metrics psnr data.shards=runs/demo/shards/train   # a try
 
-First every method trains a few updates in turn, several rounds, for the median seconds of an update (seconds.json).
-`updates` trains all for the same number of updates; `time` gives each the updates that take as long as TEASR's. All
-presets have the same student, prior, data, batch and rate. comparison.md and comparison.json hold means and standard
-deviations over seeds. TEASR is scored at one step and at four, which the others do not have.
+First every method trains a few updates in turn, several rounds, for the median seconds of an update (seconds.json);
+on a machine that others use, `--clock cpu` counts the seconds of the processor. `updates` trains all for the same
+number of updates; `time` gives each the updates that take as long as TEASR's. All presets have the same prior, data,
+batch and rate, and the same student except D3SR's and TADSR's, which start from the LQ latent. comparison.md and
+comparison.json hold means and standard deviations over seeds. TEASR is scored at 1, 2 and 4 steps, of which the
+others have one; TADSR at its default strength.
 """
 
 from __future__ import annotations
@@ -43,11 +45,15 @@ class Row:
 
 
 ROWS = {
-    REFERENCE: Row("small_teasr", (1, 4)),
+    REFERENCE: Row("small_teasr", (1, 2, 4)),
     "OSEDiff": Row("small_osediff"),
     "TSD-SR": Row("small_tsdsr"),
     "CSD (SDS)": Row("small_csd"),
+    "D3SR": Row("small_d3sr"),
+    "TADSR": Row("small_tadsr"),
 }
+BUDGETS = ("updates", "time")
+CLOCKS = {"wall": "update_s", "cpu": "cpu_s"}  # -> column of timing.csv
 QUIET = ("preview.every_updates=0", "tracking.mlflow=false")
 
 
@@ -56,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="held-out pairs: a shard set, or two folders as LQ:HQ")
     parser.add_argument("--updates", type=int, default=2000, help="updates of every training (default: 2000)")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        choices=BUDGETS,
+        default=list(BUDGETS),
+        help="what is made equal: updates, time or both (default: updates time)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument(
         "--metrics", nargs="+", default=["lpips", "dists", "psnr"], help="metrics (default: lpips dists psnr)"
@@ -63,16 +76,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--metric-weights", type=Path, help="folder of the metrics' weight files")
     parser.add_argument("--timing-updates", type=int, default=20, help="updates of a round of timing (default: 20)")
     parser.add_argument("--timing-rounds", type=int, default=3, help="rounds of timing (default: 3)")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="seconds that are made equal: those that pass, or those of the processor, which other programs on the "
+        "machine disturb less; for trainings without a GPU (default: wall)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="folder (default: runs/comparison)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides of all methods")
     options = parser.parse_args(arguments)
     try:
         for row in ROWS.values():  # report errors before the first training
             run_config.load(presets.find(Path(row.preset), presets.RUNS), options.overrides)
-        result = compare(options)
-        write_atomic(options.out / "comparison.json", json.dumps(result, indent=1).encode())
-        text = markdown(result)
-        write_atomic(options.out / "comparison.md", text.encode())
+        text = compare(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,29 +100,46 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def compare(options: argparse.Namespace) -> dict:
-    """Return seconds, numbers of updates, and the scores of every method, budget, number of steps and seed."""
+def compare(options: argparse.Namespace) -> str:
+    """Train and score every method, budget and seed; write the tables after each seed, and return the last one."""
     seconds = update_seconds(options)
-    rows = []
-    for name, row in ROWS.items():
-        same_time = max(1, round(options.updates * seconds[REFERENCE] / seconds[name]))
-        budgets = {"updates": options.updates} | ({} if name == REFERENCE else {"time": same_time})
-        for budget, updates in budgets.items():
-            found = [one(options, name, row, budget, updates, seed) for seed in options.seeds]
-            for method in found[0]["methods"]:
-                if method in BASELINES and rows and rows[0]["method"] == method:
-                    continue  # bicubic, once
-                values = {m: [scores["methods"][method][m]["mean"] for scores in found] for m in options.metrics}
-                base = method in BASELINES
-                rows.append(
-                    {"method": method if base else name, "steps": "" if base else method, "scores": values}
-                    | ({} if base else {"equal": budget, "updates": updates, "seconds": seconds[name]})
-                )
-        rows.sort(key=lambda row: row["method"] not in BASELINES)
-    return {
-        "data": options.data, "seeds": options.seeds, "overrides": options.overrides, "commit": git_commit(),
-        "protocol": found[0]["protocol"], "pictures": found[0]["pictures"], "rows": rows,
+    rows: dict[tuple[str, str], dict] = {}
+    for budget in options.budgets:
+        for seed in options.seeds:
+            for name, row in ROWS.items():
+                updates = options.updates
+                if budget == "time":
+                    if name == REFERENCE:
+                        continue
+                    updates = max(1, round(updates * seconds[REFERENCE] / seconds[name]))
+                scores = one(options, name, row, budget, updates, seed)
+                add(rows, options.metrics, scores, name, {"equal": budget, "updates": updates, "s": seconds[name]})
+            text = write(options, scores, list(rows.values()))
+    return text
+
+
+def add(rows: dict, metrics: list[str], scores: dict, name: str, trained: dict) -> None:
+    """Add the scores of one seed to the rows of its method, one for each number of steps, and once to bicubic's."""
+    for method, found in scores["methods"].items():
+        base = method in BASELINES
+        about = {"method": method, "steps": ""} if base else {"method": name, "steps": method} | trained
+        key = (method, "") if base else (name, f"{method} {trained['equal']}")
+        row = rows.setdefault(key, about | {"scores": {m: [] for m in metrics}})
+        for metric in metrics if not base or not row["scores"][metrics[0]] else ():
+            row["scores"][metric].append(found[metric]["mean"])
+
+
+def write(options: argparse.Namespace, scores: dict, rows: list[dict]) -> str:
+    """Write comparison.json and comparison.md, bicubic first; return the latter."""
+    result = {
+        "data": options.data, "overrides": options.overrides, "commit": git_commit(), "clock": options.clock,
+        "protocol": scores["protocol"], "pictures": scores["pictures"],
+        "rows": sorted(rows, key=lambda row: row["method"] not in BASELINES),
     }  # fmt: skip
+    write_atomic(options.out / "comparison.json", json.dumps(result, indent=1).encode())
+    text = markdown(result)
+    write_atomic(options.out / "comparison.md", text.encode())
+    return text
 
 
 def update_seconds(options: argparse.Namespace) -> dict[str, float]:
@@ -119,7 +153,7 @@ def update_seconds(options: argparse.Namespace) -> dict[str, float]:
             run = options.out / "timing" / f"{folder_name(name)}-{round_}"
             train(row, run, options.timing_updates, 0, options.overrides)
             with open(run / "timing.csv") as log:
-                each = [float(line["update_s"]) for line in csv.DictReader(log)]
+                each = [float(line[CLOCKS[options.clock]]) for line in csv.DictReader(log)]
             found[name] += each[len(each) // 4 :]  # TEASR's ramp is over by then
     seconds = {name: statistics.median(values) for name, values in found.items()}
     write_atomic(file, json.dumps(seconds, indent=1).encode())
@@ -160,15 +194,16 @@ def call(command: list[str]) -> None:
 def markdown(result: dict) -> str:
     """Format the table as Markdown."""
     metrics = list(result["rows"][0]["scores"])
-    title = ["method", "steps", "equal", "updates", "s an update", *(METRICS[m].label for m in metrics)]
+    clock = "s an update" if result["clock"] == "wall" else "CPU s an update"
+    title = ["method", "steps", "equal", "updates", clock, "seeds", *(METRICS[m].label for m in metrics)]
     lines = [
-        f"{result['data']}, {result['pictures']} images, protocol {result['protocol']}; seeds "
-        f"{', '.join(map(str, result['seeds']))}; commit {result['commit']}; {' '.join(result['overrides'])}",
+        f"{result['data']}, {result['pictures']} images, protocol {result['protocol']}; "
+        f"commit {result['commit']}; {' '.join(result['overrides'])}",
         "", f"| {' | '.join(title)} |", "|---" * len(title) + "|",
     ]  # fmt: skip
     for row in result["rows"]:
         cells = [row["method"], row["steps"], row.get("equal", ""), str(row.get("updates", ""))]
-        cells.append(f"{row['seconds']:.3g}" if "seconds" in row else "")
+        cells += [f"{row['s']:.3g}", str(len(row["scores"][metrics[0]]))] if "s" in row else ["", ""]
         for metric in metrics:
             values, digits = row["scores"][metric], 2 if metric == "psnr" else 4
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and len(set(values)) > 1 else ""

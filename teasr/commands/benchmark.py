@@ -46,6 +46,15 @@ def add_data_options(parser: argparse.ArgumentParser, data_required: bool = Fals
         help="numbers of sampling steps to score (default: 1 2 4 8)",
     )
     parser.add_argument(
+        "--strengths",
+        type=float,
+        nargs="+",
+        metavar="S",
+        default=[],
+        help="values of the dial strength, 0 to 1, to score with one step besides --steps, for a model that has this "
+        "dial (default: none)",
+    )
+    parser.add_argument(
         "--metric-weights",
         type=Path,
         help="folder of the metrics' weight files (default: TEASR_METRIC_WEIGHTS or ~/.cache/teasr/metric_weights)",
@@ -75,15 +84,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="0 to 1: how far to blend the results of several steps with the one-step result (default: 0, no blending)",
-    )
-    parser.add_argument(
-        "--strengths",
-        type=float,
-        nargs="+",
-        metavar="S",
-        default=[],
-        help="values of the dial strength, 0 to 1, to score with one step besides --steps, for a model that has this "
-        "dial (default: none)",
     )
     parser.add_argument(
         "--color",

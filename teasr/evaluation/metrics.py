@@ -1,8 +1,8 @@
 """`Scorer`: compute the metrics of registry.py.
 
 It scores single pictures and whole sets. A metric whose weight file is missing is not computed, and its status is
-"skipped: .." with the cure. PSNR, SSIM, the Frechet distance, DISTS, Seam and Flat/busy are computed by our own code,
-LPIPS by the package `lpips`, and the other published metrics by pyiqa (pyiqa_metrics.py).
+"skipped: .." with the cure. PSNR, SSIM, the Frechet distance, DISTS, Seam, Flat/busy and Detail are computed by our own
+code, LPIPS by the package `lpips`, and the other published metrics by pyiqa (pyiqa_metrics.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from teasr.diffusion.perceptual import find_weights, weight_folder
 from teasr.evaluation.registry import GRID_PX, METRICS, PROTOCOLS, File, Metric
-from teasr.imaging.exact_metrics import detail_ratio, frechet_distance, psnr, seam_ratio, ssim
+from teasr.imaging.exact_metrics import detail_ratio, energy_ratio, frechet_distance, psnr, seam_ratio, ssim
 from teasr.util.files import sha256_of
 from teasr.util.optional import has, how_to_install
 
@@ -157,6 +157,7 @@ OWN: dict[str, Callable] = {
     "checkerboard": _checkerboard,
     "seam": lambda image, hq: seam_ratio(image),
     "detail": detail_ratio,
+    "energy": energy_ratio,
 }
 
 

@@ -134,6 +134,7 @@ METRICS = {
             "detail", "Flat/busy", False, "full",
             about="detail relative to HQ in flat areas, over the same in busy areas", target=1.0,
         ),
+        Metric("energy", "Detail", False, "full", about="energy of detail relative to HQ", target=1.0),
     )
 }  # fmt: skip
 
@@ -177,4 +178,5 @@ MEANINGS = {  # of the metrics, for readers who do not know them
         "Detail relative to the original in flat areas, over the same in busy ones; above 1: noise in skies, "
         "or blur in foliage."
     ),
+    "energy": "Energy of the fine detail relative to the original: below 1 for blurred results, above 1 for noise.",
 }

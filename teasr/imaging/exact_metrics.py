@@ -115,6 +115,15 @@ def detail_ratio(made: np.ndarray, hq: np.ndarray) -> float:
     return float(flat / busy)
 
 
+def energy_ratio(made: np.ndarray, hq: np.ndarray) -> float:
+    """Energy of detail (as in `detail_ratio`) relative to that of `hq`: below 1 for blur, above 1 for noise.
+
+    Raises ValueError if the sizes differ.
+    """
+    ours, theirs = (_detail_energy(x).mean() + FAINT for x in _inside(made, hq, 0))
+    return float(ours / theirs)
+
+
 def _detail_energy(x: np.ndarray) -> np.ndarray:
     y = luma(x)
     detail = y - cv2.GaussianBlur(y, (0, 0), DETAIL_PX)

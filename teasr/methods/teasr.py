@@ -73,6 +73,9 @@ class TeasrConfig:
     order: Literal["losses", "blocks"] = "losses"
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised
+    # student: its negative target times are the fake score. To measure what that saves: the same network with its own
+    # LoRA set on the student's base (set), or a copy of the base (copy)
+    fake: Literal["student", "set", "copy"] = "student"
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
 
     def __post_init__(self):
@@ -113,6 +116,15 @@ class TeasrConfig:
             raise ValueError(
                 f"method.cons_mix = {self.cons_mix}: must be three numbers >= 0 with sum 1, such as [0.5, 0.25, 0.25]"
             )
+        if self.fake != "student" and not self.lambda_adv:
+            raise ValueError(
+                f"method.fake = {self.fake} is trained by L_adv: set method.lambda_adv above 0, or method.fake=student"
+            )
+        if self.fake != "student" and self.order == "blocks":
+            raise ValueError(
+                f"method.order = blocks has all calls in one network, but method.fake = {self.fake}: set "
+                "method.order=losses, or method.fake=student"
+            )
         if not 0 < self.cons_midpoint < 1:
             raise ValueError(f"method.cons_midpoint = {self.cons_midpoint}: must be in (0, 1); the paper uses 0.5")
         if not self.cons_grid or min(self.cons_grid) < 1:
@@ -120,7 +132,7 @@ class TeasrConfig:
 
 
 class Teasr(WithLpips):
-    """TEASR on one network, the student, which acts as generator, real score and fake score."""
+    """TEASR on one network, the student, which acts as generator, real score and, by default, fake score."""
 
     def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
         super().__init__(config, lpips)
@@ -128,7 +140,8 @@ class Teasr(WithLpips):
         self.by_block = config.order == "blocks"
 
     def roles(self) -> tuple[Role, ...]:
-        return (STUDENT,)
+        fake = self.config.fake
+        return (STUDENT,) if fake == "student" else (STUDENT, Role("fake", copy="fake" if fake == "copy" else ""))
 
     def check_models(self, models: Mapping[str, Model]) -> None:
         """Raise ValueError for a backbone that cannot compute block by block, if the config asks for that."""
@@ -151,7 +164,7 @@ class Teasr(WithLpips):
         weight = self._select(self.loss_weights(progress), draws, progress)
         for part, own in self._parts(len(batch.keys), weight):
             data = {name: weight[name] for name in ("mse", "lpips")}
-            yield from self._losses(models["student"], batch.rows(part), draws.rows(part), own, data)
+            yield from self._losses(models, batch.rows(part), draws.rows(part), own, data)
 
     def _parts(self, n: int, weight: dict[str, float]) -> Iterator[tuple[slice, dict[str, float]]]:
         """Yield the rows of the batch and the loss weights for them: one part, or those of mode `split`.
@@ -173,11 +186,17 @@ class Teasr(WithLpips):
                 yield slice(first, end), own
 
     def _losses(
-        self, student: Model, batch: Batch, draws: Draws, weight: dict[str, float], data: dict[str, float]
+        self,
+        models: Mapping[str, Model],
+        batch: Batch,
+        draws: Draws,
+        weight: dict[str, float],
+        data: dict[str, float],
     ) -> Iterator[Loss]:
+        student, fake = models["student"], "student" if self.config.fake == "student" else "fake"
         z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        inputs = StepInputs(student, batch.x_hq, z0, z_lq, eps, draws, times, weight, data)
+        inputs = StepInputs(student, models[fake], batch.x_hq, z0, z_lq, eps, draws, times, weight, data)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
         if self.by_block:
             yield self._by_block(inputs, shortcut)
@@ -215,7 +234,8 @@ class Teasr(WithLpips):
 
         if weight["adv"]:
             call, target = adv_call(inputs, z_fake)
-            yield velocity_loss("adv", weight, inputs.velocity(call), target)
+            v = inputs.fake.velocity(call.z_t, call.t_cur, call.condition)
+            yield velocity_loss("adv", weight, v, target, inputs.fake.role.name)
 
     def _by_block(self, inputs: StepInputs, shortcut: Shortcut | None) -> Loss:
         """Return all losses as one, whose network calls pass through each block together.
@@ -316,20 +336,25 @@ class Teasr(WithLpips):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return D of eq. 10 and the target of the shortcut.
 
-        Fake score, real score and the first half of the shortcut are computed in one batched forward pass.
+        The student's scores and the first half of the shortcut are computed in one batched forward pass.
         """
-        calls = [*score_calls(inputs, z_fake).values()] if inputs.weight["rectify"] else []
+        calls = score_calls(inputs, z_fake) if inputs.weight["rectify"] else {}
+        apart = calls.pop("fake") if calls and inputs.fake is not inputs.student else None
         if shortcut is not None:
-            calls.append(shortcut.to_m(inputs.z_lq))
+            calls["to_m"] = shortcut.to_m(inputs.z_lq)
         if not calls:
             return None, None
         z, t_cur, t_tar = (
-            torch.cat(column) for column in zip(*((c.z_t, c.t_cur, c.condition.t_tar) for c in calls), strict=True)
+            torch.cat(column)
+            for column in zip(*((c.z_t, c.t_cur, c.condition.t_tar) for c in calls.values()), strict=True)
         )
         z_lq = inputs.z_lq.repeat(len(calls), 1, 1, 1)
-        v = inputs.student.velocity(z, t_cur, Condition(z_lq, t_tar)).chunk(len(calls))
-        target = None if shortcut is None else second_half(inputs, shortcut, v[-1])
-        return self._difference(*v[:2]) if inputs.weight["rectify"] else None, target
+        found = inputs.student.velocity(z, t_cur, Condition(z_lq, t_tar)).chunk(len(calls))
+        v = dict(zip(calls, found, strict=True))
+        if apart is not None:
+            v["fake"] = inputs.fake.velocity(apart.z_t, apart.t_cur, apart.condition)
+        target = None if shortcut is None else second_half(inputs, shortcut, v["to_m"])
+        return self._difference(v["fake"], v["real"]) if inputs.weight["rectify"] else None, target
 
     def _difference(self, v_fake: Tensor, v_real: Tensor) -> Tensor:
         """D of eq. 10, without a graph."""
@@ -384,6 +409,7 @@ class StepInputs:
     """Inputs shared by all losses of one micro-batch."""
 
     student: Model
+    fake: Model  # whose negative target times are the fake score
     x_hq: Tensor
     z0: Tensor
     z_lq: Tensor
@@ -447,7 +473,7 @@ def second_half(inputs: StepInputs, shortcut: Shortcut, u1: Tensor) -> Tensor:
     return shortcut.target(u1, inputs.velocity(shortcut.from_m(inputs.z_lq, u1)))
 
 
-def velocity_loss(name: str, weight: dict[str, float], v: Tensor, target: Tensor) -> Loss:
+def velocity_loss(name: str, weight: dict[str, float], v: Tensor, target: Tensor, role: str = "student") -> Loss:
     """The squared error of a velocity."""
     loss = losses.mse(v, target)
-    return Loss(name, "student", weight[name] * loss, {name: loss.detach()})
+    return Loss(name, role, weight[name] * loss, {name: loss.detach()})

@@ -30,6 +30,7 @@ NAMES = {  # column of metrics.csv or timing.csv -> name in MLflow
     "checkerboard": "pictures/checkerboard",
     "restart_checkerboard": "pictures/restart_checkerboard",
     "update_s": "time/update_s",
+    "cpu_s": "time/cpu_s",
     "data_wait_s": "time/data_wait_s",
     "preview_s": "time/preview_s",
     "images_per_s": "time/images_per_s",

@@ -140,7 +140,7 @@ class Trainer:
             if self.preview and not self.update:
                 record.log({}, {}, self._show(record))
             while self.update < updates and not stop:
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.process_time()
                 micro = [next(data) for _ in range(self.accumulation)]
                 waited = time.perf_counter() - started
                 bad = record.bad_samples([name for _, names in micro for name in names])
@@ -151,7 +151,7 @@ class Trainer:
                 logs["bad_samples"] *= self.world.size
                 due = due or self.update % self.train.save_every_updates == 0 or self.update == updates or stop
                 saves = due and not logs["skipped"]
-                timing = self._timing(started, waited)
+                timing = self._timing(started, waited) | {"cpu_s": time.process_time() - cpu}
                 shown = self._show(record) if self.preview and self.preview.due(self.update, saves) else ({}, {})
                 record.log(logs, timing, shown)
                 record.check_skipped()

@@ -61,6 +61,20 @@ def test_rows_are_trained_and_scored_once(ablate, shards, tmp_path, monkeypatch,
     assert "updatez" in capsys.readouterr().err
 
 
+def test_a_dial_is_scored_at_its_strengths(ablate, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ablate.subprocess, "run", warm.run)
+    monkeypatch.setitem(ablate.ROWS, "tadsr", {"blur alone": ablate.ROWS["tadsr"]["blur alone"]})
+    command = ["--config", "small_tadsr", "--rows", "tadsr", "--data", str(shards), "--seeds", "3", "--steps", "1"]
+    command += ["--strengths", "0", "0.5", "--metrics", "psnr", "energy", "--launcher", sys.executable]
+    command += ["--out", str(tmp_path), f"data.shards={shards}", "data.augment=none", "train.updates=1"]
+    command += ["train.batch=2", "train.micro_batch=2", "preview.every_updates=0", "tracking.mlflow=false"]
+    assert ablate.main(command) == 0
+    told = json.loads((tmp_path / "ablation.json").read_text())["rows"]["blur alone"]
+    assert set(told) == {"bicubic", "1 step", "1 step at 0", "1 step at 0.5"}
+    assert told["1 step at 0"]["energy"]["mean"] != told["1 step at 0.5"]["energy"]["mean"]
+
+
 def test_steadiness_is_read_from_the_log(ablate, tmp_path):
     rows = [f"{i},{'' if i < 15 else 0.5},{int(i == 3)},{9 if i == 0 else 4 if i == 12 else 2}" for i in range(20)]
     (tmp_path / "metrics.csv").write_text("update,rectify_to_data,skipped,grad_norm\n" + "\n".join(rows))

@@ -51,10 +51,11 @@ def test_methods_are_trained_for_equal_updates_and_equal_time(compare, shards, t
 def test_the_table_has_means_and_spreads(compare):
     rows = [
         {"method": "bicubic", "steps": "", "scores": {"psnr": [20.0, 20.0], "lpips": [0.5, 0.5]}},
-        {"method": "TEASR", "steps": "1 step", "equal": "updates", "updates": 9, "seconds": 0.25,
+        {"method": "TEASR", "steps": "1 step", "equal": "updates", "updates": 9, "s": 0.25,
          "scores": {"psnr": [21.0, 23.0], "lpips": [0.3, 0.3]}},
     ]  # fmt: skip
-    result = {"data": "d", "pictures": 2, "protocol": "teasr", "seeds": [0, 1], "commit": "c", "overrides": []}
+    result = {"data": "d", "pictures": 2, "protocol": "teasr", "clock": "cpu", "commit": "c", "overrides": []}
     text = compare.markdown(result | {"rows": rows})
-    assert "| bicubic |  |  |  |  | 20.00 | 0.5000 |" in text
-    assert "| TEASR | 1 step | updates | 9 | 0.25 | 22.00 ± 1.41 | 0.3000 |" in text
+    assert "| updates | CPU s an update | seeds |" in text
+    assert "| bicubic |  |  |  |  |  | 20.00 | 0.5000 |" in text
+    assert "| TEASR | 1 step | updates | 9 | 0.25 | 2 | 22.00 ± 1.41 | 0.3000 |" in text

@@ -5,6 +5,7 @@ Values of pyiqa are stored here, and compared with pyiqa itself where it is inst
 
 import re
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
@@ -112,7 +113,7 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
     assert scorer.status["lpips"] == scorer.status["dists"] == f"skipped: run `teasr weights --folder {tmp_path}`"
     allowed = r"ok|skipped: (put|run (`teasr weights|pip install 'teasr\[metrics\]'))"
     assert all(re.match(allowed, status) for status in scorer.status.values())
-    assert scorer.picture_names == ["psnr", "ssim", "checkerboard", "seam", "detail"]
+    assert scorer.picture_names == ["psnr", "ssim", "checkerboard", "seam", "detail", "energy"]
     monkeypatch.setenv("TEASR_METRIC_WEIGHTS", str(tmp_path))
     assert Scorer(["lpips"]).status["lpips"] == "skipped: run `teasr weights`"
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"another")
@@ -193,11 +194,14 @@ def test_metrics_of_pyiqa_load_from_the_folder(tmp_path, monkeypatch, pair):
 def test_metrics_with_a_target_are_best_closest_to_it(pair):
     """Both sides of the target count: 0.9 is better than 1.2, and 1.05 is better than both."""
     hq, made, _ = pair
-    for name, label in (("seam", "Seam"), ("detail", "Flat/busy")):
+    for name, label in (("seam", "Seam"), ("detail", "Flat/busy"), ("energy", "Detail")):
         metric = METRICS[name]
         assert metric.label == label and metric.target == 1 and metric.arrow == "→ 1"
         assert max((1.2, 0.9, 1.05, 0.7), key=metric.merit) == 1.05 and metric.merit(0.9) > metric.merit(1.2)
     assert max((1.0, 2.0), key=METRICS["psnr"].merit) == 2 and max((1.0, 2.0), key=METRICS["lpips"].merit) == 1
+    blurred = cv2.GaussianBlur(hq, (0, 0), 2)
+    energy = Scorer(["energy"])
+    assert energy.picture(hq, hq)["energy"] == 1 and energy.picture(blurred, hq)["energy"] < 0.9
     scorer = Scorer(["seam", "detail"])
     assert scorer.identity["seam"]["better"] == "closer to 1"
     assert scorer.picture(hq, hq)["detail"] == 1 and scorer.picture(made, hq)["detail"] > 1

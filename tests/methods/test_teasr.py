@@ -145,6 +145,28 @@ def test_nothing_is_computed_for_a_zero_weight(off, graph, plain):
     assert not set(off) & set(logs)
 
 
+@pytest.mark.parametrize("fake", ["set", "copy"])
+def test_a_separate_fake_score_changes_whose_weights_are_used_and_nothing_else(fake):
+    """With equal weights it has the losses of the student's own; L_adv trains it alone, and D has no other weights."""
+    config = TeasrConfig(**PLAIN, fake=fake)
+    role = Teasr(config).roles()[1]
+    assert (role.name, role.branches, role.copy) == ("fake", "dual", "fake" if fake == "copy" else "")
+    own, student, copy = tiny(), tiny(), tiny()
+    models = {"student": Model(student), "fake": Model(copy)}
+    wanted = list(Teasr(TeasrConfig(**PLAIN)).losses({"student": Model(own)}, batch(), draws(), NOW))
+    found = list(Teasr(config).losses(models, batch(), draws(), NOW))
+    assert [(a.name, a.role) for a in found] == [(a.name, "fake" if a.name == "adv" else a.role) for a in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a.value, b.value, atol=1e-12)
+        a.value.backward()
+        assert bool(gradients(copy)) == (a.name == "adv") and bool(gradients(student)) == (a.name != "adv")
+    copy.net.proj_out.weight.data *= 2
+    other = next(iter(Teasr(config).losses(models, batch(), draws(), NOW)))
+    assert other.logs["score_difference"] != wanted[0].logs["score_difference"]
+    with pytest.raises(ValueError, match="trained by L_adv"):
+        TeasrConfig(**PLAIN, fake=fake, lambda_adv=0.0)
+
+
 def test_ramps_in_updates_and_fractions():
     ramp = Ramp(start=10, length=20)
     assert [ramp.factor(Progress(u, 100)) for u in (0, 9, 20, 30, 99)] == [0, 0, 0.5, 1, 1]
