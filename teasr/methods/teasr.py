@@ -235,7 +235,7 @@ class Teasr(WithLpips):
         if weight["adv"]:
             call, target = adv_call(inputs, z_fake)
             v = inputs.fake.velocity(call.z_t, call.t_cur, call.condition)
-            yield velocity_loss("adv", weight, v, target, inputs.fake.role.name)
+            yield velocity_loss("adv", weight, v, target, "student" if inputs.fake is inputs.student else "fake")
 
     def _by_block(self, inputs: StepInputs, shortcut: Shortcut | None) -> Loss:
         """Return all losses as one, whose network calls pass through each block together.
