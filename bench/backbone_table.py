@@ -28,9 +28,6 @@ FEW, MORE = 2, 3
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
 OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", "backbone.null_prompt=random")
 ROWS = (  # backbone, method, preset, overrides
-    ("Stable Diffusion 2.1-base", "OSEDiff", "sd21_osediff", ()),
-    ("", "D3SR", "sd21_d3sr", ()),
-    ("", "TADSR", "sd21_tadsr", ()),
     ("Stable Diffusion 3.5-medium", "TEASR", "sd35_teasr_16gb", ()),
     ("Stable Diffusion 3.5-medium", "TSD-SR", "sd35_tsdsr", ()),
     ("Z-Image", "TEASR", "zimage_teasr_24gb", ()),
