@@ -1,6 +1,6 @@
 """Predict which backbone and method fit on which card, and the seconds a picture: a table in docs/scaling.md.
 
-    python bench/backbone_table.py                  # prints the table; needs no GPU and no weights; about 5 minutes
+    python bench/backbone_table.py                  # prints the table; needs no GPU and no weights; about 3 minutes
     python bench/backbone_table.py --write          # writes it into docs/scaling.md
     python bench/backbone_table.py sd35_tsdsr       # rows of these presets alone
 
@@ -28,11 +28,8 @@ FEW, MORE = 2, 3
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
 OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", "backbone.null_prompt=random")
 ROWS = (  # backbone, method, preset, overrides
-    ("Stable Diffusion 2.1-base", "OSEDiff", "sd21_osediff", ()),
-    ("", "D3SR", "sd21_d3sr", ()),
-    ("", "TADSR", "sd21_tadsr", ()),
     ("Stable Diffusion 3.5-medium", "TEASR", "sd35_teasr_16gb", ()),
-    ("", "TSD-SR", "sd35_tsdsr", ()),
+    ("Stable Diffusion 3.5-medium", "TSD-SR", "sd35_tsdsr", ()),
     ("Z-Image", "TEASR", "zimage_teasr_24gb", ()),
     ("Qwen-Image", "TEASR", "qwen_teasr", ()),
     ("Qwen-Image, NF4", "TEASR", "qwen_teasr_24gb", ()),
