@@ -139,8 +139,10 @@ def gradients(backbone, role, latents):
     return out.detach(), {n: p.grad.clone() for n, p in backbone.net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": False}, {"swap_blocks": 2}], ids=str)
-def test_recomputed_and_swapped_blocks_change_no_bit(name, folder, latents, changes):
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": False}, {"swap_blocks": 2}, {"attention_backend": "native"}], ids=str
+)
+def test_recomputation_swap_and_the_attention_backend_change_no_bit(name, folder, latents, changes):
     """Another role runs between a role's forward and backward pass; each parameter still gets its own gradient."""
     for role in (STUDENT, FAKE, CRITIC):
         a, b = build(name, folder), build(name, folder, **changes)
