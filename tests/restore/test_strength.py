@@ -144,3 +144,10 @@ def test_other_programs_turn_it_too(upscaler, tmp_path):
     for model, shown in ((upscaler, False), (without, True)):
         text = str(page.build(model, tmp_path).get_config_file())
         assert (sentence[5:] in text) == shown
+
+
+def test_previews_of_teasr_show_both_ends_for_one_step_only(shards):
+    small = Upscaler.from_pretrained("small", device="cpu")
+    preview = Preview(PreviewConfig(pictures=1, steps=(1, 2)), ShardSet.open(str(shards)), 0)
+    _, scores = preview.make(small.model, small.sampler, torch.device("cpu"))
+    assert set(scores) == {f"preview/{m}_{end}" for m in ("psnr_y", "ssim_y") for end in ("1", "1_at_0", "1_at_1", "2")}
