@@ -114,6 +114,9 @@ def test_one_step_of_teasr_goes_from_the_coarse_restoration_to_more_detail():
     assert not any(np.array_equal(small(LQ), y) for y in at)
     tiled, whole = (small(PHOTO, strength=1.0, tile_px=px).astype(float) for px in (128, 256))
     assert 0 < np.abs(tiled - whole).mean() < 1
+    done = []
+    small(PHOTO, strength=1.0, tile_px=128, on_progress=lambda part, of: done.append((part, of)))
+    assert done[-1][0] == done[-1][1] == len(done)
     seen = []
     small(LQ, strength=1.0, on_step=lambda i, of, z: seen.append((i, of)))
     assert seen == [(1, 1)]
