@@ -40,7 +40,7 @@ class Candidates:
 
     def __init__(self, model: Model, z_lq: Tensor, eps: Tensor):
         self.model, self.z_lq, self.eps = model, z_lq, eps
-        self.coarse = model.coarse_mean(z_lq)
+        self.coarse = model.coarse(z_lq)[0]
         self.one = self.jump(eps, 1.0)
 
     def jump(self, z_t: Tensor, t: float, r: float = 0.0) -> Tensor:

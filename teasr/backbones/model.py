@@ -11,6 +11,7 @@ from torch import Tensor
 from teasr.backbones.base import Backbone
 from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.roles import STUDENT, Role
+from teasr.diffusion import flow
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,13 @@ class Model:
         """
         return self.backbone.call(self.role, "coarse", z_lq, z_lq.new_zeros(len(z_lq))).chunk(2, dim=1)
 
-    def coarse_mean(self, z_lq: Tensor) -> Tensor:
-        """Return the coarse restoration of z_lq alone, [B, C, h, w]; raises ValueError like `coarse`."""
-        return self.coarse(z_lq)[0]
+    def jump_from_coarse(self, z_lq: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Noise the coarse restoration of z_lq to time t [B] and jump from there to the image, [B, C, h, w].
+
+        z = z_t - t v(z_t, t, z_lq, 0) with z_t = (1 - t) coarse + t eps. Raises ValueError like `coarse`.
+        """
+        z_t = flow.interpolate(self.coarse(z_lq)[0], eps, t)
+        return flow.z0_from_velocity(z_t, self.velocity(z_t, t, Condition(z_lq, torch.zeros_like(t))), t)
 
     def features(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the tokens after block k = `role.blocks` (default: the last) as a feature map [B, D, h', w'].

@@ -47,7 +47,7 @@ class Restorer(Protocol):
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor: ...
 
-    def coarse_mean(self, z_lq: Tensor) -> Tensor: ...
+    def jump_from_coarse(self, z_lq: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
 
 class Sampler(ABC):
@@ -228,8 +228,7 @@ class Restarts(AnyStep):
         if strength is None:
             return super().sample(model, z_lq, eps, steps, dials, on_step)
         t = model.snap(torch.full((len(z_lq),), MOST_NOISE * strength, device=z_lq.device))
-        z_t = flow.interpolate(model.coarse_mean(z_lq), eps, t)
-        z = flow.z0_from_velocity(z_t, model.velocity(z_t, t, Condition(z_lq, torch.zeros_like(t))), t)
+        z = model.jump_from_coarse(z_lq, eps, t)
         other = on_step(1, 1, z) if on_step else None
         return z if other is None else other
 

@@ -82,9 +82,13 @@ class Tiled:
         """See `Model.adapt`; takes and returns latents in host memory."""
         return self._tile_by_tile(lambda tile: self.model.adapt(self._part(z_lq, tile), t.to(self.device)))
 
-    def coarse_mean(self, z_lq: Tensor) -> Tensor:
-        """See `Model.coarse_mean`; takes and returns latents in host memory."""
-        return self._tile_by_tile(lambda tile: self.model.coarse_mean(self._part(z_lq, tile)))
+    def jump_from_coarse(self, z_lq: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """See `Model.jump_from_coarse`; takes and returns latents in host memory."""
+
+        def of_tile(tile: Tile) -> Tensor:
+            return self.model.jump_from_coarse(self._part(z_lq, tile), self._part(eps, tile), t.to(self.device))
+
+        return self._tile_by_tile(of_tile)
 
     def velocity(self, z_t: Tensor, t_cur: Tensor, condition: Condition = NOTHING) -> Tensor:
         """See `Model.velocity`; takes and returns latents in host memory."""

@@ -180,12 +180,15 @@ def test_both_stages_train_resume_and_restore(shards, tmp_path):
     }  # fmt: skip
     jobs = [small_recipe(shards, tmp_path / "trunk", train__updates=4, preview={"steps": [1]}, **trunk)]
     jobs += [small_recipe(shards, tmp_path / "whole", train__updates=4, **branches)]
-    jobs += [small_recipe(shards, tmp_path / "zero3", train__updates=4, **branches | {"train__deepspeed": zero3})]
+    shown = {"train__deepspeed": zero3, "preview": {"steps": [1], "pictures": 1}}  # with both ends of the dial
+    jobs += [small_recipe(shards, tmp_path / "zero3", train__updates=4, **branches | shown)]
     jobs += [small_recipe(shards, tmp_path / "halves", train__updates=n, **branches) for n in (2, 4)]
     start(jobs, tmp_path, 1)
     whole = rows(tmp_path / "whole")
     assert {"flow", "cons", "adv", "rectify", "mse", "restart", "restart_mse"} <= set(whole[-1])
-    for a, b in zip(whole, rows(tmp_path / "zero3"), strict=True):
+    before, *partitioned = rows(tmp_path / "zero3")
+    assert {"preview/psnr_y_1", "preview/psnr_y_1_at_0", "preview/psnr_y_1_at_1"} <= set(before)
+    for a, b in zip(whole, partitioned, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     weights = [tmp_path / run / "checkpoints/step-00000004/weights.safetensors" for run in ("whole", "halves")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -114,6 +114,9 @@ def test_one_step_of_teasr_goes_from_the_coarse_restoration_to_more_detail():
     assert not any(np.array_equal(small(LQ), y) for y in at)
     tiled, whole = (small(PHOTO, strength=1.0, tile_px=px).astype(float) for px in (128, 256))
     assert 0 < np.abs(tiled - whole).mean() < 1
+    done = []
+    small(PHOTO, strength=1.0, tile_px=128, on_progress=lambda part, of: done.append((part, of)))
+    assert done[-1][0] == done[-1][1] == len(done)
     seen = []
     small(LQ, strength=1.0, on_step=lambda i, of, z: seen.append((i, of)))
     assert seen == [(1, 1)]
@@ -144,3 +147,10 @@ def test_other_programs_turn_it_too(upscaler, tmp_path):
     for model, shown in ((upscaler, False), (without, True)):
         text = str(page.build(model, tmp_path).get_config_file())
         assert (sentence[5:] in text) == shown
+
+
+def test_previews_of_teasr_show_both_ends_for_one_step_only(shards):
+    small = Upscaler.from_pretrained("small", device="cpu")
+    preview = Preview(PreviewConfig(pictures=1, steps=(1, 2)), ShardSet.open(str(shards)), 0)
+    _, scores = preview.make(small.model, small.sampler, torch.device("cpu"))
+    assert set(scores) == {f"preview/{m}_{end}" for m in ("psnr_y", "ssim_y") for end in ("1", "1_at_0", "1_at_1", "2")}
