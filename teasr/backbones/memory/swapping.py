@@ -162,6 +162,9 @@ class SwappedLinear(QuantisedLinear):
             raise RuntimeError("the weights of a swapped block were read while they are not on the device")
         return self.layer.weight_in(dtype)
 
+    def out_scale(self, dtype: torch.dtype) -> Tensor | None:
+        return self.layer.out_scale(dtype)
+
 
 @dataclass(eq=False)
 class Block:
