@@ -38,6 +38,7 @@ BACKBONES: dict[str, Loader] = dict(
         _backbone("unet", "unet.backbone", "UNet"),
         _backbone("qwen_image", "qwen_image.backbone", "QwenImage"),
         _backbone("sd3", "sd3", "SD3"),
+        _backbone("z_image", "z_image", "ZImage"),
     )
 )
 METHODS: dict[str, Loader] = dict(
@@ -56,6 +57,7 @@ FITTING: dict[str, tuple[str, ...]] = {  # backbone -> the methods that can trai
     "unet": ("coarse", "teasr"),
     "qwen_image": (*_ONE_STEP, "teasr"),
     "sd3": (*_ONE_STEP, "teasr"),
+    "z_image": (*_ONE_STEP, "teasr"),
 }
 NEEDS = {  # method -> what a backbone that is missing above lacks
     "coarse": "a trunk that restores coarsely",

@@ -26,6 +26,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
         "backbones/qwen_image/transformer.py",
         "backbones/qwen_image/vae.py",
         "backbones/sd3.py",
+        "backbones/z_image.py",
     },
     "gradio": {"restore/web/page.py"},
     "huggingface_hub": {"restore/hub.py"},

@@ -67,7 +67,7 @@ class Model:
             raise ValueError(
                 f"role {self.role.name} is a score that does not see the LQ image, but the weights of this "
                 f"{type(self.backbone).__name__} were never trained without one: use the backbone tiny with a prior "
-                "(backbone.base=small-prior), or qwen_image"
+                "(backbone.base=small-prior), or one of diffusers (sd3, z_image, qwen_image)"
             )
 
     def snap(self, t: Tensor) -> Tensor:

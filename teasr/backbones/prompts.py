@@ -131,9 +131,15 @@ def _embed_sd3(model: str, index: dict, prompt: str, device: torch.device, dtype
     return torch.cat((F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1])), tokens[0])), None
 
 
+def _embed_z_image(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+    pipeline = _text_pipeline(model, index, device, dtype)
+    return pipeline.encode_prompt(prompt, device, do_classifier_free_guidance=False)[0][0], None
+
+
 EMBEDDINGS = {  # pipeline named in model_index.json -> how it embeds a prompt
     "QwenImagePipeline": _embed_qwen,
     "StableDiffusion3Pipeline": _embed_sd3,
+    "ZImagePipeline": _embed_z_image,
 }
 
 
@@ -163,7 +169,10 @@ def _tokenizer(cls: type, model: str, subfolder: str):
 
 
 def _check_tokenizer(tokenizer, text: str, model: str) -> None:
-    """Raise ValueError if the text does not survive; transformers silently makes a tokenizer without words of files."""
+    """Raise ValueError if encoding and decoding change the text.
+
+    transformers silently creates a tokenizer with an empty vocabulary if its files are missing.
+    """
     if tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens="<" not in text).strip() != text.strip():
         reason = "its folder tokenizer is missing or broken: decoding the encoded prompt template does not give it back"
         raise cannot_load("model", model, reason)

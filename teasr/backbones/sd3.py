@@ -175,7 +175,7 @@ class SD3Transformer(DualBranch, SD3Transformer2DModel):
         temb_tar = None if cond is None else self.time_embedding(t_tar, pooled)
         n = len(self.blocks) if blocks is None else blocks
         for i in range(n):
-            x, text, c = self.run_block(i, x, text, temb_cur, c, temb_tar, adapters, i == n - 1)
+            x, text, c = self.run_block(self.blocks[i], x, text, temb_cur, c, temb_tar, adapters, i == n - 1)
         if blocks is not None:
             return x
         tokens = self.proj_out(self.norm_out(x, temb_cur))

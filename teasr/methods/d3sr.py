@@ -152,7 +152,8 @@ class D3sr(WithLpips):
             raise ValueError(
                 "role discriminator judges by the features of a diffusion model of images, but the weights of this "
                 f"{type(backbone).__name__} were never trained without an LQ image: use the backbone tiny with a prior "
-                "(backbone.base=small-prior) or qwen_image, or train without a discriminator (method.lambda_adv=0)"
+                "(backbone.base=small-prior) or one of diffusers (sd3, z_image, qwen_image), or train without a "
+                "discriminator (method.lambda_adv=0)"
             )
 
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:

@@ -24,6 +24,10 @@ SD3 = {
     "caption_projection_dim": 32, "pooled_projection_dim": 20, "in_channels": 4, "out_channels": 4,
     "pos_embed_max_size": 16, "dual_attention_layers": [0, 1], "qk_norm": "rms_norm",
 }  # fmt: skip
+Z_IMAGE = {
+    "in_channels": 4, "dim": 48, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "cap_feat_dim": 24, "axes_dims": [8, 8, 8], "axes_lens": [64, 32, 32],
+}  # fmt: skip
 TEXT_WIDTH, TEXT_TOKENS = 24, 7
 
 
@@ -173,6 +177,88 @@ def stock_sd3(model: nn.Module, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
     return model(z, text[:, 1:], text[:, 0, : SD3["pooled_projection_dim"]], 1000 * t, return_dict=False)[0]
 
 
+def plain_z_image(weights, lora, on, z, t, text, z_lq=None, t_tar=None) -> Tensor:
+    """Z-Image with a condition branch: streams noise, text, condition; stream `on` has the LoRA, the text has none.
+
+    Noise and text are padded to 32 tokens; the condition has the positions of the noise and is not padded.
+    """
+    net, h, w = Plain(weights, lora), z.shape[-2] // 2, z.shape[-1] // 2
+
+    def time(t):
+        own = torch.tensor([1 - x if x >= 0 else -(1 + x) for x in t.tolist()])
+        return net.linear("t_embedder.mlp.2", F.silu(net.linear("t_embedder.mlp.0", sinusoid(own))))
+
+    def padded(x, token):
+        return torch.cat((x, weights[token].expand(len(x), 32 - x.shape[1], -1)), 1)
+
+    def tokens(z, adapted):
+        patches = [z[:, :, i : i + 2, j : j + 2] for i in range(0, 2 * h, 2) for j in range(0, 2 * w, 2)]
+        flat = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in patches], 1)
+        return net.linear("all_x_embedder.2-1", flat, adapted)
+
+    def angles(places):
+        axes = [places[:, i : i + 1] * 256.0 ** (-torch.arange(0, 8, 2) / 8) for i in range(3)]
+        return torch.cat(axes, 1)[:, None]
+
+    def rotate(x, a):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * a.cos() - odd * a.sin(), even * a.sin() + odd * a.cos()), -1).flatten(-2)
+
+    def block(p, streams):
+        """streams: {name: (tokens, angles, time embedding or None)}; returns the tokens by name."""
+        mods, q, k, v = {}, [], [], []
+        for name, (x, a, temb) in streams.items():
+            mods[name] = [torch.ones(1)] * 4
+            if temb is not None:
+                m = net.linear(f"{p}.adaLN_modulation.0", temb, name == on)[:, None].chunk(4, 2)
+                mods[name] = [1 + m[0], m[1].tanh(), 1 + m[2], m[3].tanh()]
+            y = net.rms(f"{p}.attention_norm1", x, 1e-5) * mods[name][0]
+            made = [
+                net.linear(f"{p}.attention.{to}", y, name == on).unflatten(2, (2, 24))
+                for to in ("to_q", "to_k", "to_v")
+            ]
+            q.append(rotate(net.rms(f"{p}.attention.norm_q", made[0], 1e-5), a))
+            k.append(rotate(net.rms(f"{p}.attention.norm_k", made[1], 1e-5), a))
+            v.append(made[2])
+        outs = attention(*(torch.cat(x, 1) for x in (q, k, v))).split([x.shape[1] for x in q], 1)
+        found = {}
+        for (name, (x, _, _)), out in zip(streams.items(), outs, strict=True):
+            adapted = name == on
+            out = net.linear(f"{p}.attention.to_out.0", out, adapted)
+            x = x + mods[name][1] * net.rms(f"{p}.attention_norm2", out, 1e-5)
+            y = net.rms(f"{p}.ffn_norm1", x, 1e-5) * mods[name][2]
+            y = F.silu(net.linear(f"{p}.feed_forward.w1", y, adapted)) * net.linear(f"{p}.feed_forward.w3", y, adapted)
+            y = net.linear(f"{p}.feed_forward.w2", y, adapted)
+            found[name] = x + mods[name][3] * net.rms(f"{p}.ffn_norm2", y, 1e-5)
+        return found
+
+    caption = padded(net.linear("cap_embedder.1", net.rms("cap_embedder.0", text, 1e-5)), "cap_pad_token")
+    of_text = angles(torch.tensor([[1 + i, 0, 0] for i in range(32)]))
+    caption = block("context_refiner.0", {"text": (caption, of_text, None)})["text"]
+    grid = [[33, i, j] for i in range(h) for j in range(w)]
+    of_noise, of_cond = angles(torch.tensor(grid + [[0, 0, 0]] * (32 - h * w))), angles(torch.tensor(grid))
+    streams = {0: (padded(tokens(z, on == 0), "x_pad_token"), of_noise, time(t))}
+    if z_lq is not None:
+        streams[1] = tokens(z_lq, on == 1), of_cond, time(t_tar)
+    for name, x in block("noise_refiner.0", streams).items():
+        streams[name] = x, *streams[name][1:]
+    streams["text"] = caption, of_text, time(t)
+    for i in range(3):
+        for name, x in block(f"layers.{i}", streams).items():
+            streams[name] = x, *streams[name][1:]
+    scale = 1 + net.linear("all_final_layer.2-1.adaLN_modulation.1", F.silu(time(t)))[:, None]
+    out = net.linear("all_final_layer.2-1.linear", layer_norm(streams[0][0]) * scale)[:, : h * w]
+    return -out.reshape(len(z), h, w, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)
+
+
+def stock_z_image(model: nn.Module, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Call diffusers' own forward as its pipeline does: its time is 1 - t, and it returns the negative velocity."""
+    return -torch.stack(model(list(z[:, :, None]), 1 - t, list(text), return_dict=False)[0])[:, :, 0]
+
+
 CASES = {
+    "z_image": Case(
+        "ZImageTransformer2DModel", Z_IMAGE, stock_z_image, plain_z_image, adapted=(1 + 3 * 8 + 3, 1 + 4 * 8)
+    ),
     "sd3": Case("SD3Transformer2DModel", SD3, stock_sd3, plain_sd3, adapted=(2 * 11 + 3, 2 * 11 + 7)),
 }

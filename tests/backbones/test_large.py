@@ -4,16 +4,24 @@ The reference is diffusers' own forward where there is no condition, and the net
 (large.py) where there is one.
 """
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
+from conftest import partitioning, small_recipe
 from large import CASES, VAE, give_effect, settings
+from safetensors.torch import load_file
+from test_training import start
 
-from teasr import registry
+from teasr import Upscaler, registry
+from teasr.backbones import lora_file
 from teasr.backbones.generic.codec import KLCodec
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.roles import STUDENT, Role
+from teasr.commands.export import main as export
 
 REAL, FAKE = Role("real", branches="single", trains="nothing"), Role("fake", branches="single", rank=2)
 CRITIC = Role("critic", branches="single", blocks=1, head=True)
@@ -188,3 +196,52 @@ def test_the_contract_and_mistakes(name, folder, tmp_path):
         build(name, folder, model=str(tmp_path))
     with pytest.raises(ValueError, match="cannot be built"):
         build(name, transformer={"layers": 3})
+
+
+def test_it_trains_resumes_exports_and_restores(name, folder, shards, tmp_path):
+    """Resumed, the weights are the same to the bit; the export is a LoRA that diffusers' own class reads."""
+    own = settings(name, folder)
+
+    def job(run, updates, stage="zero1"):
+        zero = str(partitioning(stage, tmp_path))
+        return small_recipe(
+            shards, tmp_path / run, backbone=own, train__updates=updates, train__deepspeed=zero,
+            train__learning_rate=0.05, train__save_every_updates=2,
+        )  # fmt: skip
+
+    start([job("whole", 4), job("halves", 2), job("halves", 4), job("zero3", 4, "zero3")], tmp_path, 1)
+    files = [tmp_path / run / "checkpoints/step-00000004/ema.safetensors" for run in ("whole", "halves", "zero3")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    trained, sharded = load_file(files[0]), load_file(files[2])
+    assert max((trained[n] - sharded[n]).abs().max() for n in trained) < 0.05
+    assert export([str(tmp_path / "whole"), "--out", str(tmp_path / "lora")]) == 0
+    theirs = stock(name, folder)
+    theirs.load_lora_adapter(tmp_path / "lora", weight_name=lora_file.NAME, prefix="transformer")
+    assert len([n for n, _ in theirs.named_parameters() if "lora_" in n]) == len(trained)
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "condition tokens only" in card and name.replace("_", "-") in card
+    lq = np.ascontiguousarray(skimage.data.coffee()[:20, :28])
+    wanted = Upscaler.from_pretrained(tmp_path / "whole")(lq, steps=2)
+    assert wanted.shape == (80, 112, 3) and wanted.std() > 0
+    assert np.array_equal(Upscaler.from_pretrained(tmp_path / "lora")(lq, steps=2), wanted)
+
+
+def test_the_first_check_with_real_weights_tells_a_prior_from_random_weights(name, folder, tmp_path, capsys):
+    """Random weights explain nothing; a stand-in that knows the answer is found to know pictures."""
+    import check_backbone
+    from PIL import Image
+
+    Image.fromarray(np.ascontiguousarray(skimage.data.coffee()[:64, :48])).save(tmp_path / "x.png")
+    own = [f"backbone={json.dumps(settings(name, folder))}"]
+    assert check_backbone.main(["sd35_teasr_16gb", "--photo", str(tmp_path / "x.png"), *own]) == 1
+    out = capsys.readouterr().out
+    assert "VAE: PSNR" in out and out.count("a linear guess") == 4 and "NOT a trained model" in out
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+
+    class Knowing(Model):
+        def velocity(self, z_t, t_cur, condition=None):
+            return eps - z
+
+    share, linear = check_backbone.explained(Knowing(build(name, folder, roles=(REAL,)), REAL), z, 0.7)
+    assert share == pytest.approx(1, abs=1e-5) and 0.05 < linear < 0.5

@@ -265,6 +265,10 @@ class DiffusersModel(Backbone):
         self._place("vae", self.codec, device)
         if "parts" in self.net._modules:
             self.net.parts.to(device)
+        if config.model == "random" and device.type != "meta":
+            fill(transformer, device, self.seed, "transformer", recurse=False)
+        for parameter in transformer.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
         for name, child in transformer.named_children():
             if child is not blocks:
                 self._place(name, child, device, f"transformer.{name}.")

@@ -90,12 +90,12 @@ class DualBranch:
         """The blocks, in order."""
         return getattr(self, self.block_list)
 
-    def run_block(self, i: int, *arguments: Any, **others: Any) -> Any:
-        """Run block i, recomputed in the backward pass if activation checkpointing is on."""
+    def run_block(self, block: nn.Module, *arguments: Any, **others: Any) -> Any:
+        """Run a block, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             with nullcontext() if self.checkpoints is None else self.checkpoints.hooks():
-                return checkpoint(self.blocks[i], *arguments, use_reentrant=False, **others)
-        return self.blocks[i](*arguments, **others)
+                return checkpoint(block, *arguments, use_reentrant=False, **others)
+        return block(*arguments, **others)
 
     def load_lora_adapter(self, *args, adapter_name: str = DEFAULT_SET, **kwargs) -> None:
         """Load a LoRA as diffusers does, by default into the student's set, which acts on condition tokens."""

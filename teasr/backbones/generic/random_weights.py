@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from teasr.util.seed import seed_of
 
 
-def fill(part: nn.Module, device: torch.device, seed: int, name: str, others: Collection[str]) -> None:
+def fill(
+    part: nn.Module, device: torch.device, seed: int, name: str, others: Collection[str] = (), recurse: bool = True
+) -> None:
     """Replace the parameters of `part`, which may have no memory yet, by random ones on the device.
 
     name: of the part, for its seed. others: LoRA sets besides the student's. They have generators of their own, so that
-    the draws of the base and of the student do not depend on them.
+    the draws of the base and of the student do not depend on them. recurse: also the parameters of submodules.
     """
     generator = torch.Generator(device).manual_seed(seed_of(seed, "random weights", name))
-    for path, module in part.named_modules():
+    for path, module in part.named_modules() if recurse else [("", part)]:
         last = path.rpartition(".")[2]
         for key, p in module._parameters.items():
             if p is None:

@@ -35,7 +35,7 @@ class QuantisedLinear(nn.Module):
         raise NotImplementedError
 
     def out_scale(self, dtype: torch.dtype) -> Tensor | None:
-        """Return a factor for each output channel [out] that the product is multiplied by, or None."""
+        """Return a factor for each output channel [out] that product and bias are multiplied by, or None."""
         return None
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
         weight, bias, scale = layer.expanded(x.dtype), layer.bias, layer.out_scale(x.dtype)
         if scale is None:
             return F.linear(x, weight, bias)
-        return F.linear(x, weight, None if bias is None else bias / scale).mul_(scale)
+        return F.linear(x, weight, bias).mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -117,13 +117,15 @@ class Fp8Linear(QuantisedLinear):
         largest = weight.abs().amax(1, keepdim=True).clamp(min=1e-30)
         scale = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float8_e4m3fn).max / largest)))
         self.register_buffer("packed", (weight * scale).to(torch.float8_e4m3fn), persistent=False)
-        self.register_buffer("unscale", 1 / scale, persistent=False)
+        self.register_buffer("unscale", (1 / scale)[:, 0].to(linear.weight.dtype), persistent=False)
+        if self.bias is not None:
+            self.bias = self.bias / self.unscale
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         return self.packed.to(dtype)
 
     def out_scale(self, dtype: torch.dtype) -> Tensor:
-        return self.unscale[:, 0].to(dtype)
+        return self.unscale.to(dtype)
 
 
 class Nf4Linear(QuantisedLinear):

@@ -153,7 +153,7 @@ class SwappedLinear(QuantisedLinear):
     def __init__(self, linear: nn.Linear, kind: type[QuantisedLinear]):
         super().__init__(linear)
         self.__dict__["layer"] = kind(linear)  # not a submodule; it reads its weight wherever `rebind` says
-        self.layer.bias = None
+        self.bias, self.layer.bias = self.layer.bias, None
         self.block: Block | None = None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,95 @@
+"""Predict which backbone and method fit on which card, and the seconds a picture: a table in docs/scaling.md.
+
+    python bench/backbone_table.py                  # prints the table; needs no GPU and no weights; about 3 minutes
+    python bench/backbone_table.py --write          # writes it into docs/scaling.md
+    python bench/backbone_table.py sd35_tsdsr       # rows of these presets alone
+
+Updates are counted on the meta device (teasr/training/footprint.py); where all blocks are alike, networks of a few
+blocks are counted and extrapolated, as in card_table.py. The seconds are those of teasr/training/timing.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from card_table import RESERVED_GIB, extrapolated
+
+from teasr import run_config
+from teasr.training import footprint, timing
+from teasr.training.engine import engine_settings
+from teasr.training.footprint import GIB, Footprint
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table.py -->", "<!-- end of this table -->"
+SIZES = (512, 1024)
+FEW, MORE = 2, 3
+ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
+OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", "backbone.null_prompt=random")
+ROWS = (  # backbone, method, preset, overrides
+    ("Stable Diffusion 3.5-medium", "TEASR", "sd35_teasr_16gb", ()),
+    ("Stable Diffusion 3.5-medium", "TSD-SR", "sd35_tsdsr", ()),
+    ("Z-Image", "TEASR", "zimage_teasr_24gb", ()),
+    ("Qwen-Image", "TEASR", "qwen_teasr", ()),
+    ("Qwen-Image, NF4", "TEASR", "qwen_teasr_24gb", ()),
+    ("Z-Image", "OSEDiff", "zimage_teasr_24gb", OSEDIFF),
+    ("Qwen-Image", "OSEDiff", "qwen_osediff", ()),
+)
+
+
+def main() -> None:
+    """Print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", help="presets whose rows are computed; default: all")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/scaling.md")
+    options = parser.parse_args()
+    lines = table([row for row in ROWS if not options.presets or row[2] in options.presets])
+    if options.write:
+        text = PAGE.read_text()
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        PAGE.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+    print("\n".join(lines))
+
+
+def counted(preset: str, overrides: tuple[str, ...], size_px: int) -> tuple[Footprint, int]:
+    """Return the footprint of an update of a preset at full size, and how many pictures it takes."""
+    own = ["backbone.model=random", "backbone.prompt=random", *overrides]
+    config = run_config.load(ROOT / f"launch/presets/{preset}.yaml", own)
+    if config.backbone_name not in ALIKE:
+        return footprint.count(config, engine_settings(config.train, 1), size_px), config.train.batch
+    setting, blocks = ALIKE[config.backbone_name]
+    counts = []
+    for n in (FEW, MORE):
+        few = run_config.load(
+            ROOT / f"launch/presets/{preset}.yaml", [*own, f"backbone.transformer={{{setting}: {n}}}"]
+        )
+        counts.append(footprint.count(few, engine_settings(few.train, 1), size_px))
+    return extrapolated(*counts, (FEW, MORE, blocks)), config.train.batch
+
+
+def table(rows: list[tuple]) -> list[str]:
+    """Return the lines of the table."""
+    head = ["backbone", "method: preset", "px", "GiB", "TFLOP a picture", *timing.CARDS]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for backbone, method, preset, overrides in rows:
+        for size in SIZES:
+            found, pictures = counted(preset, overrides, size)
+            cells = [cell(found, card, pictures) for card in timing.CARDS.values()]
+            name = f"{method}: `{preset}`{' + method' if overrides else ''}"
+            per_picture = sum(found.flops.values()) / pictures / 1e12
+            row = [backbone, name, str(size), f"{found.gpu_total / GIB:.1f}", f"{per_picture:.0f}", *cells]
+            lines.append("| " + " | ".join(row) + " |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def cell(found: Footprint, card: timing.Card, pictures: int) -> str:
+    """Return the predicted seconds a picture, or that it does not fit."""
+    if found.gpu_total > (card.memory_gib - RESERVED_GIB) * GIB:
+        return "–"
+    return f"{timing.predict(found, card).seconds / pictures:.1f}"
+
+
+if __name__ == "__main__":
+    main()
