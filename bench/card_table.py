@@ -4,6 +4,7 @@
     python bench/card_table.py --write          # writes it into docs/scaling.md
     python bench/card_table.py --check          # compares predictions with the updates measured on an H200; the counts
                                                 # are those of this commit, see docs/memory.md
+    python bench/card_table.py --one qwen_teasr_12gb 512 method.order=blocks    # one preset, with changes
 
 Networks of a few blocks are counted on the meta device (teasr/training/footprint.py). All blocks are alike, so bytes,
 FLOPs and calls of 60 blocks follow from those of two smaller numbers. The seconds are those of
@@ -47,7 +48,11 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="write the table into docs/scaling.md")
     what.add_argument("--check", action="store_true", help="compare with the measured updates")
+    what.add_argument("--one", nargs="+", metavar="WHAT", help="a preset, a size in px and changes of its settings")
     options = parser.parse_args()
+    if options.one:
+        print(one(options.one[0], int(options.one[1]), tuple(options.one[2:])))
+        return
     if options.check:
         print("\n".join(check()))
         return
@@ -68,6 +73,20 @@ def counted(preset: str, overrides: tuple[str, ...], size_px: int) -> Footprint:
         config = run_config.load(ROOT / f"launch/presets/{preset}.yaml", own)
         counts.append(footprint.count(config, engine_settings(config.train, 1), size_px))
     return extrapolated(*counts, (FEW, MORE, BLOCKS))
+
+
+def one(preset: str, size_px: int, overrides: tuple[str, ...]) -> str:
+    """Return what one update of a preset costs: memory, copies, FLOPs, and the seconds on each card."""
+    found = counted(preset, overrides, size_px)
+    lines = [
+        f"GPU {found.gpu_total / GIB:.2f} GiB, host {sum(found.host.values()) / GIB:.2f} GiB, copied to the GPU in an "
+        f"update {found.copied / GIB:.1f} GiB, {sum(found.flops.values()) / 1e12:.0f} TFLOP",
+        "activations: " + ", ".join(f"{name} {n / GIB:.2f} GiB" for name, n in found.peaks.items()),
+    ]
+    for name, card in timing.CARDS.items():
+        predicted = timing.predict(found, card)
+        lines.append(f"{name}: {predicted.seconds:.2f} s an update ({predicted.bound})")
+    return "\n".join(lines)
 
 
 def extrapolated(few: Footprint, more: Footprint, blocks: tuple[int, int, int]) -> Footprint:

@@ -62,6 +62,7 @@ class Step:
 ONE = ("train.batch=1", "train.micro_batch=1")
 FOUR = ("train.batch=4", "train.micro_batch=4", CHECKPOINTING)
 SWAP = (CHECKPOINTING, "backbone.swap_blocks=60")
+BY_BLOCK = ("method.order=blocks", "backbone.host_checkpoints=true")
 STEPS = (  # starting an update of 20 B parameters takes 45 to 60 s of its limit
     Step("machine", "machine", 45),
     Step("swap-check", "swap_check", 120),
@@ -76,6 +77,7 @@ STEPS = (  # starting an update of 20 B parameters takes 45 to 60 s of its limit
     Step("teasr-bf16", "update", 120, "qwen_teasr", (*ONE, KEEPING)),
     Step("teasr-fp8", "update", 130, "qwen_teasr_24gb", (*ONE, "backbone.quantise=fp8"), updates=1),
     Step("swap-bf16", "update", 130, "qwen_teasr", (*ONE, *SWAP)),
+    Step("swap-bf16-by-block", "update", 130, "qwen_teasr", (*ONE, *SWAP, *BY_BLOCK)),
     Step("swap-bf16-four-at-once", "update", 130, "qwen_teasr", (*FOUR, *SWAP), updates=1),
     Step("teasr-zero3-offload", "update", 180, "qwen_teasr_zero3_offload", ONE, updates=1),
     Step("teasr-bf16-compiled", "update", 180, "qwen_teasr", (*ONE, KEEPING, "backbone.compile=true"), updates=1),

@@ -69,7 +69,7 @@ class TeasrConfig:
     # compute the pixel losses in tiles of this side, which saves memory on large pictures and changes no gradient
     pixel_tile_px: Annotated[int, "[64, inf)", "a multiple of 16, or null for whole pictures"] | None = None
     # losses: one after another, one graph at a time. blocks: all network calls of a micro-batch pass through each block
-    # of the network together, which copies swapped weights 3 times instead of 8, and keeps the inputs of all graphs
+    # of the network together, which copies swapped weights 3 times instead of 10, and keeps the inputs of all graphs
     order: Literal["losses", "blocks"] = "losses"
     rectify_range: tuple[float, float] | None = None  # s of L_rectify; default: s_range
     restart_range: tuple[float, float] = (0.04, 0.3)  # times to which one-step results are re-noised

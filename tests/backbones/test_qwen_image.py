@@ -273,10 +273,15 @@ def test_quantised_weights(kind, rms, size):
     linear = torch.nn.Linear(128, 96, dtype=torch.bfloat16)
     linear.weight.data.normal_(0, size)
     packed = quantised.KINDS[kind](linear)
-    weight = packed.weight_in(torch.float32)
+
+    def weight_in(dtype):
+        scale = packed.out_scale(dtype)
+        return packed.weight_in(dtype) * (1 if scale is None else scale[:, None])
+
+    weight = weight_in(torch.float32)
     assert (weight - linear.weight.float()).square().mean().sqrt() < rms * size
     x = torch.randn(5, 128, dtype=torch.bfloat16, requires_grad=True)
-    expanded = torch.nn.functional.linear(x, packed.weight_in(torch.bfloat16), linear.bias)
+    expanded = torch.nn.functional.linear(x, weight_in(torch.bfloat16), linear.bias)
     (reference,) = torch.autograd.grad(expanded.square().sum(), x)
     (ours,) = torch.autograd.grad(packed(x).square().sum(), x)
     assert torch.equal(packed(x), expanded) and torch.equal(ours, reference)

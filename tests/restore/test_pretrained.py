@@ -81,21 +81,29 @@ def test_an_exported_lora_restores_as_its_run(run, export, tmp_path):  # noqa: F
 
 
 def test_offloaded_blocks_compute_the_same(model, untrained):  # noqa: F811
-    """The CPU stands in for the GPU: the weights are copied all the same, and no bit changes."""
+    """The CPU stands in for the GPU: the weights are copied all the same.
+
+    Loaded weights lie at other addresses than those in the ring, so that products may round differently; with weights
+    of equal alignment, no bit changes (tests/backbones/test_swapping.py).
+    """
     z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     t, r, cpu = torch.tensor([0.5]), torch.tensor([0.25]), torch.device("cpu")
-    for changes in ({}, {"quantise": "nf4", "dtype": "bf16"}, {"modulation_table": None}):
+    for changes, rounding in (
+        ({}, 1e-5),
+        ({"quantise": "nf4", "dtype": "bf16"}, 0.1),
+        ({"modulation_table": None}, 1e-5),
+    ):
         whole, parts = backbone(model, **changes), backbone(model, swap_ring=1, **changes)
         whole.to(cpu)
         parts.offload(cpu)
         with torch.no_grad():
-            for _ in range(3):
-                assert torch.equal(velocity(parts, z, t, z, r), velocity(whole, z, t, z, r))
-        assert len(parts.ring.slots) == 1 and parts.ring.copier.copies == 3 * len(parts.net.transformer.blocks)
-        parts.drop_training_precision()
-        assert {p.dtype for k, p in parts.net.named_parameters() if "lora_" in k} == {parts.net.prompt.dtype}
-        with torch.no_grad():
-            assert torch.equal(velocity(parts, z, t, z, r), velocity(whole, z, t, z, r))
+            found = [velocity(parts, z, t, z, r) for _ in range(3)]
+            assert (found[0] - velocity(whole, z, t, z, r)).abs().max() < rounding
+            parts.drop_training_precision()
+            assert {p.dtype for k, p in parts.net.named_parameters() if "lora_" in k} == {parts.net.prompt.dtype}
+            found.append(velocity(parts, z, t, z, r))
+            assert all(torch.equal(v, found[0]) for v in found)
+        assert len(parts.ring.slots) == 1 and parts.ring.copier.copies == 4 * len(parts.net.transformer.blocks)
     with pytest.raises(ValueError, match="does not support offloading"):
         Upscaler.from_pretrained(untrained).backbone.offload(cpu)
     with pytest.raises(ValueError, match="no GPU is visible"):

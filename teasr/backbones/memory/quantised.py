@@ -31,8 +31,12 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantised weight [out, in] in this dtype."""
+        """Return the dequantised weight [out, in] in this dtype, without the factors of `out_scale`."""
         raise NotImplementedError
+
+    def out_scale(self, dtype: torch.dtype) -> Tensor | None:
+        """Return a factor for each output channel [out] that product and bias are multiplied by, or None."""
+        return None
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """Return `weight_in(dtype)`, which is computed once within `expanded_once`."""
@@ -70,14 +74,18 @@ class _Product(torch.autograd.Function):
         ctx.layer = layer
         if layer.moves:
             ctx.save_for_backward(x.new_empty(0))
-        return F.linear(x, layer.expanded(x.dtype), layer.bias)
+        weight, bias, scale = layer.expanded(x.dtype), layer.bias, layer.out_scale(x.dtype)
+        if scale is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias).mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         # In a checkpointed block, reading any saved tensor first recomputes the block, which fetches its weights again.
         # Without a saved tensor, this product could come before the recomputation.
         _ = ctx.saved_tensors
-        return gradient @ ctx.layer.expanded(gradient.dtype), None
+        weight, scale = ctx.layer.expanded(gradient.dtype), ctx.layer.out_scale(gradient.dtype)
+        return (gradient if scale is None else gradient * scale) @ weight, None
 
 
 class FullLinear(QuantisedLinear):
@@ -96,8 +104,9 @@ class FullLinear(QuantisedLinear):
 class Fp8Linear(QuantisedLinear):
     """Weight in float8 (e4m3, 3 mantissa bits) with a power-of-two scale per output channel.
 
-    The scale preserves the precision of small weights. 8 bits per weight; rounding error of 2 to 3 % rms, independent
-    of the magnitude of the weights.
+    The scale preserves the precision of small weights. It multiplies the output, which is smaller than the weight; as a
+    power of two, it changes no bit there. 8 bits per weight; rounding error of 2 to 3 % rms, independent of the
+    magnitude of the weights.
     """
 
     stored = ("packed", "unscale")
@@ -108,10 +117,15 @@ class Fp8Linear(QuantisedLinear):
         largest = weight.abs().amax(1, keepdim=True).clamp(min=1e-30)
         scale = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float8_e4m3fn).max / largest)))
         self.register_buffer("packed", (weight * scale).to(torch.float8_e4m3fn), persistent=False)
-        self.register_buffer("unscale", 1 / scale, persistent=False)
+        self.register_buffer("unscale", (1 / scale)[:, 0].to(linear.weight.dtype), persistent=False)
+        if self.bias is not None:
+            self.bias = self.bias / self.unscale
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        return self.packed.to(dtype) * self.unscale.to(dtype)
+        return self.packed.to(dtype)
+
+    def out_scale(self, dtype: torch.dtype) -> Tensor:
+        return self.unscale.to(dtype)
 
 
 class Nf4Linear(QuantisedLinear):

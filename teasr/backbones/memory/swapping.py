@@ -153,7 +153,7 @@ class SwappedLinear(QuantisedLinear):
     def __init__(self, linear: nn.Linear, kind: type[QuantisedLinear]):
         super().__init__(linear)
         self.__dict__["layer"] = kind(linear)  # not a submodule; it reads its weight wherever `rebind` says
-        self.layer.bias = None
+        self.bias, self.layer.bias = self.layer.bias, None
         self.block: Block | None = None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -161,6 +161,9 @@ class SwappedLinear(QuantisedLinear):
         if self.block is None or not self.block.readable:
             raise RuntimeError("the weights of a swapped block were read while they are not on the device")
         return self.layer.weight_in(dtype)
+
+    def out_scale(self, dtype: torch.dtype) -> Tensor | None:
+        return self.layer.out_scale(dtype)
 
 
 @dataclass(eq=False)

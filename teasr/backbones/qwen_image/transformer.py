@@ -198,8 +198,8 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
         tokens, others = self.begin(
             tokens_BLP, t_cur, text_BTD, grid, cond, t_tar, rope, cond_attention, adapters, blocks
         )
-        for i in range(len(self.transformer_blocks) if blocks is None else blocks):
-            tokens = self.run_block(self.transformer_blocks[i], *tokens, **others(i))
+        for i, block in enumerate(self.transformer_blocks[:blocks]):
+            tokens = self.run_block(block, *tokens, **others(i))
         return self.end(tokens, others) if blocks is None else tokens[0]
 
     def begin(
