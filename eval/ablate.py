@@ -32,6 +32,7 @@ from teasr.commands.benchmark import add_data_options
 from teasr.config import presets
 from teasr.evaluation.names import BASELINES
 from teasr.evaluation.registry import METRICS
+from teasr.tracking.run_files import check_finished
 from teasr.util import command_line
 from teasr.util.files import write_atomic
 
@@ -130,13 +131,14 @@ def _ablate(options: argparse.Namespace) -> None:
 def one(options: argparse.Namespace, name: str, seed: int) -> dict:
     """Return the scores of a row with one seed, after training and scoring it unless that is already done.
 
-    Raises ValueError when a command fails.
+    Raises ValueError when a command fails, or the training stops before its last update.
     """
     run = options.out / f"{name.replace(' ', '_').replace('+', 'plus')}-seed{seed}"
     print(f"\n{name}, seed {seed}: {run}", flush=True)
     settings = [*options.overrides, *ROWS[options.rows][name], f"run_dir={run}", f"seed={seed}"]
     launcher = shlex.split(options.launcher)
     _run([*launcher, str(ROOT / "launch/train.py"), "--config", str(options.config), *settings])
+    check_finished(run)
     scoring = ["--data", options.data, "--data-root", str(options.data_root), "--steps", *map(str, options.steps)]
     scoring += ["--strengths", *map(str, options.strengths)] if options.strengths else []
     scoring += ["--metrics", *options.metrics, "--out", str(run / "eval/ablation")]

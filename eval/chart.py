@@ -84,15 +84,16 @@ def points(result: dict, metrics: tuple[str, str]) -> list[Line]:
 
 
 def chart(lines: list[Line], metrics: tuple[str, str]) -> str:
-    """Return the chart as SVG; what is better lies to the right and upwards."""
+    """Return the chart as SVG, with the labels of a curve's ends; what is better lies to the right and upwards."""
     x, y = (_Axis([place[i] for line in lines for place in line.places], metrics[i], i) for i in (0, 1))
     parts = [_grid(x, 0, metrics[0]), _grid(y, 1, metrics[1])]
     for i, line in enumerate(lines):
-        color, at = COLORS[i % len(COLORS)], [(x(a), y(b)) for a, b in line.places]
-        if len(at) > 1:
+        curve, at = len(line.places) > 1, [(x(a), y(b)) for a, b in line.places]
+        color = COLORS[i % len(COLORS)] if curve else "#222"
+        if curve:
             parts.append(f'<polyline stroke="{color}" points="{" ".join(f"{a},{b}" for a, b in at)}"/>')
-        for (a, b), label in zip(at, line.labels, strict=True):
-            parts.append(f'<circle cx="{a}" cy="{b}" r="{3 if len(at) > 1 else 5}" fill="{color}"/>')
+        parts += [f'<circle cx="{a}" cy="{b}" r="{3 if curve else 5}" fill="{color}"/>' for a, b in at]
+        for (a, b), label in ((at[0], line.labels[0]), (at[-1], line.labels[-1])) if curve else ():
             parts.append(f'<text class="halo" x="{a + 6}" y="{b - 5}" style="font-size:10px">{label}</text>')
         a, b = at[-1]
         parts.append(

@@ -30,6 +30,7 @@ from teasr.config import presets
 from teasr.evaluation.names import BASELINES
 from teasr.evaluation.registry import METRICS
 from teasr.tracking.environment import git_commit
+from teasr.tracking.run_files import check_finished
 from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,9 +175,10 @@ def one(options: argparse.Namespace, name: str, row: Row, budget: str, updates: 
 
 
 def train(row: Row, run: Path, updates: int, seed: int, overrides: list[str]) -> None:
-    """Train a method in its run folder, or resume it."""
+    """Train a method in its run folder, or resume it. Raises ValueError when it stops before its last update."""
     settings = [*QUIET, *overrides, f"run_dir={run}", f"seed={seed}", f"train.updates={updates}"]
     call([sys.executable, str(ROOT / "launch/train.py"), "--config", row.preset, *settings])
+    check_finished(run)
 
 
 def folder_name(name: str) -> str:

@@ -1,5 +1,9 @@
 """Names of the files that training writes to the run folder, apart from the checkpoints."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 METRICS, TIMING = "metrics.csv", "timing.csv"  # reproducible values; values that differ between identical runs
 RUN_FILE = "mlflow_run.json"  # {tracking URI: run id in that store}
 PARAMS_FILE = "parameters.json"
@@ -9,3 +13,9 @@ SKIPPED_FILE = "skipped_updates.txt"  # updates with non-finite values, and wher
 BAD_FILE = "bad_samples.txt"  # samples that the reader skipped, one per line
 FILES = ("config.yaml", "environment.txt", BAD_FILE, SKIPPED_FILE)  # files of the run folder to log as artifacts
 PREVIEWS, PREVIEW = "previews", "update-{:08d}.png"
+
+
+def check_finished(run: Path) -> None:
+    """Raise ValueError if the training of a run folder was stopped before its last update (it then exits with 0)."""
+    if (status := (run / STATUS_FILE).read_text().strip()) != "FINISHED":
+        raise ValueError(f"the training in {run} has stopped early ({status}): run the same command again to resume it")

@@ -1,6 +1,7 @@
 """eval/compare.py: two methods are timed, trained for equal updates and equal time, scored once, and tabulated."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -59,3 +60,15 @@ def test_the_table_has_means_and_spreads(compare):
     assert "| updates | CPU s an update | seeds |" in text
     assert "| bicubic |  |  |  |  |  | 20.00 | 0.5000 |" in text
     assert "| TEASR | 1 step | updates | 9 | 0.25 | 2 | 22.00 ± 1.41 | 0.3000 |" in text
+
+
+def test_a_training_that_was_stopped_is_not_scored(compare, tmp_path, monkeypatch):
+    """A training that is stopped by a signal saves, and exits with 0."""
+
+    def stopped(command):
+        (tmp_path / "status").write_text("KILLED\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", stopped)
+    with pytest.raises(ValueError, match=r"stopped early \(KILLED\): run the same command again"):
+        compare.train(compare.Row("small_teasr"), tmp_path, 2, 0, [])
