@@ -57,7 +57,8 @@ def test_a_device_that_does_not_exist_is_explained():
 def test_an_apple_gpu_is_used_or_refused(monkeypatch):
     """Without one, the device is only chosen. Backbones on diffusers have never run on one."""
     assert {name: "mps" in load()[1].devices for name, load in BACKBONES.items()} == {
-        "tiny": True, "unet": True, "qwen_image": False, "sd3": False, "z_image": False,
+        "tiny": True, "unet": True, "qwen_image": False, "sd3": False, "z_image": False, "sd_unet": False,
+        "pixel_cnn": True,
     }  # fmt: skip
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pretrained.pick_device("mps") == torch.device("mps")
