@@ -1,4 +1,4 @@
-"""Losses on tensors (MSE, squared rectification, EA-DISTS, GAN), a checkerboard detector, and gradients of inputs."""
+"""Losses on tensors (MSE, squared rectification, EA-DISTS, GAN, grid), a grid detector, and gradients of inputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from teasr.diffusion.flow import per_sample
 
 FLAT = 1e-6  # below the root of the Sobel magnitude, whose gradient is not finite on flat regions without it
+FAINT = 1e-4  # energy of 1.3 grey levels: images with less detail have no visible grid
 _ONLY_INPUT: ContextVar[bool] = ContextVar("only_input_gradient", default=False)
 
 
@@ -107,10 +108,24 @@ def checkerboard_energy(x: Tensor, period_px: int) -> Tensor:
     over all grid cells keeps exactly the harmonics of 1 / period (Parseval), so no FFT is needed. A value of 1 means
     that all of this energy is periodic; an image without a grid gives about 1 / (number of cells).
     """
+    folded, whole = _grid(x, period_px)
+    return (folded / whole.clamp(min=1e-12)).mean().detach()
+
+
+def grid(x: Tensor, period_px: int) -> Tensor:
+    """L_grid: `checkerboard_energy` of each image, [B], with a gradient that lowers the periodic part alone.
+
+    Deviation: not in TEASR. LPIPS tolerates a pattern with the period of the codec's patches, which one layer writes.
+    """
+    folded, whole = _grid(x, period_px)
+    return folded / (whole.detach() + FAINT)
+
+
+def _grid(x: Tensor, period_px: int) -> tuple[Tensor, Tensor]:
+    """Periodic and whole energy of the high-pass luma of images [B, 3, H, W], [B] each."""
     luma = x.float().mean(1, keepdim=True)
     high = luma - F.avg_pool2d(luma, 3, 1, 1, count_include_pad=False)
     rows, cols = (n // period_px * period_px for n in high.shape[-2:])
     high = high[..., :rows, :cols]
     cells = high.reshape(-1, rows // period_px, period_px, cols // period_px, period_px)
-    folded = cells.mean(dim=(1, 3)).square().mean(dim=(1, 2))
-    return (folded / cells.square().mean(dim=(1, 2, 3, 4)).clamp(min=1e-12)).mean().detach()
+    return cells.mean(dim=(1, 3)).square().mean(dim=(1, 2)), cells.square().mean(dim=(1, 2, 3, 4))

@@ -7,6 +7,8 @@ gradient, since z_hat = eps - v means d z_hat / d v = -1. L_cons (eqs. 1-4), L_f
 block of the network together. The weights do not change in between, so the summed gradients are those of the joint loss
 
     L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l_lpips L_lpips.
+
+Deviations that are off by default: L_grid, and pixel losses at re-noised results (`lambda_restart`).
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.methods.teasr_times import Shortcut, Times
 from teasr.util.randomness import Draws
 
-WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "restart")
-SPLIT = (("rectify", "mse", "lpips", "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
+WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "grid", "restart")
+PIXELS = ("mse", "lpips", "grid")
+SPLIT = (("rectify", *PIXELS, "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
 Weight = Annotated[float, "[0, inf)"]
 
 
@@ -45,7 +48,10 @@ class TeasrConfig:
     lambda_rectify: Weight = 0.5  # weight of L_rectify
     lambda_mse: Weight = 1.0  # weight of the squared error of the one-step result
     lambda_lpips: Weight = 1.0  # weight of LPIPS of the one-step result
-    lambda_restart: Weight = 0.0  # factor of lambda_mse and lambda_lpips at re-noised one-step results
+    lambda_grid: Weight = (
+        0.0  # weight of L_grid: a pattern with the period of the codec's patches, which LPIPS tolerates
+    )
+    lambda_restart: Weight = 0.0  # factor of lambda_mse, lambda_lpips and lambda_grid at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
     lpips_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: half the time of LPIPS, its gradient within half a percent
@@ -110,6 +116,11 @@ class TeasrConfig:
                 f"method.pixel_tile_px = {self.pixel_tile_px} needs LPIPS on VGG16, whose features are aligned with "
                 "the tiles: set method.lpips_net=vgg, or method.pixel_tile_px=null"
             )
+        if self.pixel_tile_px is not None and self.lambda_grid:
+            raise ValueError(
+                f"method.lambda_grid = {self.lambda_grid} needs whole pictures: set method.pixel_tile_px=null, or "
+                "method.lambda_grid=0"
+            )
         if self.lambda_restart and not (self.lambda_mse or self.lambda_lpips):
             raise ValueError("method.lambda_restart > 0 needs method.lambda_mse or method.lambda_lpips > 0")
         if abs(sum(self.cons_mix) - 1) > 1e-6 or min(self.cons_mix) < 0:
@@ -163,7 +174,7 @@ class Teasr(WithLpips):
         """Yield up to four losses. Losses with zero weight, and anything only they need, are not computed."""
         weight = self._select(self.loss_weights(progress), draws, progress)
         for part, own in self._parts(len(batch.keys), weight):
-            data = {name: weight[name] for name in ("mse", "lpips")}
+            data = {name: weight[name] for name in PIXELS}
             yield from self._losses(models, batch.rows(part), draws.rows(part), own, data)
 
     def _parts(self, n: int, weight: dict[str, float]) -> Iterator[tuple[slice, dict[str, float]]]:
@@ -285,7 +296,7 @@ class Teasr(WithLpips):
             on, off = ("flow", "cons") if draws.shared_uniform("alternate base") < 0.5 else ("cons", "flow")
             return weight | {on: 2 * weight[on], off: 0.0}
         if self.config.mode == "cycle":
-            group = (("rectify", "mse", "lpips"), ("cons",), ("flow",), ("adv",))[progress.micro % 4]
+            group = (("rectify", *PIXELS), ("cons",), ("flow",), ("adv",))[progress.micro % 4]
             return {name: 4 * value if name in group else 0.0 for name, value in weight.items()}
         return weight
 
@@ -303,7 +314,7 @@ class Teasr(WithLpips):
             gradient += rectify
             logs["rectify"] = losses.rectification(torch.zeros_like(difference), difference, w)
             logs["score_difference"] = losses.rms(difference).mean()
-        if weight["mse"] or weight["lpips"]:
+        if any(weight[name] for name in PIXELS):
             _, data, data_logs = self._data_gradient(inputs, z_fake)
             gradient -= data  # d z_hat / d v = -1
             logs |= data_logs
@@ -369,7 +380,8 @@ class Teasr(WithLpips):
             with self._lpips_autocast(x_hat):
                 return self.lpips(*self._seen_by_lpips(inputs.draws, x_hat, x_hq)).to(x_hat.dtype)
 
-        return pixel_gradient(inputs.student, z_fake, inputs.x_hq, inputs.data, distance)
+        others = {"grid": lambda x_hat, x_hq: losses.grid(x_hat, inputs.student.patch_px)}
+        return pixel_gradient(inputs.student, z_fake, inputs.x_hq, inputs.data, distance, others)
 
     def _data_gradient_in_tiles(
         self, inputs: StepInputs, z_fake: Tensor, tile_px: int
@@ -422,7 +434,7 @@ class StepInputs:
     @property
     def has_one_step(self) -> bool:
         """Whether a loss sends a gradient through the one-step jump."""
-        return any(self.weight[name] for name in ("rectify", "mse", "lpips"))
+        return any(self.weight[name] for name in ("rectify", *PIXELS))
 
     def velocity(self, call: Call) -> Tensor:
         """Return the student's velocity for one call."""

@@ -32,6 +32,23 @@ def test_an_unsquared_norm_would_make_the_weight_a_no_op():
     assert torch.allclose(squared[0] * 16, squared[1])
 
 
+def test_the_grid_loss_removes_the_pattern_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 64, 64, generator=g) * 2 - 1
+    dots = torch.rand(1, 1, 4, 4, generator=g).repeat(1, 1, 16, 16) - 0.5
+    dotted = x + dots
+    value, gradient = losses.gradient_through(lambda z: losses.grid(z, 4).sum(), dotted)
+    assert value > 20 * losses.grid(x, 4).sum() and torch.allclose(
+        value / 2, losses.checkerboard_energy(dotted, 4), 0.01
+    )
+    cell = gradient.mean(1).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))
+    assert torch.allclose(cell[:, 1:-1, :, 1:-1], cell[:, 1:2, :, 1:2], atol=1e-9), (
+        "the same in every cell but the border"
+    )
+    assert torch.corrcoef(torch.stack((gradient[0, 0].flatten(), dots.flatten())))[0, 1] > 0.8
+    assert losses.grid(torch.zeros(1, 3, 16, 16), 4) == 0
+
+
 def test_checkerboard_energy_finds_its_period():
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, 128, 128, generator=g)
