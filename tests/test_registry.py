@@ -15,7 +15,7 @@ def test_the_table_knows_every_backbone_and_every_method():
 
 @pytest.mark.parametrize(("backbone", "method"), product(registry.FITTING, registry.NEEDS))
 def test_a_config_of_a_pair_is_read_or_refused(backbone, method):
-    needed = {"tiny": {}, "unet": {"base": "random"}}.get(backbone, {"model": "random", "prompt": "random"})
+    needed = {"tiny": {}, "pixel_cnn": {}, "unet": {"base": "random"}}.get(backbone, {"model": "random", "prompt": "random"})
     data = {
         "run_dir": "unused",
         "backbone": {"name": backbone} | needed,
@@ -26,5 +26,7 @@ def test_a_config_of_a_pair_is_read_or_refused(backbone, method):
     if method in registry.FITTING[backbone]:
         assert run_config.parse(data).method_name == method
         return
-    with pytest.raises(ValueError, match=f"{registry.NEEDS[method]}, which backbone.name = {backbone} lacks"):
+    lacks = f"{registry.NEEDS[method]}, which backbone.name = {backbone} lacks"
+    message = lacks if registry.FITTING[backbone] else f"{backbone} cannot restore: it belongs into the section prior"
+    with pytest.raises(ValueError, match=message):
         run_config.parse(data)

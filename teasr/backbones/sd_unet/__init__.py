@@ -3,3 +3,8 @@
 backbone.py is the public part, network.py maps the U-Net's predictions to velocities, and encoder.py adapts the VAE's
 encoder. This folder imports other files of `backbones`, `diffusion` and `util`.
 """
+
+from teasr.util.optional import check_installed
+
+for package in ("accelerate", "diffusers", "transformers"):
+    check_installed(package, "Stable Diffusion 2.1")
