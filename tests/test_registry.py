@@ -15,7 +15,8 @@ def test_the_table_knows_every_backbone_and_every_method():
 
 @pytest.mark.parametrize(("backbone", "method"), product(registry.FITTING, registry.NEEDS))
 def test_a_config_of_a_pair_is_read_or_refused(backbone, method):
-    needed = {"tiny": {}, "pixel_cnn": {}, "unet": {"base": "random"}}.get(backbone, {"model": "random", "prompt": "random"})
+    small = {"tiny": {}, "pixel_cnn": {}, "unet": {"base": "random"}}
+    needed = small.get(backbone, {"model": "random", "prompt": "random"})
     data = {
         "run_dir": "unused",
         "backbone": {"name": backbone} | needed,
