@@ -99,6 +99,12 @@ class Sampler(ABC):
         return known | dict(dials or {})
 
 
+def shown(on_step: OnStep | None, step: int, steps: int, z: Tensor) -> Tensor:
+    """Show the latents to `on_step`, if there is one; return those that it puts in their place, or else z."""
+    replacement = on_step(step, steps, z) if on_step else None
+    return z if replacement is None else replacement
+
+
 class SingleStep(Sampler):
     """Base class of samplers that restore in one jump."""
 
@@ -127,9 +133,7 @@ class SingleStep(Sampler):
         dials: Mapping[str, float] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        z = self.jump(model, z_lq, eps, self.check(steps, dials))
-        other = on_step(1, 1, z) if on_step else None
-        return z if other is None else other
+        return shown(on_step, 1, 1, self.jump(model, z_lq, eps, self.check(steps, dials)))
 
 
 class AnyStep(Sampler):
@@ -175,9 +179,7 @@ class AnyStep(Sampler):
             v = model.velocity(z, t, Condition(z_lq, r))
             if i == 0 and fidelity > 0:
                 first = flow.z0_from_velocity(z, v, t)
-            z = flow.step(z, v, t, r)
-            if on_step:
-                z = z if (replacement := on_step(i + 1, steps, z)) is None else replacement
+            z = shown(on_step, i + 1, steps, flow.step(z, v, t, r))
         return z if first is None else torch.lerp(z, first, fidelity)
 
     def state(self, i: int, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -228,9 +230,7 @@ class Restarts(AnyStep):
         if strength is None:
             return super().sample(model, z_lq, eps, steps, dials, on_step)
         t = model.snap(torch.full((len(z_lq),), MOST_NOISE * strength, device=z_lq.device))
-        z = model.jump_from_coarse(z_lq, eps, t)
-        other = on_step(1, 1, z) if on_step else None
-        return z if other is None else other
+        return shown(on_step, 1, 1, model.jump_from_coarse(z_lq, eps, t))
 
     def times(self, steps: int) -> list[tuple[float, float]]:
         """Jumps (t, 0): t = 1, then N - 1 times that fall geometrically, from a higher start the more there are.

@@ -158,14 +158,6 @@ class Nf4Linear(QuantisedLinear):
     def _link(self) -> None:
         self.state.absmax, self.state.state2.absmax = self.scales, self.scales_of_scales
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """Return `weight_in(dtype)`, which is computed once within `expanded_once`."""
-        if not self.keeps:
-            return self.weight_in(dtype)
-        if self.kept is None or self.kept.dtype != dtype:
-            self.kept = self.weight_in(dtype)
-        return self.kept
-
     def rebind(self, tensors: dict[str, Tensor]) -> None:
         super().rebind(tensors)
         self._link()
