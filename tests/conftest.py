@@ -25,6 +25,11 @@ LONGEST = (
     "test_roles.py",
     "test_tracking.py",
     "test_golden.py",
+    "test_generic.py",
+    "test_sd_unet.py",
+    "test_methods.py",
+    "test_pairs.py",
+    "test_sweeps.py",
 )
 
 
