@@ -37,6 +37,7 @@ from teasr.util import command_line
 from teasr.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
+PIXEL_CNN = ["method.discriminator=prior", "prior.name=pixel_cnn", "method.disc_blocks=4"]
 ROWS = {
     "table3": {  # each row adds to the previous one
         "fused timesteps": ["backbone.decoupled_timestep=false", "method.time_aware=false"],
@@ -65,11 +66,16 @@ ROWS = {
         "MSE and EA-DISTS": ["method.lambda_adv=0"],
         "with discriminator": [],
         "with discriminator without noise": ["method.t_range=[0,0]"],
+        "CNN of pictures": PIXEL_CNN,
+        "CNN of pictures without noise": [*PIXEL_CNN, "method.t_range=[0,0]"],
     },
     "tadsr": {
         "full": [],
         "without encoder": ["method.encoder=false"],
         "uncoupled": ["method.coupled=false"],
+        "without encoder, uncoupled": ["method.encoder=false", "method.coupled=false"],
+        "lambda 0.33": ["method.time_factor=0.33"],
+        "lambda 1": ["method.time_factor=1"],
         "without blur": ["method.blur=none"],
         "blur alone": ["method.lambda_vsd=0"],
     },

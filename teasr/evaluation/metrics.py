@@ -16,7 +16,15 @@ import numpy as np
 
 from teasr.diffusion.perceptual import find_weights, weight_folder
 from teasr.evaluation.registry import GRID_PX, METRICS, PROTOCOLS, File, Metric
-from teasr.imaging.exact_metrics import detail_ratio, energy_ratio, frechet_distance, psnr, seam_ratio, ssim
+from teasr.imaging.exact_metrics import (
+    detail_ratio,
+    energy_ratio,
+    frechet_distance,
+    patch_distance,
+    psnr,
+    seam_ratio,
+    ssim,
+)
 from teasr.util.files import sha256_of
 from teasr.util.optional import has, how_to_install
 
@@ -158,6 +166,7 @@ OWN: dict[str, Callable] = {
     "seam": lambda image, hq: seam_ratio(image),
     "detail": detail_ratio,
     "energy": energy_ratio,
+    "patches": patch_distance,
 }
 
 

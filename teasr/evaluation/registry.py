@@ -135,6 +135,9 @@ METRICS = {
             about="detail relative to HQ in flat areas, over the same in busy areas", target=1.0,
         ),
         Metric("energy", "Detail", False, "full", about="energy of detail relative to HQ", target=1.0),
+        Metric(
+            "patches", "Patches", False, "full", about="sliced Wasserstein distance of 7x7 patches of detail to HQ's",
+        ),
     )
 }  # fmt: skip
 
@@ -178,5 +181,6 @@ MEANINGS = {  # of the metrics, for readers who do not know them
         "Detail relative to the original in flat areas, over the same in busy ones; above 1: noise in skies, "
         "or blur in foliage."
     ),
+    "patches": "How far the textures are from the original's, whatever their places: 0 for the same ones.",
     "energy": "Energy of the fine detail relative to the original: below 1 for blurred results, above 1 for noise.",
 }

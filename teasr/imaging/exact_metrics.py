@@ -1,4 +1,4 @@
-"""Exact and efficient PSNR, SSIM, Frechet distance, seam and detail ratio. Protocols are in evaluation/metrics.py.
+"""Exact and efficient PSNR, SSIM, Frechet distance, seam and detail ratios, patch distance. Protocols are in evaluation/metrics.py.
 
 Pictures are [H, W, 3] uint8 RGB. With `on_luma`, PSNR and SSIM are computed on BT.601 luma of limited range (ycbcr), as
 in the published Real-ISR tables, otherwise on RGB. The results equal pyiqa's `psnr` and `ssim` with test_y_channel=True
@@ -6,6 +6,8 @@ and color_space='ycbcr', or with test_y_channel=False.
 """
 
 from __future__ import annotations
+
+import math
 
 import cv2
 import numpy as np
@@ -17,6 +19,7 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 SEAM_PERIODS = (4, 8, 16)  # px: the blocks of JPEG, of latents and of token grids
 DETAIL_PX, REGION_PX, SHARE = 2.5, 4.0, 0.3  # detail is finer than this blur; blur of its energy; share of a region
 FAINT = 9.0  # energy of detail of 3 grey levels (root mean square), which is hardly visible
+PATCH_PX, DIRECTIONS, PATCHES = 7, 32, 2**16  # of the patch distance: side, projections, patches used at most
 
 
 def luma(x: np.ndarray) -> np.ndarray:
@@ -124,10 +127,35 @@ def energy_ratio(made: np.ndarray, hq: np.ndarray) -> float:
     return float(ours / theirs)
 
 
+def patch_distance(made: np.ndarray, hq: np.ndarray) -> float:
+    """Sliced Wasserstein distance between the detail patches of two pictures, relative to the detail of `hq`.
+
+    7x7 patches of the detail (as in `detail_ratio`) are projected on 32 fixed random directions of unit length; the
+    sorted projections of both pictures are compared, whatever their places. It is 0 when both have the same textures,
+    and near 1 when `made` has no detail. Of large pictures, patches on a grid are used, 65,536 at most. Raises
+    ValueError if the sizes differ or are smaller than a patch.
+    """
+    made, hq = _inside(made, hq, 0)
+    if min(hq.shape[:2]) < PATCH_PX:
+        raise ValueError(f"the patch distance needs at least {PATCH_PX} px on both sides, got {_size(hq)}")
+    filters = np.random.default_rng(0).normal(size=(DIRECTIONS, PATCH_PX, PATCH_PX)).astype(np.float32)
+    filters /= np.linalg.norm(filters, axis=(1, 2), keepdims=True)
+    a, b = (_detail(x).astype(np.float32) for x in (made, hq))
+    used = slice(PATCH_PX // 2, -(PATCH_PX // 2), math.ceil(math.sqrt(b.size / PATCHES)))
+    gap = scale = 0.0
+    for kernel in filters:
+        p, q = (np.sort(cv2.filter2D(z, cv2.CV_32F, kernel)[used, used], axis=None) for z in (a, b))
+        gap, scale = gap + float(np.square(p - q).mean()), scale + float(np.square(q).mean())
+    return float(np.sqrt(gap / (scale + DIRECTIONS * FAINT)))
+
+
 def _detail_energy(x: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(np.square(_detail(x)), (0, 0), REGION_PX)
+
+
+def _detail(x: np.ndarray) -> np.ndarray:
     y = luma(x)
-    detail = y - cv2.GaussianBlur(y, (0, 0), DETAIL_PX)
-    return cv2.GaussianBlur(detail * detail, (0, 0), REGION_PX)
+    return y - cv2.GaussianBlur(y, (0, 0), DETAIL_PX)
 
 
 def _size(x: np.ndarray) -> str:

@@ -113,7 +113,7 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
     assert scorer.status["lpips"] == scorer.status["dists"] == f"skipped: run `teasr weights --folder {tmp_path}`"
     allowed = r"ok|skipped: (put|run (`teasr weights|pip install 'teasr\[metrics\]'))"
     assert all(re.match(allowed, status) for status in scorer.status.values())
-    assert scorer.picture_names == ["psnr", "ssim", "checkerboard", "seam", "detail", "energy"]
+    assert scorer.picture_names == ["psnr", "ssim", "checkerboard", "seam", "detail", "energy", "patches"]
     monkeypatch.setenv("TEASR_METRIC_WEIGHTS", str(tmp_path))
     assert Scorer(["lpips"]).status["lpips"] == "skipped: run `teasr weights`"
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"another")
@@ -189,6 +189,20 @@ def test_metrics_of_pyiqa_load_from_the_folder(tmp_path, monkeypatch, pair):
         scorer.add_to_set("made", np.roll(made, 20 * shift, 0))
     same, other = (scorer.sets(name, "hq")["fid"] for name in ("hq", "made"))
     assert abs(same) < 1e-6 and other > 10 * abs(same)
+
+
+def test_patch_distance_compares_textures_not_places(pair):
+    """Moving a texture changes nothing; losing it costs almost 1; noise of the same energy is not the texture."""
+    hq = pair[0]
+    patches = Scorer(["patches"])
+    noise = np.random.default_rng(0).normal(size=hq.shape[:2])[..., None] * [1, 1, 1]
+    blurred = cv2.GaussianBlur(hq, (0, 0), 4)
+    noisy = (blurred + 12 * noise).clip(0, 255).astype(np.uint8)
+    found = {name: patches.picture(x, hq)["patches"] for name, x in (("blurred", blurred), ("noisy", noisy))}
+    assert patches.picture(hq, hq)["patches"] == 0 and patches.picture(hq[::-1, ::-1], hq)["patches"] < 0.15
+    assert found["blurred"] > 0.7 and 0.2 < found["noisy"] < found["blurred"]
+    with pytest.raises(ValueError, match="at least 7 px"):
+        patches.picture(hq[:6, :6], hq[:6, :6])
 
 
 def test_metrics_with_a_target_are_best_closest_to_it(pair):
