@@ -1,4 +1,6 @@
-"""Exact and efficient PSNR, SSIM, Frechet distance, seam and detail ratios, patch distance. Protocols are in evaluation/metrics.py.
+"""Exact and efficient PSNR, SSIM, Frechet distance, seam, detail and patch measures.
+
+Protocols are in evaluation/metrics.py.
 
 Pictures are [H, W, 3] uint8 RGB. With `on_luma`, PSNR and SSIM are computed on BT.601 luma of limited range (ycbcr), as
 in the published Real-ISR tables, otherwise on RGB. The results equal pyiqa's `psnr` and `ssim` with test_y_channel=True
