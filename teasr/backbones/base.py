@@ -48,6 +48,8 @@ class Backbone(ABC):
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")  # dtypes in which a trained model can restore
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")  # types of devices on which it computes
     tile_px = 1024  # side of the tiles in which large images are restored
+    # called in block-major order with each block whose gradients of this update are complete (training/update.py)
+    block_finished: Callable[[nn.Module], None] | None = None
     swapped_blocks = 0  # number of blocks whose frozen weights stay in host memory and are copied to compute
     patch_px: int  # image pixels per token along each side: the period of possible checkerboard artefacts
     # `decode_local` needs so many latent pixels around each pixel; None: it cannot be called on parts of a picture
@@ -100,6 +102,11 @@ class Backbone(ABC):
         as channels.
         """
         return self.encode(x)
+
+    @property
+    def encoder_channels(self) -> int:
+        """Number of channels of `encoder_input`."""
+        return self.latent_channels
 
     def start_from(self, z_lq: Tensor, t: Tensor) -> Tensor:
         """Return the state at time t [B] that has the LQ latent in the place of the noised one.

@@ -150,7 +150,8 @@ class Model:
             self._check(c)
             with torch.set_grad_enabled(call.graph):
                 passes.append(sweeps.begin(call.z_t, call.t_cur, c.z_lq, c.t_tar, c.text, self.role))
-        return dict(zip(calls, sweeps.run(passes), strict=True))
+        found = zip(calls.items(), sweeps.run(passes), strict=True)
+        return {name: v if v.dtype == call.z_t.dtype else v.float() for (name, call), v in found}
 
     def _check(self, c: Condition) -> None:
         """Raise ValueError for a condition that does not match the role's branch layout."""

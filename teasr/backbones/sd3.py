@@ -15,9 +15,8 @@ Shape legend: B batch, C latent channels (16), h w latent pixels, L tokens of 2x
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 from teasr.backbones.generic.codec import KLCodec
 from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.generic.model import DiffusersModel
-from teasr.backbones.generic.network import Attention, DualBranch, heads, rms
+from teasr.backbones.generic.network import Attention, DualBlock, DualBranch, heads, rms
 from teasr.backbones.lora import with_lora
+from teasr.backbones.memory.sweeps import Pass, Tokens
 from teasr.backbones.roles import STUDENT, Adapters
 
 
@@ -73,27 +73,24 @@ class JointAttention(Attention):
         return out_x, out_t, with_lora(attn.to_out[0], out[:, n + t :].contiguous(), adapters.condition)
 
 
-class DualBranchBlock(JointTransformerBlock):
+class DualBranchBlock(DualBlock, JointTransformerBlock):
     """One block over noise, text and condition tokens."""
 
-    fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
-
-    def forward(
+    def compute(
         self,
         x_BLD: Tensor,
         text_BTD: Tensor,
+        cond_BLD: Tensor | None,
+        *,
         temb_cur_BD: Tensor,
-        cond_BLD: Tensor | None = None,
-        temb_tar_BD: Tensor | None = None,
-        adapters: Adapters = STUDENT.adapters,
-        last: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        temb_tar_BD: Tensor | None,
+        adapters: Adapters,
+        last: bool,
+    ) -> Tokens:
         """Return the noise, text and condition tokens after the block.
 
         last: only the resulting noise tokens will be used; the others are returned unchanged.
         """
-        if self.fetch is not None:
-            self.fetch()
         streams = {"x": (x_BLD, temb_cur_BD, adapters.noise), "c": (cond_BLD, temb_tar_BD, adapters.condition)}
         mod = {key: self._modulation(temb, name) for key, (y, temb, name) in streams.items() if y is not None}
         normed = {key: self.norm1.norm(streams[key][0]) for key in mod}
@@ -153,7 +150,7 @@ class SD3Transformer(DualBranch, SD3Transformer2DModel):
             for attn in filter(None, (block.attn, block.attn2)):
                 attn.processor = JointAttention()
 
-    def forward(
+    def begin(
         self,
         z_BChw: Tensor,
         t_cur: Tensor,
@@ -162,26 +159,29 @@ class SD3Transformer(DualBranch, SD3Transformer2DModel):
         t_tar: Tensor | None = None,
         adapters: Adapters = STUDENT.adapters,
         blocks: int | None = None,
-    ) -> Tensor:
-        """Return the velocity [B, C, h, w], or with `blocks` the noise tokens [B, L, D] after so many blocks.
+    ) -> Pass:
+        """Return a call up to the first block.
 
-        text_BTD: the pooled embedding, padded, as the first row, and the tokens. cond: the LQ latent at time t_tar;
-        without it the network is the stock model.
+        text_BTD: the pooled embedding, padded, as the first row, and the tokens.
         """
         pooled = text_BTD[:, 0, : self.config.pooled_projection_dim]
         text = self.context_embedder(text_BTD[:, 1:])
         x, temb_cur = self.pos_embed(z_BChw).contiguous(), self.time_embedding(t_cur, pooled)
         c = None if cond is None else self.pos_embed(cond).contiguous()
         temb_tar = None if cond is None else self.time_embedding(t_tar, pooled)
-        n = len(self.blocks) if blocks is None else blocks
-        for i in range(n):
-            x, text, c = self.run_block(self.blocks[i], x, text, temb_cur, c, temb_tar, adapters, i == n - 1)
-        if blocks is not None:
-            return x
-        tokens = self.proj_out(self.norm_out(x, temb_cur))
+        last = (blocks or len(self.blocks)) - 1
         h, w, p = z_BChw.shape[-2] // 2, z_BChw.shape[-1] // 2, self.config.patch_size
-        tokens = tokens.unflatten(2, (p, p, -1)).unflatten(1, (h, w))
-        return torch.einsum("nhwpqc->nchpwq", tokens).reshape(len(tokens), -1, h * p, w * p)
+
+        def others(i: int) -> dict[str, Any]:
+            return {"temb_cur_BD": temb_cur, "temb_tar_BD": temb_tar, "adapters": adapters, "last": i == last}
+
+        def end(tokens: Tokens) -> Tensor:
+            if blocks is not None:
+                return tokens[0]
+            out = self.proj_out(self.norm_out(tokens[0], temb_cur)).unflatten(2, (p, p, -1)).unflatten(1, (h, w))
+            return torch.einsum("nhwpqc->nchpwq", out).reshape(len(out), -1, h * p, w * p)
+
+        return Pass((x, text, c), others, end)
 
     def time_embedding(self, t: Tensor, pooled_BP: Tensor) -> Tensor:
         """Embed times [B] fp32 of either sign, with the pooled text: [B, D]."""

@@ -15,9 +15,8 @@ of the sequence, D width, E head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 from teasr.backbones.generic.codec import KLCodec
 from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.generic.model import DiffusersModel
-from teasr.backbones.generic.network import Attention, DualBranch, heads, rms
+from teasr.backbones.generic.network import Attention, DualBlock, DualBranch, heads, rms
 from teasr.backbones.lora import add_lora, base, with_lora
+from teasr.backbones.memory.sweeps import Pass, Tokens
 from teasr.backbones.roles import STUDENT, Adapters
 
 PATCH = "2-1"  # key of the layers for patches of 2x2 latent pixels of one frame
@@ -49,15 +49,11 @@ class Stream(NamedTuple):
     lora: str | None
 
 
-class DualBranchBlock(ZImageTransformerBlock):
+class DualBranchBlock(DualBlock, ZImageTransformerBlock):
     """One block over the sequence of noise, text and condition tokens."""
 
-    fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
-
-    def forward(self, s_BSD: Tensor, rope_SE: Tensor, streams: tuple[Stream, ...], last: bool = False) -> Tensor:
+    def compute(self, s_BSD: Tensor, *, rope_SE: Tensor, streams: tuple[Stream, ...], last: bool = False) -> Tokens:
         """Return the tokens after the block; with `last`, the condition tokens are left out."""
-        if self.fetch is not None:
-            self.fetch()
         mods = [with_lora(self.adaLN_modulation[0], x.temb_BD, x.lora).unsqueeze(1).chunk(4, dim=2) for x in streams]
         attn, y = self.attention, self._scaled(self.attention_norm1(s_BSD), streams, mods, 0)
         k, v = (heads(attn, on_streams(layer, y, streams)) for layer in (attn.to_k, attn.to_v))
@@ -69,7 +65,7 @@ class DualBranchBlock(ZImageTransformerBlock):
         s_BSD = self._gated(s_BSD, self.attention_norm2(on_streams(attn.to_out[0], out, streams)), streams, mods, 1)
         y, mlp = self._scaled(self.ffn_norm1(s_BSD), streams, mods, 2), self.feed_forward
         y = F.silu(on_streams(mlp.w1, y, streams)) * on_streams(mlp.w3, y, streams)
-        return self._gated(s_BSD, self.ffn_norm2(on_streams(mlp.w2, y, streams)), streams, mods, 3)
+        return (self._gated(s_BSD, self.ffn_norm2(on_streams(mlp.w2, y, streams)), streams, mods, 3),)
 
     def _scaled(self, y_BSD: Tensor, streams: tuple[Stream, ...], mods: list, k: int) -> Tensor:
         """Multiply each stream by its scale, number k of its modulation."""
@@ -119,7 +115,7 @@ class ZImageTransformer(DualBranch, ZImageTransformer2DModel):
         """Width of the tokens."""
         return self.dim
 
-    def forward(
+    def begin(
         self,
         z_BChw: Tensor,
         t_cur: Tensor,
@@ -128,11 +124,8 @@ class ZImageTransformer(DualBranch, ZImageTransformer2DModel):
         t_tar: Tensor | None = None,
         adapters: Adapters = STUDENT.adapters,
         blocks: int | None = None,
-    ) -> Tensor:
-        """Return the velocity [B, C, h, w], or with `blocks` the noise tokens [B, L, D] after so many blocks.
-
-        cond: the LQ latent at time t_tar; without it the network is the stock model.
-        """
+    ) -> Pass:
+        """Return a call up to the first block that noise, text and condition tokens share."""
         text, text_rope = self._text(text_BTD)
         x, rope = self._image(z_BChw, text.shape[1] + 1, adapters.noise)
         x, rope = self._padded(x, rope, self.x_pad_token)
@@ -146,16 +139,20 @@ class ZImageTransformer(DualBranch, ZImageTransformer2DModel):
             streams.append(Stream(t, t + length, temb, adapters.condition))
             x, rope = torch.cat((x, c), dim=1), torch.cat((rope, c_rope))
         for block in self.noise_refiner:
-            x = self.run_block(block, x, rope, tuple(refined))
+            (x,) = self.run_block(block, x, rope_SE=rope, streams=tuple(refined))
         s, rope = torch.cat((x[:, :n], text, x[:, n:]), dim=1), torch.cat((rope[:n], text_rope, rope[n:]))
-        count = len(self.layers) if blocks is None else blocks
-        for i in range(count):
-            s = self.run_block(self.layers[i], s, rope, tuple(streams), i == count - 1)
-        h, w = z_BChw.shape[-2] // 2, z_BChw.shape[-1] // 2
-        if blocks is not None:
-            return s[:, : h * w]
-        out = self.all_final_layer[PATCH](s, c=noise.temb_BD)[:, : h * w]
-        return -out.unflatten(2, (2, 2, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).reshape(z_BChw.shape)
+        last, (h, w) = (blocks or len(self.blocks)) - 1, (z_BChw.shape[-2] // 2, z_BChw.shape[-1] // 2)
+
+        def others(i: int) -> dict[str, Any]:
+            return {"rope_SE": rope, "streams": tuple(streams), "last": i == last}
+
+        def end(tokens: Tokens) -> Tensor:
+            if blocks is not None:
+                return tokens[0][:, : h * w]
+            out = self.all_final_layer[PATCH](tokens[0], c=noise.temb_BD)[:, : h * w]
+            return -out.unflatten(2, (2, 2, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).reshape(z_BChw.shape)
+
+        return Pass((s,), others, end)
 
     def time_embedding(self, t: Tensor, like: Tensor) -> Tensor:
         """Embed times [B] fp32 of either sign: [B, D]."""

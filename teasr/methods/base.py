@@ -91,6 +91,7 @@ class Method(ABC):
     """Base class of training methods, one subclass per paper."""
 
     by_block = False  # its network calls pass through each block of the network together (`Model.velocities`)
+    one_backward = False  # so that each micro-batch has one backward pass, which finishes one block after another
     cycle = 1  # the work repeats after this many micro-batches; an update must have a multiple of it
 
     def __init__(self, config: Any):

@@ -149,6 +149,7 @@ class Teasr(WithLpips):
         super().__init__(config, lpips)
         self.cycle = 4 if config.mode == "cycle" else 1
         self.by_block = config.order == "blocks"
+        self.one_backward = self.by_block and config.mode != "split"
 
     def roles(self) -> tuple[Role, ...]:
         fake = self.config.fake

@@ -272,9 +272,11 @@ class Upscaler:
         return frame
 
     def _bytes_of_frame(self, height: int, width: int, item_bytes: int) -> int:
-        """Bytes of a frame of this size and of its latents during sampling."""
+        """Bytes of a frame of this size, and of its latents and what an encoder adapter takes during sampling."""
         places = height * width // self.backbone.downsample**2
-        return 3 * item_bytes * height * width + LATENT_COPIES * 4 * self.backbone.latent_channels * places
+        channels = LATENT_COPIES * self.backbone.latent_channels
+        channels += self.backbone.encoder_channels if self.model.role.encoder else 0
+        return 3 * item_bytes * height * width + 4 * channels * places
 
     def _fitting_tile(self, height: int, width: int, scratch: Scratch) -> int:
         """Return the side in px of tiles that fit in free memory, for a frame of this size."""

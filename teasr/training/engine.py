@@ -198,8 +198,57 @@ def start_engine(backbone: Backbone, train: TrainConfig, settings: dict, world: 
         model=backbone.net, model_parameters=[p for group in groups for p in group["params"]], optimizer=optimizer,
         config=settings | {"gradient_clipping": clip}, dist_init_required=False,
     )  # fmt: skip
+    engine.takes_gradients = gradients_leave(settings)
     backbone.net = engine
     return engine
+
+
+def gradients_leave(settings: dict) -> bool:
+    """Whether an engine with these settings can take final gradients early: ZeRO-2 with its optimiser in the host."""
+    zero = settings["zero_optimization"]
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    return zero["stage"] == 2 and offload == "cpu" and not zero.get("overlap_comm")
+
+
+class Departure:
+    """Takes final gradients from the GPU to the optimiser in host memory while the backward pass is still running.
+
+    The reduction is DeepSpeed's own, which `coalesce_grad_reduction` would begin after the last backward pass only, so
+    that all gradients of an update were on the GPU at once. Here it begins when a block is finished.
+    """
+
+    def __init__(self, engine):
+        self.zero = engine.optimizer
+        self.groups = {p: i for i, group in enumerate(self.zero.bit16_groups) for p in group}
+        self.gone: set[torch.nn.Parameter] = set()
+        self.norms: list[Tensor] = []  # of each gradient on this rank
+
+    def take(self, block: torch.nn.Module) -> None:
+        """Take the gradients of a block."""
+        found = [p for p in block.parameters() if p in self.groups and p.grad is not None]
+        self.norms += torch._foreach_norm([p.grad for p in found])
+        self.gone.update(found)
+        self.zero.set_gradient_accumulation_boundary(True)
+        self.zero.setup_buckets()
+        for p in found:
+            self.zero.reduce_ready_partitions_and_remove_grads(p, self.groups[p])
+
+    def finish(self) -> None:
+        """Reduce what is left in the bucket, before `coalesce_grad_reduction` looks for gradients that are left."""
+        if self.gone:
+            self.zero.reduce_ipg_grads()
+
+
+def forget_update(engine) -> None:
+    """Prepare an engine for the next update after one without a step.
+
+    Otherwise, ZeRO-1 and 2 with offload would count it as a micro-batch of the next one, and add gradients of an
+    earlier update to that.
+    """
+    zero = engine.optimizer
+    if getattr(zero, "cpu_offload", False):
+        zero.micro_step_id = -1
+        zero.reset_cpu_buffers()
 
 
 def set_rate(engine, rate: float) -> None:

@@ -20,7 +20,7 @@ from teasr.backbones.roles import FIRST
 from teasr.data.batch import Batch
 from teasr.methods.base import Method, Progress
 from teasr.run_config import RunConfig
-from teasr.training.engine import check_swap
+from teasr.training.engine import check_swap, gradients_leave
 from teasr.training.networks import Networks
 from teasr.training.update import backpropagate
 from teasr.util.meter import Meter, Work
@@ -113,16 +113,22 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
         result.parameters["trained" if len(trained) == 1 else f"trained by {role}"] = n
     for group, tensors in method.memory_groups().items():
         _put(result.gpu, group, sum(x.nbytes for x in tensors))
+    leaving = accumulation == 1 and method.one_backward and gradients_leave(settings)
+    most = _most_gradients(networks) if leaving else sum(trained.values())
     _add_trained(result, sum(trained.values()), zero, ranks, trained[FIRST] if config.train.ema else 0)
+    # gradients are not partitioned until all losses are done (coalesce_grad_reduction), unless they leave before
+    _put(result.gpu, "gradients of trained weights", most * 4)
     bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * len(networks.trained_bases)
-    if zero["stage"] == 3:
+    if zero["stage"] == 3 or leaving:
         _put(result.gpu, "reduction bucket", bucket)
     _run(result, config, method, networks, accumulation)
     _put(result.host, "activation checkpoints", sum(base.checkpoint_bytes for base in networks.bases.values()))
     result.trained = sum(trained.values()) // ranks
     result.on_host = _offloads(zero, "optimizer")
-    # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket.
-    result.step = sum(trained.values()) * 4 // ranks + (bucket if zero["stage"] < 3 else 0)
+    # The optimiser step runs when no graph is alive. It needs a flat copy of the gradients, and the ZeRO-1/2 bucket. In
+    # host memory it needs no such copy.
+    flat = 0 if result.on_host and zero["stage"] < 3 else sum(trained.values()) * 4 // ranks
+    result.step = flat + (bucket if zero["stage"] < 3 and not leaving else 0)
     result.gpu[LARGER] = max(result.step, *result.peaks.values())
     result.gpu["CUDA, workspaces, fragmentation (assumed)"] = CUDA_BYTES
     return result
@@ -130,6 +136,15 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
 
 def _numel(parameters: dict[str, torch.nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters.values())
+
+
+def _most_gradients(networks: Networks) -> int:
+    """Return how many gradients are there at once if those of a block leave when the block is finished."""
+    found = 0
+    for base in networks.trained_bases.values():
+        blocks = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in base.sweeps().blocks]
+        found += sum(p.numel() for p in base.net.parameters() if p.requires_grad) - sum(blocks) + max(blocks)
+    return found
 
 
 def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) -> None:
@@ -150,17 +165,16 @@ def _add_frozen(result: Footprint, network: Backbone, zero: dict, ranks: int) ->
 def _add_trained(result: Footprint, trained: int, zero: dict, ranks: int, averaged: int) -> None:
     """Add what DeepSpeed keeps for trained fp32 parameters, and the EMA of the student (`averaged` parameters).
 
-    DeepSpeed keeps the weight, the gradient, a master copy and two moments of each.
+    DeepSpeed keeps the weight, a master copy and two moments of each, besides the gradients.
     """
     share = trained * 4 // ranks
     weights = share if zero["stage"] == 3 else trained * 4
     weights_at = result.host if _offloads(zero, "param") else result.gpu
     states_at = result.host if _offloads(zero, "optimizer") else result.gpu
     _put(weights_at, "trained weights", weights)
-    # gradients are not partitioned until all losses are done (coalesce_grad_reduction)
-    _put(result.gpu, "gradients of trained weights", trained * 4)
-    # under ZeRO-3 and with offloaded optimiser states, a partition of the gradients stays allocated as well
-    copies = 4 if zero["stage"] == 3 or states_at is result.host else 3
+    # under ZeRO-3 and with offloaded optimiser states, a partition of the gradients stays allocated as well, and
+    # ZeRO-1 and 2 send the offloaded weights back to the GPU from another copy
+    copies = 3 + (zero["stage"] == 3 or states_at is result.host) + (zero["stage"] < 3 and states_at is result.host)
     _put(states_at, "fp32 master weights and Adam's moments", share * copies)
     if averaged:
         on_host = _offloads(zero, "param") or _offloads(zero, "optimizer")

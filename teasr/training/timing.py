@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teasr.training.footprint import Footprint
+from teasr.training.footprint import Calls, Footprint
 
 OF_MATMUL = 0.755  # large matrix products reach this part of the nominal bf16 rate; measured on an H200
 OF_BANDWIDTH = 0.855  # large copies within the card's memory; measured on an H200
@@ -45,10 +45,16 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one update, and the share of each bound: compute, memory, launching, PCIe, optimiser."""
+    """Seconds of one update, and the share of each bound: compute, memory, launching, PCIe, optimiser.
+
+    copying: seconds of copies from host memory, of swapped blocks and activation checkpoints. hidden: how much of that
+    does not add to the seconds.
+    """
 
     seconds: float
     parts: dict[str, float]
+    copying: float = 0.0
+    hidden: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -59,16 +65,27 @@ class Prediction:
 def predict(footprint: Footprint, card: Card) -> Prediction:
     """Predict an update on a card with one rank."""
     parts = dict.fromkeys(("compute", "memory", "launching", "PCIe", "optimiser"), 0.0)
-    for name in footprint.calls:
+    copying, alone = footprint.copied / card.pcie, 0.0
+    for name, calls in footprint.calls.items():
         seconds, bound = predict_loss(footprint, name, card)
         parts[bound] += seconds
+        alone += max(_bounds(calls, card).values())
+    hidden = alone + copying - sum(parts.values())
     parts["optimiser"] = step_seconds(footprint, card)
-    return Prediction(sum(parts.values()), parts)
+    return Prediction(sum(parts.values()), parts, copying, hidden)
 
 
 def predict_loss(footprint: Footprint, name: str, card: Card) -> tuple[float, str]:
     """Return the seconds of one loss, forwards and backwards, in one update, and what bounds it."""
     calls = footprint.calls[name]
+    copying = calls.copied / card.pcie
+    bounds = _bounds(calls, card) | {"PCIe": copying}
+    bound = max(bounds, key=bounds.get)
+    return bounds[bound] + COPY_COST * copying, bound
+
+
+def _bounds(calls: Calls, card: Card) -> dict[str, float]:
+    """Return the seconds that calls need without copies, by what bounds them."""
     computing = memory = 0.0
     for work, n in calls.kernels.items():
         for_flops = work.flops / (card.flops * OF_MATMUL * REACHED)
@@ -78,11 +95,7 @@ def predict_loss(footprint: Footprint, name: str, card: Card) -> tuple[float, st
         else:
             memory += n * for_bytes
     launching = LAUNCH_S * (sum(calls.kernels.values()) + calls.views)
-    copying = calls.copied / card.pcie
-    bounds = {"compute" if computing > memory else "memory": computing + memory, "launching": launching}
-    bounds["PCIe"] = copying
-    bound = max(bounds, key=bounds.get)
-    return bounds[bound] + COPY_COST * copying, bound
+    return {"compute" if computing > memory else "memory": computing + memory, "launching": launching}
 
 
 def step_seconds(footprint: Footprint, card: Card) -> float:
@@ -102,5 +115,6 @@ def table(footprint: Footprint, pictures: int) -> str:
         )
         need = footprint.gpu_total / 2**30
         fits = "" if need <= card.memory_gib else f"; does not fit its {card.memory_gib:g} GiB"
-        lines.append(f"  {name:18s}{found.seconds:14.2f}{found.seconds / pictures:14.2f}   {shares}{fits}")
+        copies = f"; {found.hidden:.1f} of {found.copying:.1f} s of copies hidden" if found.copying else ""
+        lines.append(f"  {name:18s}{found.seconds:14.2f}{found.seconds / pictures:14.2f}   {shares}{copies}{fits}")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from teasr.backbones.roles import Role, places
 from teasr.config.settings import TrainConfig
 from teasr.data.batch import Batch
 from teasr.methods.base import Method, Progress
-from teasr.training.engine import set_rate
+from teasr.training.engine import Departure, forget_update, set_rate
 from teasr.training.networks import Networks
 from teasr.util.distributed import World
 from teasr.util.randomness import Draws
@@ -70,6 +70,7 @@ class Update:
         by_engine = places(networks.trained_roles).values()
         self.clipped = [role for roles in by_engine if len(roles) > 1 for role in roles]
         self.alone = {roles[0].place: roles[0].name for roles in by_engine if len(roles) == 1}
+        self.departures: list[Departure] = []  # of this update
 
     def __call__(
         self,
@@ -89,9 +90,12 @@ class Update:
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.coalesce_grad_reduction())
+            self._let_gradients_leave(len(batches))
             ranks = (self.world.rank, self.world.size)
             models = self.networks.models
             means = backpropagate(self.method, models, batches, self.seed, progress, self._backward, ranks, freed)
+            for departure in self.departures:
+                departure.finish()
             wrong = self._not_finite(means)
             averaged = dict(flags) | {"skipped": bool(wrong)}
             logs = self.world.mean(means | {name: torch.tensor(float(value)) for name, value in averaged.items()})
@@ -103,6 +107,8 @@ class Update:
             if wrong:
                 keys = ", ".join(key for batch in batches for key in batch.keys[:4])
                 note(f"{', '.join(wrong)} not finite, update skipped (samples {keys})")
+            for engine in self.engines.values():
+                forget_update(engine)
             return {name: logs[name] for name in flags} | {"skipped": 1.0}
         rate = self.train.rate(update)
         for place, engine in self.engines.items():
@@ -119,11 +125,23 @@ class Update:
     def _backward(self, role: str, value: Tensor) -> None:
         self.engines[self.networks.roles[role].place].backward(value)
 
+    def _let_gradients_leave(self, micros: int) -> None:
+        """Let gradients leave the GPU block by block if one backward pass of this update completes them."""
+        self.departures = []
+        for place, engine in self.engines.items():
+            taking = micros == 1 and self.method.one_backward and engine.takes_gradients
+            if taking:
+                self.departures.append(Departure(engine))
+            self.networks.bases[place].block_finished = self.departures[-1].take if taking else None
+
     def _gradients(self) -> list[Tensor]:
-        """Gradients of this update on this rank. Raises ValueError when a trained parameter has none."""
+        """Gradients of this update that are still on this rank. Raises ValueError when a trained parameter had none."""
+        gone = {p for departure in self.departures for p in departure.gone}
         found = [p.grad for own in self.parameters.values() for p in own.values() if p.grad is not None]
-        if len(found) < sum(map(len, self.parameters.values())):
-            role, name = next((r, n) for r, own in self.parameters.items() for n, p in own.items() if p.grad is None)
+        if len(found) + len(gone) < sum(map(len, self.parameters.values())):
+            role, name = next(
+                (r, n) for r, own in self.parameters.items() for n, p in own.items() if p.grad is None and p not in gone
+            )
             raise ValueError(
                 f"role {role}: no loss of this update reached its parameter {name}. DeepSpeed would use the gradient "
                 "of an earlier update instead; every trained parameter needs a gradient in every update: check that "
@@ -134,7 +152,8 @@ class Update:
     def _not_finite(self, means: dict[str, Tensor]) -> list[str]:
         """Names of logged values that are not finite on this rank, and "gradient" if a gradient is not."""
         wrong = [name for name, value in means.items() if not bool(torch.isfinite(value))]
-        norms = torch._foreach_norm(self._gradients())
+        here, norms = self._gradients(), [norm for departure in self.departures for norm in departure.norms]
+        norms += torch._foreach_norm(here) if here else []
         return wrong if bool(torch.isfinite(torch.stack(norms)).all()) else [*wrong, "gradient"]
 
     def _clear_gradients(self) -> None:

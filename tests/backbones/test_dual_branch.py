@@ -6,7 +6,7 @@ from diffusers import QwenImageTransformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from teasr.backbones.lora import inject_peft_lora
-from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
+from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets, pack, unpack
 
 SIZE = {
     "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 3, "attention_head_dim": 32,
@@ -58,8 +58,9 @@ def inputs():
 
 def run(model, i, **changes):
     i = i | changes
-    options = {k: i[k] for k in ("rope", "cond_attention") if k in i}
-    return model(i["x"], i["t_cur"], i["text"], (H, W), i["c"], i["t_tar"] if i["c"] is not None else None, **options)
+    model.rope, model.cond_attention = i.get("rope", "shared"), i.get("cond_attention", "joint")
+    c, t_tar = (None, None) if i["c"] is None else (unpack(i["c"], H, W), i["t_tar"])
+    return pack(model(unpack(i["x"], H, W), i["t_cur"], i["text"], c, t_tar))
 
 
 def run_stock(model, i, x=None, frames=1):

@@ -20,10 +20,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from teasr import run_config as recipe
+from teasr.backbones.generic.network import DiffusersNet
 from teasr.backbones.lora import inject_peft_lora
 from teasr.backbones.memory import quantised
-from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig, QwenNet, pack, unpack
-from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets
+from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
+from teasr.backbones.qwen_image.transformer import DualBranchTransformer, lora_targets, pack, unpack
 from teasr.backbones.qwen_image.vae import QwenCodec
 from teasr.data.prep.latents import LatentsConfig, cache_latents
 from teasr.restore.upscaler import Upscaler
@@ -102,8 +103,7 @@ def test_full_size_has_the_published_counts():
         inject_peft_lora(transformer, lora_targets(transformer), 128, 128)
         lora = sum(p.numel() for n, p in transformer.named_parameters() if "lora_" in n)
         assert lora == 584_720_384
-        settings = QwenImageConfig(model="none", prompt="none", gradient_checkpointing=False)
-        net = QwenNet(transformer, torch.zeros(1, 5, 3584, dtype=torch.bfloat16), settings)
+        net = DiffusersNet(transformer, torch.zeros(1, 5, 3584, dtype=torch.bfloat16))
         z, t = torch.zeros(1, 16, 64, 64), torch.ones(1)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             assert net(z, t, z, -t).shape == z.shape

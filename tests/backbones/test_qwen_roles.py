@@ -14,7 +14,8 @@ from test_qwen_image import backbone, config, model  # noqa: F401 - model is a f
 from test_training import close, rows, start
 
 from teasr.backbones.model import Condition, Model
-from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig, pack, unpack
+from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
+from teasr.backbones.qwen_image.transformer import pack, unpack
 from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow

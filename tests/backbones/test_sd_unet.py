@@ -20,7 +20,9 @@ from teasr.diffusion import sd_times
 from teasr.methods.base import Progress
 from teasr.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
 from teasr.methods.tadsr import Tadsr, TadsrConfig, one_step
+from teasr.util import scratch
 from teasr.util.randomness import Draws
+from teasr.util.scratch import Scratch
 from teasr.util.seed import seed_of
 from teasr.util.tensor_file import pack
 
@@ -272,6 +274,29 @@ def test_the_step_of_tadsr_is_the_published_one(model):
     z_in, a = student.encode(X, T), scheduler().alphas_cumprod[INDICES].sqrt().view(-1, 1, 1, 1)
     eps = b.net.view_of(student.role)(z_in, INDICES, b.net.prompt.expand(2, -1, -1)).sample
     assert torch.allclose(found, z_in / a - eps, atol=1e-4 / a.min())
+
+
+class Counted(Scratch):
+    """Temporary files for all latents, and the bytes that they had at most."""
+
+    most = 0
+
+    def zeros(self, shape, dtype):
+        made = super().zeros(shape, dtype)
+        self.most = max(self.most, sum(map(len, self._maps)))
+        return made
+
+
+def test_temporary_files_take_no_more_than_is_asked_for(model, tmp_path, monkeypatch):
+    """Regression test: the picture that an adapted encoder takes was left out, which is larger than all latents."""
+    method = Tadsr(TadsrConfig(step="published", lambda_lpips=0.0))
+    b = built(model, method.roles())
+    upscaler = Upscaler(Model(b, method.roles()[0]), method.sampler())
+    monkeypatch.setattr(scratch, "LARGE", 1000)
+    files = Counted(tmp_path)
+    upscaler(np.zeros((32, 40, 3), np.uint8), scratch=files)
+    asked = upscaler._bytes_of_frame(128, 160, 1)
+    assert 0.6 * asked < files.most <= asked
 
 
 def test_what_it_cannot_do_is_said(model, tmp_path):

@@ -100,7 +100,8 @@ def test_deepspeed_holds_what_the_rules_say(zero, tmp_path):
     items = {**counted.gpu, **{f"{k} (host)": v for k, v in counted.host.items()}}
     kept = ("trained", "gradients", "fp32", "EMA", "reduction")
     wanted = sum(n for name, n in items.items() if name.startswith(kept))
-    wanted += counted.parameters["trained"] * 4 + (400_000 if "zero3" not in zero else 0)  # flat gradients, bucket
+    flat = 0 if zero == "zero2_offload" else counted.parameters["trained"] * 4  # gradients of the step
+    wanted += flat + (400_000 if "zero3" not in zero else 0)  # and the bucket
     (tmp_path / "recipe.json").write_text(json.dumps(settings.to_dict()))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = [sys.executable, str(ROOT / "tests/run_metered.py"), str(tmp_path / "recipe.json")]
@@ -161,6 +162,12 @@ def test_predicted_time_follows_from_work_bytes_copies_and_calls():
     assert parts["memory"] == pytest.approx(2 / (timing.OF_BANDWIDTH * timing.REACHED))
     assert parts["launching"] == pytest.approx(2e6 * timing.LAUNCH_S)
     assert parts["PCIe"] == pytest.approx(10 * (1 + timing.COPY_COST))
+    beside = footprint.Calls(Counter({Work(10**13, 8): 1}), copied=10**11)  # copies that are shorter than the computing
+    beside = timing.predict(footprint.Footprint(64, calls={"e": beside}), card)
+    assert beside.copying == 10 and beside.hidden == pytest.approx(10 * (1 - timing.COPY_COST))
+    assert "7.0 of 10.0 s of copies hidden" in timing.table(
+        footprint.Footprint(64, calls={"e": footprint.Calls(Counter({Work(10**18, 8): 1}), copied=24 * 10**10)}), 1
+    )
     assert "4090" in timing.table(found, 1)
 
 

@@ -29,6 +29,7 @@ from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linear
 from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.memory.quantised import KINDS, FullLinear
 from teasr.backbones.memory.swapping import Ring, spaced
+from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
 from teasr.util.seed import seed_of
@@ -48,7 +49,6 @@ class DiffusersModel(Backbone):
 
     transformer_class: ClassVar[type[DualBranch]]
     codec_class: ClassVar[type[Codec]]
-    net_class: ClassVar[type[DiffusersNet]] = DiffusersNet
     network_folder = "transformer"  # of a diffusers model
     published: ClassVar[dict[str, dict]] = {}  # sizes that differ from the defaults of diffusers' classes, by part
     prompt_tokens = 5  # of a random prompt
@@ -145,6 +145,17 @@ class DiffusersModel(Backbone):
     @property
     def decoder_halo(self) -> int | None:
         return self.codec.decoder_halo
+
+    def sweeps(self) -> Sweeps:
+        transformer = self.network.transformer
+        if not isinstance(transformer, DualBranch):
+            return super().sweeps()
+        if self.config.compile or not self.config.gradient_checkpointing:
+            raise ValueError(
+                "method.order = blocks recomputes each block, which must not be compiled: set "
+                "backbone.gradient_checkpointing=true and backbone.compile=false, or method.order=losses"
+            )
+        return Sweeps(transformer.blocks, self.network.begin, transformer.checkpoints, self.block_finished)
 
     def codec_sha256(self) -> str:
         if self.config.model == "random":
@@ -310,7 +321,7 @@ class DiffusersModel(Backbone):
         part.to(device)
 
     def _net(self, transformer: DualBranch, prompt_BTD: Tensor) -> DiffusersNet:
-        return self.net_class(transformer, prompt_BTD, self.config)
+        return DiffusersNet(transformer, prompt_BTD)
 
     def _pretrained(self) -> tuple[DualBranch, Codec]:
         model, dtype = self.config.model, DTYPES[self.config.dtype]

@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -16,19 +17,19 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teasr.backbones.generic.config import DiffusersConfig
 from teasr.backbones.lora import upgrade_lora
 from teasr.backbones.memory.checkpoints import HostCheckpoints
+from teasr.backbones.memory.sweeps import Pass, Tokens
 from teasr.backbones.parts import RoleNet
-from teasr.backbones.roles import DEFAULT_SET, Adapters, Role
+from teasr.backbones.roles import DEFAULT_SET, STUDENT, Adapters, Role
 
 
 class DiffusersNet(RoleNet):
     """The network: latents and two times -> velocity. It holds the transformer and the prompt embedding."""
 
-    def __init__(self, transformer: DualBranch, prompt_TD: Tensor, config: DiffusersConfig):
+    def __init__(self, transformer: DualBranch, prompt_TD: Tensor):
         super().__init__()
-        self.transformer, self.config = transformer, config
+        self.transformer = transformer
         self.register_buffer("prompt", prompt_TD, persistent=False)
         self.register_buffer("null_prompt", None, persistent=False)
 
@@ -36,31 +37,25 @@ class DiffusersNet(RoleNet):
         self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
     ) -> Tensor:
         """Map latents [B, C, h, w] and times [B] fp32 to the velocity [B, C, h, w]."""
-        return self.run(z_t, t_cur, z_lq, t_tar, self._text(text, z_t), role.adapters)
+        return self.transformer(*self._inputs(z_t, t_cur, z_lq, t_tar, text, role))
+
+    def begin(
+        self, z_t: Tensor, t_cur: Tensor, z_lq: Tensor | None, t_tar: Tensor | None, text: Tensor | None, role: Role
+    ) -> Pass:
+        """Return the call of `predict` with these arguments as one that can share its sweep with others."""
+        return self.transformer.begin(*self._inputs(z_t, t_cur, z_lq, t_tar, text, role))
 
     def features(self, z_t: Tensor, t_cur: Tensor, text: Tensor | None, role: Role) -> Tensor:
         """Return a feature map [B, D, h / 2, w / 2]."""
         blocks = role.blocks or len(self.transformer.blocks)
-        x = self.run(z_t, t_cur, None, None, self._text(text, z_t), role.adapters, blocks)
+        x = self.transformer(*self._inputs(z_t, t_cur, None, None, text, role), blocks=blocks)
         return x.transpose(1, 2).unflatten(2, (z_t.shape[-2] // 2, z_t.shape[-1] // 2))
 
-    def run(
-        self,
-        z_t: Tensor,
-        t_cur: Tensor,
-        z_lq: Tensor | None,
-        t_tar: Tensor | None,
-        text_BTD: Tensor,
-        adapters: Adapters,
-        blocks: int | None = None,
-    ) -> Tensor:
-        """Return the velocity [B, C, h, w], or the noise tokens [B, L, D] after `blocks` blocks if that is given."""
-        cond = None if z_lq is None else z_lq.to(text_BTD.dtype)
-        return self.transformer(z_t.to(text_BTD.dtype), t_cur, text_BTD, cond, t_tar, adapters, blocks)
-
-    def _text(self, text: Tensor | None, z_t: Tensor) -> Tensor:
-        text = self.prompt if text is None else text.to(self.prompt.dtype)
-        return text.expand(len(z_t), -1, -1)
+    def _inputs(self, z_t: Tensor, t_cur: Tensor, z_lq, t_tar, text: Tensor | None, role: Role) -> tuple:
+        """Return the arguments of `DualBranch.begin`, with latents and text in the network's dtype."""
+        dtype = self.prompt.dtype
+        text = (self.prompt if text is None else text.to(dtype)).expand(len(z_t), -1, -1)
+        return z_t.to(dtype), t_cur, text, None if z_lq is None else z_lq.to(dtype), t_tar, role.adapters
 
 
 class DualBranch:
@@ -94,6 +89,34 @@ class DualBranch:
         """Remove the blocks after the first `blocks`, which no role uses."""
         setattr(self, self.block_list, self.blocks[:blocks])
 
+    @abstractmethod
+    def begin(
+        self,
+        z_BChw: Tensor,
+        t_cur: Tensor,
+        text_BTD: Tensor,
+        cond: Tensor | None = None,
+        t_tar: Tensor | None = None,
+        adapters: Adapters = STUDENT.adapters,
+        blocks: int | None = None,
+    ) -> Pass:
+        """Return a call up to the first block.
+
+        text_BTD: the prompt embedding. cond: the LQ latent [B, C, h, w] at time t_tar; without it the network is the
+        stock model. adapters: the LoRA sets of noise and of condition tokens.
+        """
+
+    def forward(self, *inputs: Any, blocks: int | None = None) -> Tensor:
+        """Return the velocity [B, C, h, w], or with `blocks` the noise tokens [B, L, D] after so many blocks.
+
+        The other arguments are those of `begin`.
+        """
+        call = self.begin(*inputs, blocks=blocks)
+        tokens = call.tokens
+        for i, block in enumerate(self.blocks[:blocks]):
+            tokens = self.run_block(block, *tokens, **call.others(i))
+        return call.end(tokens)
+
     def run_block(self, block: nn.Module, *arguments: Any, **others: Any) -> Any:
         """Run a block, recomputed in the backward pass if activation checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -112,6 +135,22 @@ class DualBranch:
             "this LoRA applies to condition tokens only and cannot be fused into the base weights, because that would "
             "change the noise tokens too"
         )
+
+
+class DualBlock:
+    """What blocks with condition tokens share; the stock class of diffusers follows it in the bases."""
+
+    fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
+
+    def forward(self, *tokens: Tensor | None, **others: Any) -> Tokens:
+        """Fetch the block's weights if it is swapped, and return the result of `compute`."""
+        if self.fetch is not None:
+            self.fetch()
+        return self.compute(*tokens, **others)
+
+    @abstractmethod
+    def compute(self, *tokens: Tensor | None, **others: Any) -> Tokens:
+        """Return the tokens after the block."""
 
 
 class Attention:

@@ -115,12 +115,19 @@ class Copier:
     def slot(self, nbytes: int) -> Tensor:
         """Allocate a slot of so many bytes."""
         slot = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        if self.stream is not None:
-            slot.record_stream(self.stream)  # if the network is deleted, the memory is reused after the last copy
+        self.keep(slot)
         return slot
 
+    def keep(self, x: Tensor) -> None:
+        """Let the memory of a tensor on the device be reused only after its last copy, whenever it is freed."""
+        if self.stream is not None:
+            x.record_stream(self.stream)
+
     def start(self, slot: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Begin to copy, once the work queued so far is done. Returns what `wait` takes."""
+        """Begin to copy, once the work queued so far is done. Returns what `wait` takes.
+
+        Copies are made in the order in which they were begun.
+        """
         self.copies += 1
         self.bytes += source.nbytes
         if self.stream is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Pass:
     """One call of a network on its way through the blocks."""
 
     tokens: Tokens  # before the first block; they may carry a graph
-    through: Callable[[int, Tokens], Tokens]  # computes block i, without fetching its weights
+    others: Callable[[int], dict[str, Any]]  # the arguments of block i besides the tokens; they carry no graph
     end: Callable[[Tokens], Tensor]  # from the tokens after the last block to the output
     # whether a gradient goes back through the call
     graph: bool = field(default_factory=torch.is_grad_enabled)
@@ -44,14 +45,20 @@ class Sweeps:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], begin: Callable[..., Pass], checkpoints: HostCheckpoints | None = None
+        self,
+        blocks: Sequence[nn.Module],
+        begin: Callable[..., Pass],
+        checkpoints: HostCheckpoints | None = None,
+        finished: Callable[[nn.Module], None] | None = None,
     ):
-        """blocks: a swapped one has a function `fetch` (swapping.py), which is called once a visit.
+        """blocks: each has a function `compute` of a call's tokens and other arguments, and a swapped one a function
+        `fetch` (swapping.py), which is called once a visit.
 
         begin: takes the arguments of `RoleNet.predict` and returns the call as a `Pass`. checkpoints: where the inputs
-        of the blocks are kept; None: on the device.
+        of the blocks are kept; None: on the device. finished: called in the backward sweep with each block whose
+        gradients are complete.
         """
-        self.blocks, self.begin, self.checkpoints = blocks, begin, checkpoints
+        self.blocks, self.begin, self.checkpoints, self.finished = blocks, begin, checkpoints, finished
         self.passes: list[Pass] = []  # those with a graph
         self.loss: Tensor | None = None
 
@@ -68,7 +75,7 @@ class Sweeps:
                     for k, p in enumerate(passes):
                         if p.graph:
                             p.inputs.append(self._keep(tokens[k]))
-                        tokens[k] = p.through(i, tokens[k])
+                        tokens[k] = self.blocks[i].compute(*tokens[k], **p.others(i))
         self.passes += [p for p in passes if p.graph]
         return [self._output(p, last) for p, last in zip(passes, tokens, strict=True)]
 
@@ -87,6 +94,13 @@ class Sweeps:
     def _kept(self, kept: tuple) -> Tokens:
         keep = self.checkpoints
         return kept if keep is None else tuple(None if x is None else keep.get(x) for x in kept)
+
+    def _fetch(self, p: Pass) -> None:
+        """Begin to copy back the inputs that will be needed next."""
+        if self.checkpoints is not None and p.inputs:
+            for kept in p.inputs[-1]:
+                if kept is not None:
+                    self.checkpoints.fetch(kept)
 
     def joined(self, loss: Tensor) -> Tensor:
         """Return a scalar with the value of `loss`, whose backward pass is the backward sweep."""
@@ -112,20 +126,24 @@ class Sweeps:
         with torch.enable_grad():
             for i in reversed(range(len(self.blocks))):
                 with self._visit(i):
-                    for p in self.passes:
-                        p.gradients = self._through(p, i)
+                    for k, p in enumerate(self.passes):
+                        inputs = self._kept(p.inputs.pop())
+                        self._fetch(self.passes[(k + 1) % len(self.passes)])
+                        p.gradients = self._through(p, i, inputs)
+                if self.finished is not None:
+                    self.finished(self.blocks[i])
         for p in self.passes:
             _backward(p.tokens, p.gradients)
         self.passes = []
 
-    def _through(self, p: Pass, i: int) -> Tokens:
+    def _through(self, p: Pass, i: int, inputs: Tokens) -> Tokens:
         """Recompute block i for one call, and return the gradients of its inputs from those of its outputs."""
         inputs = tuple(
             # from the first block on, all tokens depend on parameters
             None if x is None else x.detach().requires_grad_(i > 0 or first.requires_grad)
-            for x, first in zip(self._kept(p.inputs.pop()), p.tokens, strict=True)
+            for x, first in zip(inputs, p.tokens, strict=True)
         )
-        _backward(p.through(i, inputs), p.gradients)
+        _backward(self.blocks[i].compute(*inputs, **p.others(i)), p.gradients)
         return tuple(None if x is None else x.grad for x in inputs)
 
 

@@ -5,14 +5,13 @@ at t_cur, and optional condition tokens at t_tar of either sign; all tokens atte
 noise and for condition tokens are passed to every block as an argument (`Adapters`). There are no masks, hooks or
 global state, so activation checkpointing recomputes exactly what the first forward pass computed.
 
-Shape legend: B batch, L noise tokens (and equally many condition tokens), T text tokens, D width, P channels per token,
-H heads, E head width.
+Shape legend: B batch, C latent channels (16), h w latent pixels, L noise tokens of 2x2 latent pixels (and equally many
+condition tokens), P = 4 C, T text tokens, D width, H heads, E head width.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,13 +24,11 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor, nn
 
-from teasr.backbones.generic.network import Attention, DualBranch, heads, rms
+from teasr.backbones.generic.network import Attention, DualBlock, DualBranch, heads, rms
 from teasr.backbones.lora import add_lora, base, with_lora
+from teasr.backbones.memory.sweeps import Pass, Tokens
 from teasr.backbones.qwen_image.modulation import ModulationTable, Rows
-from teasr.backbones.roles import DEFAULT_SET, Adapters
-
-STUDENT_SETS = Adapters(condition=DEFAULT_SET)
-Tokens = tuple[Tensor, Tensor, Tensor | None]  # of noise [B, L, D], text [B, T, D] and condition [B, L, D]
+from teasr.backbones.roles import STUDENT, Adapters
 
 
 class DualBranchAttention(Attention, QwenDoubleStreamAttnProcessor2_0):
@@ -80,16 +77,8 @@ class DualBranchAttention(Attention, QwenDoubleStreamAttnProcessor2_0):
         return out_x, out_t, with_lora(attn.to_out[0], out_c, lc) if has_cond else None
 
 
-class DualBranchBlock(QwenImageTransformerBlock):
+class DualBranchBlock(DualBlock, QwenImageTransformerBlock):
     """One block over noise, text and condition tokens."""
-
-    fetch: Callable[[], None] | None = None  # makes the weights readable, if the block is swapped (swapping.py)
-
-    def forward(self, *tokens: Tensor | None, **others) -> Tokens:
-        """Fetch the block's weights if it is swapped, and return the result of `compute`."""
-        if self.fetch is not None:
-            self.fetch()
-        return self.compute(*tokens, **others)
 
     def compute(
         self,
@@ -151,6 +140,10 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
     _repeated_blocks: ClassVar = ["DualBranchBlock"]
     _no_split_modules: ClassVar = ["DualBranchBlock"]
     modulation: ModulationTable | None = None  # replaces the blocks' own modulation layers if set
+    # positions of condition tokens: those of the noise tokens, or of the next frame
+    rope: Literal["shared", "frame_offset"] = "shared"
+    # independent: condition tokens attend only to each other; all others attend to them as well
+    cond_attention: Literal["joint", "independent"] = "joint"
 
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # otherwise from_pretrained drops the config
     def __init__(self, *args, **kwargs):
@@ -172,73 +165,58 @@ class DualBranchTransformer(DualBranch, QwenImageTransformer2DModel):
         embed = self.time_text_embed
         return embed.timestep_embedder(embed.time_proj(t.float()).to(self.proj_out.weight.dtype))
 
-    def forward(
-        self,
-        tokens_BLP: Tensor,
-        t_cur: Tensor,
-        text_BTD: Tensor,
-        grid: tuple[int, int],
-        cond: Tensor | None = None,
-        t_tar: Tensor | None = None,
-        rope: str = "shared",
-        cond_attention: str = "joint",
-        adapters: Adapters = STUDENT_SETS,
-        blocks: int | None = None,
-    ) -> Tensor:
-        """Return velocity tokens [B, L, P].
-
-        text_BTD: the prompt embedding from the text encoder. grid: (rows, columns), with L = rows x columns.
-        cond: condition tokens [B, L, P] at t_tar; without them the network is the stock model.
-        rope: `shared` (condition tokens have the positions of the noise tokens) or `frame_offset` (the next frame).
-        cond_attention: `joint`, or `independent` (condition tokens attend only to each other, all others attend to
-        them as well).
-        adapters: the LoRA sets of noise and of condition tokens.
-        blocks: stop after this many blocks and return their noise tokens [B, L, D] instead.
-        """
-        tokens, others = self.begin(
-            tokens_BLP, t_cur, text_BTD, grid, cond, t_tar, rope, cond_attention, adapters, blocks
-        )
-        for i, block in enumerate(self.transformer_blocks[:blocks]):
-            tokens = self.run_block(block, *tokens, **others(i))
-        return self.end(tokens, others) if blocks is None else tokens[0]
-
     def begin(
         self,
-        tokens_BLP: Tensor,
+        z_BChw: Tensor,
         t_cur: Tensor,
         text_BTD: Tensor,
-        grid: tuple[int, int],
         cond: Tensor | None = None,
         t_tar: Tensor | None = None,
-        rope: str = "shared",
-        cond_attention: str = "joint",
-        adapters: Adapters = STUDENT_SETS,
+        adapters: Adapters = STUDENT.adapters,
         blocks: int | None = None,
-    ) -> tuple[Tokens, Callable[[int], dict[str, Any]]]:
-        """Return the tokens before the first block, and a function that gives the other arguments of block i."""
-        x = with_lora(self.img_in, tokens_BLP, adapters.noise)
-        text = self.txt_in(self.txt_norm(text_BTD))
-        temb_cur = self.time_embedding(t_cur)
-        c = None if cond is None else with_lora(self.img_in, cond, adapters.condition)
-        temb_tar = None if cond is None else self.time_embedding(t_tar)
-        frames = [(1, *grid)] * (2 if rope == "frame_offset" else 1)
-        image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text.shape[1], device=x.device)
-        n = x.shape[1]
-        ropes = torch.cat((text_rope, image_rope[:n], image_rope[-n:]))
-        last = (len(self.transformer_blocks) if blocks is None else blocks) - 1
-        tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.transformer_blocks)
+    ) -> Pass:
+        """Return a call up to the first block."""
+        x, c = with_lora(self.img_in, pack(z_BChw), adapters.noise), None
+        text, temb_cur, temb_tar = self.txt_in(self.txt_norm(text_BTD)), self.time_embedding(t_cur), None
+        if cond is not None:
+            c, temb_tar = with_lora(self.img_in, pack(cond), adapters.condition), self.time_embedding(t_tar)
+        h, w = z_BChw.shape[-2] // 2, z_BChw.shape[-1] // 2
+        rope, last = self._rope(h, w, text.shape[1], x.device), (blocks or len(self.blocks)) - 1
+        tabulated = self.modulation.rows(t_cur, t_tar) if self.modulation else [None] * len(self.blocks)
+        independent = self.cond_attention == "independent"
 
         def others(i: int) -> dict[str, Any]:
             return {
-                "temb_cur_BD": temb_cur, "temb_tar_BD": temb_tar, "rope": ropes, "rows": tabulated[i],
-                "independent": cond_attention == "independent", "adapters": adapters, "last": i == last,
+                "temb_cur_BD": temb_cur, "temb_tar_BD": temb_tar, "rope": rope, "rows": tabulated[i],
+                "independent": independent, "adapters": adapters, "last": i == last,
             }  # fmt: skip
 
-        return (x, text, c), others
+        def end(tokens: Tokens) -> Tensor:
+            if blocks is not None:
+                return tokens[0]
+            return unpack(self.proj_out(self.norm_out(tokens[0], temb_cur)), h, w)
 
-    def end(self, tokens: Tokens, others: Callable[[int], dict[str, Any]]) -> Tensor:
-        """Return the velocity tokens [B, L, P] from the tokens after the last block."""
-        return self.proj_out(self.norm_out(tokens[0], others(0)["temb_cur_BD"]))
+        return Pass((x, text, c), others, end)
+
+    def _rope(self, h: int, w: int, text: int, device: torch.device) -> Tensor:
+        """Return the rotary positions of so many text tokens, and of h x w noise and condition tokens."""
+        frames = [(1, h, w)] * (2 if self.rope == "frame_offset" else 1)
+        image_rope, text_rope = self.pos_embed([frames], max_txt_seq_len=text, device=device)
+        return torch.cat((text_rope, image_rope[: h * w], image_rope[-h * w :]))
+
+
+def pack(z: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, L, P], channel-major within a token, as in diffusers' pipeline."""
+    b, c, h, w = z.shape
+    z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """[B, L, P] of h x w tokens -> [B, C, 2 h, 2 w]."""
+    b, _, p = tokens.shape
+    z = tokens.reshape(b, h, w, p // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return z.reshape(b, p // 4, 2 * h, 2 * w)
 
 
 def lora_targets(

@@ -133,6 +133,10 @@ class SdUnet(DiffusersModel):
         self.check_size(*x.shape[-2:])
         return F.pixel_unshuffle(x, self.downsample)
 
+    @property
+    def encoder_channels(self) -> int:
+        return 3 * self.downsample**2
+
     def codec_sha256(self) -> str:
         if any(role.encoder for role in self.roles):
             raise ValueError(
