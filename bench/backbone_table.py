@@ -23,7 +23,7 @@ from teasr.training.footprint import GIB, Footprint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table.py -->", "<!-- end of this table -->"
-SIZES = (512, 1024)
+SIZES = {512: (), 1024: ("train.micro_batch=1",)}  # px -> overrides
 FEW, MORE = 2, 4
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
 SD21, SD35, QWEN = "Stable Diffusion 2.1", "Stable Diffusion 3.5-medium", "Qwen-Image"
@@ -93,8 +93,8 @@ def table(rows: list[tuple]) -> list[str]:
     head = ["backbone", "method: preset", "px", "GiB", "TFLOP a picture", *timing.CARDS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for backbone, method, preset, overrides in rows:
-        for size in SIZES:
-            found, pictures = counted(preset, overrides, size)
+        for size, more in SIZES.items():
+            found, pictures = counted(preset, (*overrides, *more), size)
             cells = [cell(found, card, pictures) for card in timing.CARDS.values()]
             name = f"{method}: `{preset}`{' + method' if overrides else ''}"
             per_picture = sum(found.flops.values()) / pictures / 1e12

@@ -45,7 +45,10 @@ def exported(backbone: str, branches: str, folder) -> tuple[set[str], dict[str, 
     )
     built = config.build_backbone((Role("student", branches=branches),))
     built.to(torch.device("cpu"))
-    lora_file.write(folder, built.exported(), *built.lora_metadata())
+    peft, ours = built.lora_metadata()
+    lora_file.write(
+        folder, built.exported(), peft, ours | dict.fromkeys(("weights", "updates", "commit", "recipe"), "")
+    )
     with safe_open(folder / lora_file.NAME, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     ends = re.compile(r"\.lora_[AB]\.weight$")
