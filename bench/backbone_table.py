@@ -24,7 +24,7 @@ from teasr.training.footprint import GIB, Footprint
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table.py -->", "<!-- end of this table -->"
 SIZES = {512: (), 1024: ("train.micro_batch=1",)}  # px -> overrides
-FEW, MORE = 2, 4
+FEW, MORE = 4, 6
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
 SD21, SD35, QWEN = "Stable Diffusion 2.1", "Stable Diffusion 3.5-medium", "Qwen-Image"
 GUIDED = ("backbone.null_prompt=random",)
