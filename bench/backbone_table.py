@@ -23,18 +23,34 @@ from teasr.training.footprint import GIB, Footprint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table.py -->", "<!-- end of this table -->"
-SIZES = (512, 1024)
-FEW, MORE = 2, 3
+SIZES = {512: (), 1024: ("train.micro_batch=1",)}  # px -> overrides
+FEW, MORE = 4, 6
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
-OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", "backbone.null_prompt=random")
+SD21, SD35, QWEN = "Stable Diffusion 2.1", "Stable Diffusion 3.5-medium", "Qwen-Image"
+GUIDED = ("backbone.null_prompt=random",)
+OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", *GUIDED)
+TADSR = ("method={name: tadsr, cfg_real: 7.5}", *GUIDED)
+D3SR = ("method={name: d3sr, disc_rank: 16, disc_blocks: 12}",)  # half of the blocks of SD35; others: `counted`
 ROWS = (  # backbone, method, preset, overrides
-    ("Stable Diffusion 3.5-medium", "TEASR", "sd35_teasr_16gb", ()),
-    ("Stable Diffusion 3.5-medium", "TSD-SR", "sd35_tsdsr", ()),
+    (SD21, "OSEDiff", "sd21_osediff", ()),
+    (SD21, "D3SR", "sd21_d3sr", ()),
+    (SD21, "TADSR", "sd21_tadsr", ()),
+    (SD35, "TEASR", "sd35_teasr_16gb", ()),
+    (SD35, "TSD-SR", "sd35_tsdsr", ()),
+    (SD35, "OSEDiff", "sd35_teasr_16gb", OSEDIFF),
+    (SD35, "D3SR", "sd35_teasr_16gb", D3SR),
+    (SD35, "TADSR", "sd35_teasr_16gb", TADSR),
     ("Z-Image", "TEASR", "zimage_teasr_24gb", ()),
-    ("Qwen-Image", "TEASR", "qwen_teasr", ()),
-    ("Qwen-Image, NF4", "TEASR", "qwen_teasr_24gb", ()),
     ("Z-Image", "OSEDiff", "zimage_teasr_24gb", OSEDIFF),
-    ("Qwen-Image", "OSEDiff", "qwen_osediff", ()),
+    ("Z-Image", "D3SR", "zimage_teasr_24gb", D3SR),
+    ("Z-Image", "TADSR", "zimage_teasr_24gb", TADSR),
+    (QWEN, "TEASR", "qwen_teasr", ()),
+    (QWEN, "OSEDiff", "qwen_osediff", ()),
+    (QWEN, "D3SR", "qwen_d3sr", ()),
+    (QWEN, "TADSR", "qwen_tadsr", ()),
+    (f"{QWEN}, NF4", "TEASR", "qwen_teasr_24gb", ()),
+    (f"{QWEN}, NF4, swap", "TEASR", "qwen_teasr_12gb", ()),
+    (f"{QWEN}, NF4, swap", "TEASR", "qwen_teasr_8gb", ()),
 )
 
 
@@ -53,7 +69,10 @@ def main() -> None:
 
 
 def counted(preset: str, overrides: tuple[str, ...], size_px: int) -> tuple[Footprint, int]:
-    """Return the footprint of an update of a preset at full size, and how many pictures it takes."""
+    """Return the footprint of an update of a preset at full size, and how many pictures it takes.
+
+    Swapped are none or all of the blocks, and the discriminator of D3SR has half of them.
+    """
     own = ["backbone.model=random", "backbone.prompt=random", *overrides]
     config = run_config.load(ROOT / f"launch/presets/{preset}.yaml", own)
     if config.backbone_name not in ALIKE:
@@ -61,9 +80,10 @@ def counted(preset: str, overrides: tuple[str, ...], size_px: int) -> tuple[Foot
     setting, blocks = ALIKE[config.backbone_name]
     counts = []
     for n in (FEW, MORE):
-        few = run_config.load(
-            ROOT / f"launch/presets/{preset}.yaml", [*own, f"backbone.transformer={{{setting}: {n}}}"]
-        )
+        some = [f"backbone.transformer={{{setting}: {n}}}"]
+        some += [f"backbone.swap_blocks={n}"] if config.backbone.swap_blocks else []
+        some += [f"method.disc_blocks={n // 2}"] if config.method_name == "d3sr" else []
+        few = run_config.load(ROOT / f"launch/presets/{preset}.yaml", [*own, *some])
         counts.append(footprint.count(few, engine_settings(few.train, 1), size_px))
     return extrapolated(*counts, (FEW, MORE, blocks)), config.train.batch
 
@@ -73,8 +93,8 @@ def table(rows: list[tuple]) -> list[str]:
     head = ["backbone", "method: preset", "px", "GiB", "TFLOP a picture", *timing.CARDS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for backbone, method, preset, overrides in rows:
-        for size in SIZES:
-            found, pictures = counted(preset, overrides, size)
+        for size, more in SIZES.items():
+            found, pictures = counted(preset, (*overrides, *more), size)
             cells = [cell(found, card, pictures) for card in timing.CARDS.values()]
             name = f"{method}: `{preset}`{' + method' if overrides else ''}"
             per_picture = sum(found.flops.values()) / pictures / 1e12

@@ -13,6 +13,7 @@ VERBS = {  # verb -> file of teasr.commands, and what it does
     "prepare": ("prepare", "make training shards from photographs"),
     "verify": ("verify", "check a shard set"),
     "cache-prompt": ("cache_prompt", "compute the text embedding of a prompt once"),
+    "cache-captions": ("cache_captions", "compute the text embeddings of a set's captions once"),
     "cache-latents": ("cache_latents", "encode a shard set with a VAE once"),
     "train": ("train", "train a model, or continue its training"),
     "export": ("export", "export a trained model"),

@@ -123,6 +123,7 @@ MISSING = [  # arguments -> the package that a light installation lacks
     (["report", "--mlflow", "sqlite:///x.db", "--experiment", "x"], "mlflow"),
     (["sync-mlflow", "run"], "mlflow"),
     (["cache-prompt", "model=m", "out=p.safetensors"], "diffusers"),
+    (["cache-captions", "shards=set", "model=m"], "webdataset"),
     (["cache-latents", "shards=set", "vae=v"], "accelerate"),
     (["upscale", "x.png", "-o", "y.png", "--model", "owner/name"], "huggingface_hub"),
     (["demo"], "gradio"),

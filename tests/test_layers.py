@@ -43,7 +43,8 @@ FOLDERS = {  # folder or file of the package -> what it may import from teasr: f
     "assets/": {"assets/"},
     "imaging/": {"imaging/", "util/"},
     "data/prep/": {
-        "config/", "data.latents", "data.layout", "data.shards", "data/prep/", "degradation/", "imaging/", "util/",
+        "config/", "data.captions", "data.latents", "data.layout", "data.shards", "data/prep/", "degradation/",
+        "imaging/", "util/",
     },
     "data/": {"config/", "data/", "degradation/", "imaging/", "util/"},
     "backbones/": {"assets/", "backbones/", "diffusion/", "util/"},

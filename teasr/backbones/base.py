@@ -131,6 +131,10 @@ class Backbone(ABC):
             f"{type(self).__name__} cannot compute block by block: set method.order=losses, which is the default"
         )
 
+    def check_captions(self, width: int, source: str) -> None:
+        """Raise ValueError unless the network takes text embeddings of this width, which come from `source`."""
+        raise ValueError(f"data.captions = {source}: {type(self).__name__} takes no text; remove data.captions")
+
     @property
     def null_text(self) -> Tensor | None:
         """Embedding of the null prompt [1, T, D], for guidance, or None if there is none."""

@@ -66,13 +66,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 BRANCH_WARNINGS = {
     "dual": (
         "**This LoRA applies to condition tokens only.** Noise and text tokens use the base weights. "
-        "A standard diffusers pipeline or ComfyUI\nloads this file without an error, "
+        "A standard diffusers pipeline or ComfyUI\nmay load this file without an error, "
         "but applies it to all tokens and produces wrong images; "
         "fusing it into the base weights does the same. Use `teasr`."
     ),
     "single": (
         "**This LoRA expects the latent of the low-quality image instead of noise.** "
-        "A standard diffusers pipeline or ComfyUI loads this file\nwithout an error, but starts from noise "
+        "A standard diffusers pipeline or ComfyUI may load this file\nwithout an error, but starts from noise "
         "and produces wrong images. Use `teasr`."
     ),
 }

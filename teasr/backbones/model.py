@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from teasr.backbones.base import Backbone
+from teasr.backbones.base import Backbone, Part
 from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.roles import STUDENT, Role
 from teasr.diffusion import flow
+
+# embeddings of prompts: [B, T, D], one for all samples [1, T, D], or B times [1, T, D] where T may differ
+Text = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Condition:
 
     z_lq: Tensor | None = None  # [B, C, h, w], latent of the LQ image; dual-branch roles only
     t_tar: Tensor | None = None  # [B] in [-1, 1], time of the condition branch; dual-branch roles only
-    text: Tensor | None = None  # [B or 1, T, D], prompt embedding; None: the backbone's default prompt
-    null_text: Tensor | None = None  # embedding of the null prompt, same shape, for guidance
+    text: Text | None = None  # prompt embeddings; None: those of `Model.with_text`, or the backbone's prompt
+    null_text: Tensor | None = None  # [1, T, D], embedding of the null prompt, for guidance
     guidance: float | Tensor = 1.0  # classifier-free guidance: v_null + guidance (v_text - v_null); a number or [B]
 
 
@@ -44,8 +47,16 @@ class Call:
 class Model:
     """One role, as methods call it. Times are float32 [B]: t_cur in [0, 1] (0 clean, 1 noise), t_tar in [-1, 1]."""
 
-    def __init__(self, backbone: Backbone, role: Role = STUDENT):
-        self.backbone, self.role = backbone, role
+    def __init__(self, backbone: Backbone, role: Role = STUDENT, text: Text | None = None):
+        """text: see `with_text`."""
+        self.backbone, self.role, self.text = backbone, role, text
+
+    def with_text(self, text: Text | None) -> Model:
+        """Return the role with other default prompts: the captions of a batch, or None for the backbone's prompt.
+
+        Several copies of the batch, one behind another, may share a call: the captions repeat.
+        """
+        return Model(self.backbone, self.role, text)
 
     @property
     def patch_px(self) -> int:
@@ -123,7 +134,7 @@ class Model:
         not match the role's branch layout.
         """
         self._check(c := condition)
-        v = self.backbone.call(self.role, "velocity", z_t, t_cur, c.z_lq, c.t_tar, c.text)
+        v = self._call("velocity", z_t, t_cur, c)
         if isinstance(c.guidance, float | int) and c.guidance == 1:
             return v
         if c.text is None or c.null_text is None:
@@ -144,14 +155,31 @@ class Model:
 
         They get their gradients from `sweeps.joined(loss)`. Guidance is not supported.
         """
-        passes = []
-        for call in calls.values():
-            c = call.condition
-            self._check(c)
+        passes = {}
+        for name, call in calls.items():
+            self._check(call.condition)
             with torch.set_grad_enabled(call.graph):
-                passes.append(sweeps.begin(call.z_t, call.t_cur, c.z_lq, c.t_tar, c.text, self.role))
-        found = zip(calls.items(), sweeps.run(passes), strict=True)
-        return {name: v if v.dtype == call.z_t.dtype else v.float() for (name, call), v in found}
+                rows = self._rows(call.z_t, call.t_cur, call.condition)
+                passes[name] = [sweeps.begin(*row, self.role) for row in rows]
+        found = iter(sweeps.run([p for own in passes.values() for p in own]))
+        joined = {name: _joined([next(found) for _ in own]) for name, own in passes.items()}
+        return {name: v if v.dtype == calls[name].z_t.dtype else v.float() for name, v in joined.items()}
+
+    def _call(self, part: Part, z_t: Tensor, t: Tensor, c: Condition = NOTHING) -> Tensor:
+        """Call the network; in one pass, or sample by sample if the texts may have different numbers of tokens."""
+        return _joined([self.backbone.call(self.role, part, *row) for row in self._rows(z_t, t, c)])
+
+    def _rows(self, z_t: Tensor, t: Tensor, c: Condition) -> list[tuple[Tensor | None, ...]]:
+        """Return the arguments z_t, t_cur, z_lq, t_tar, text of each pass."""
+        text, inputs = self.text if c.text is None else c.text, (z_t, t, c.z_lq, c.t_tar)
+        if text is None or len(text) == 1:
+            return [(*inputs, text[0] if isinstance(text, tuple) else text)]
+        times = len(z_t) // len(text)
+        assert times * len(text) == len(z_t), f"{len(text)} captions for {len(z_t)} samples"
+        if isinstance(text, Tensor):
+            return [(*inputs, text.repeat(times, 1, 1))]
+        columns = ([None] * len(z_t) if x is None else x.split(1) for x in inputs)
+        return list(zip(*columns, text * times, strict=True))
 
     def _check(self, c: Condition) -> None:
         """Raise ValueError for a condition that does not match the role's branch layout."""
@@ -186,17 +214,21 @@ class Model:
         Raises ValueError for a dual-branch role.
         """
         self._require_single_branch("features")
-        return self.backbone.call(self.role, "features", z_t, t)
+        return self._call("features", z_t, t)
 
     def logits(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return one logit per feature token, fp32 [B, h', w']. Raises ValueError for a role without a head."""
         if not self.role.head:
             raise ValueError(f"role {self.role.name} has no head: set head=True in its Role")
         self._require_single_branch("logits")
-        return self.backbone.call(self.role, "logits", z_t, t)
+        return self._call("logits", z_t, t)
 
     def _require_single_branch(self, what: str) -> None:
         if self.role.branches != "single":
             raise ValueError(
                 f"role {self.role.name} is dual-branch: {what} are available only for roles with branches=single"
             )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,14 +1,15 @@
 """Prompt files: the text embedding of one prompt for a model, computed once and stored with its provenance.
 
-Training and inference use a single prompt (the empty one), so the text encoders (up to 7 B parameters) are loaded only
-once, for about a minute, to write this file (in the format of util/tensor_file.py). Which encoders a model has, and how
-its pipeline uses them, follows from its `model_index.json`.
+Inference uses a single prompt, and training too unless its samples have captions (data/captions.py), so the text
+encoders (up to 7 B parameters) are loaded only once, for about a minute, to write this file (in the format of
+util/tensor_file.py). Which encoders a model has, and how its pipeline uses them, follows from its `model_index.json`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,7 @@ def cache_prompt(config: PromptConfig) -> None:
                 return
             changes = ", ".join(f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if found.get(k) != v)
             print(f"{out} was computed with other settings and is computed again: {changes}")
-    embeds, mask = embed(config.model, config.prompt, pick_device(config.device), DTYPES[config.dtype])
+    embeds, mask = load_encoders(config.model, pick_device(config.device), DTYPES[config.dtype])(config.prompt)
     tensors = {"prompt_embeds": embeds} | ({} if mask is None else {"prompt_mask": mask})
     write_atomic(out, pack(tensors, wanted))
     print(
@@ -87,8 +88,12 @@ def load_prompt(path: Path | str) -> tuple[Tensor, Tensor | None, dict]:
     return tensors["prompt_embeds"], tensors.get("prompt_mask"), metadata
 
 
-def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Embed one prompt as the model's pipeline does: embedding [L, D] and mask [L] or None, on the CPU.
+Embedding = tuple[Tensor, Tensor | None]  # [L, D], and a mask [L] if not all are tokens
+Embed = Callable[[str], Embedding]
+
+
+def load_encoders(model: str, device: torch.device, dtype: torch.dtype) -> Embed:
+    """Load a model's text encoders; return the function that embeds a prompt as its pipeline does, to the CPU.
 
     Only tokenizers and text encoders are loaded. Raises ValueError if one is missing or incomplete, or if the model is
     of a kind that no backbone uses.
@@ -102,17 +107,35 @@ def embed(model: str, prompt: str, device: torch.device, dtype: torch.dtype) -> 
     except (OSError, ValueError) as error:
         raise cannot_load("model", model, error) from error
     kind = index.get("_class_name")
-    if kind not in EMBEDDINGS:
-        raise ValueError(f"model = {model} is a {kind}: no backbone uses it; allowed are {', '.join(EMBEDDINGS)}")
-    with torch.inference_mode():
-        embeds, mask = EMBEDDINGS[kind](model, index, prompt, device, dtype)
-    return embeds.cpu().clone(), None if mask is None else mask.cpu().clone()
+    if kind not in ENCODERS:
+        raise ValueError(f"model = {model} is a {kind}: no backbone uses it; allowed are {', '.join(ENCODERS)}")
+    encode = ENCODERS[kind](model, index, device, dtype)
+
+    @torch.inference_mode()
+    def embed(prompt: str) -> Embedding:
+        embeds, mask = encode(prompt)
+        return embeds.cpu().clone(), None if mask is None else mask.cpu().clone()
+
+    return embed
 
 
-Embedding = tuple[Tensor, Tensor | None]
+def one_prompt(model: str, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Load a model's text encoders; return the function that gives the embedding [L, D] of a single prompt.
+
+    Raises ValueError as `load_encoders`, and for a pipeline that pads a single prompt.
+    """
+    encode = load_encoders(model, device, dtype)
+
+    def embed(prompt: str) -> Tensor:
+        embeds, mask = encode(prompt)
+        if mask is not None:
+            raise ValueError(f"the pipeline of {model} pads the prompt {prompt!r}, which no backbone can hide")
+        return embeds
+
+    return embed
 
 
-def _embed_qwen(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+def _qwen(model: str, index: dict, device: torch.device, dtype: torch.dtype) -> Embed:
     from diffusers import QwenImagePipeline
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -120,32 +143,41 @@ def _embed_qwen(model: str, index: dict, prompt: str, device: torch.device, dtyp
     encoder = load_part(Qwen2_5_VLForConditionalGeneration, "model", model, "text_encoder", dtype, "text encoder")
     pipeline = QwenImagePipeline(None, None, encoder.to(device).eval(), tokenizer, None)
     _check_tokenizer(tokenizer, pipeline.prompt_template_encode, model)
-    embeds, mask = pipeline.encode_prompt(prompt, device=device)
-    return embeds[0], None if mask is None else mask[0]
+
+    def encode(prompt: str) -> Embedding:
+        embeds, mask = pipeline.encode_prompt(prompt, device=device)
+        return embeds[0], None if mask is None else mask[0]
+
+    return encode
 
 
-def _embed_sd3(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+def _sd3(model: str, index: dict, device: torch.device, dtype: torch.dtype) -> Embed:
     """The pooled embedding of both CLIP encoders, padded with zeros, is the first row (sd3.py)."""
     pipeline = _text_pipeline(model, index, device, dtype)
-    tokens, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device, do_classifier_free_guidance=False)
-    return torch.cat((F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1])), tokens[0])), None
+
+    def encode(prompt: str) -> Embedding:
+        tokens, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device, do_classifier_free_guidance=False)
+        return torch.cat((F.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1])), tokens[0])), None
+
+    return encode
 
 
-def _embed_sd(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
+def _sd(model: str, index: dict, device: torch.device, dtype: torch.dtype) -> Embed:
     """All 77 tokens are used, those of the padding too, as Stable Diffusion was trained."""
-    return _text_pipeline(model, index, device, dtype).encode_prompt(prompt, device, 1, False)[0][0], None
-
-
-def _embed_z_image(model: str, index: dict, prompt: str, device: torch.device, dtype: torch.dtype) -> Embedding:
     pipeline = _text_pipeline(model, index, device, dtype)
-    return pipeline.encode_prompt(prompt, device, do_classifier_free_guidance=False)[0][0], None
+    return lambda prompt: (pipeline.encode_prompt(prompt, device, 1, False)[0][0], None)
 
 
-EMBEDDINGS = {  # pipeline named in model_index.json -> how it embeds a prompt
-    "QwenImagePipeline": _embed_qwen,
-    "StableDiffusion3Pipeline": _embed_sd3,
-    "StableDiffusionPipeline": _embed_sd,
-    "ZImagePipeline": _embed_z_image,
+def _z_image(model: str, index: dict, device: torch.device, dtype: torch.dtype) -> Embed:
+    pipeline = _text_pipeline(model, index, device, dtype)
+    return lambda prompt: (pipeline.encode_prompt(prompt, device, do_classifier_free_guidance=False)[0][0], None)
+
+
+ENCODERS = {  # pipeline named in model_index.json -> what loads its text encoders
+    "QwenImagePipeline": _qwen,
+    "StableDiffusion3Pipeline": _sd3,
+    "StableDiffusionPipeline": _sd,
+    "ZImagePipeline": _z_image,
 }
 
 

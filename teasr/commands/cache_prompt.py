@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TypeVar
 
 from teasr.util import command_line
 
+T = TypeVar("T")
 SUMMARY = "compute the text embedding of the prompt once, into one file that training and inference read"
 EXAMPLES = """examples:
   {prog} model=Qwen/Qwen-Image out=data/train/prompt.safetensors prompt=""
@@ -45,12 +47,19 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -
 
 def _cache(settings: list[str]) -> None:
     from teasr.backbones.prompts import PromptConfig, cache_prompt
+
+    cache_prompt(parsed(PromptConfig, settings, "prompt"))
+
+
+def parsed(cls: type[T], settings: list[str], text: str) -> T:
+    """Build a config from `key=value` settings, of which the one named `text` is plain text.
+
+    It is not parsed as YAML, which would turn an empty text into null. Raises ValueError that names the wrong key.
+    """
     from teasr.config import strict_yaml
 
-    # the prompt is plain text and not parsed as YAML, which would turn an empty prompt into null
-    texts = [setting.removeprefix("prompt=") for setting in settings if setting.startswith("prompt=")]
-    others = [setting for setting in settings if not setting.startswith("prompt=")]
-    data = strict_yaml.override({}, others) | ({"prompt": texts[-1]} if texts else {})
+    texts = [setting.removeprefix(f"{text}=") for setting in settings if setting.startswith(f"{text}=")]
+    others = [setting for setting in settings if not setting.startswith(f"{text}=")]
+    data = strict_yaml.override({}, others) | ({text: texts[-1]} if texts else {})
     with strict_yaml.named(None):
-        config = strict_yaml.build(PromptConfig, data)
-    cache_prompt(config)
+        return strict_yaml.build(cls, data)

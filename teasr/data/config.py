@@ -20,6 +20,8 @@ class DataConfig:
     degrade: Literal["stored", "online"] = "stored"  # online: degrade HQ again each time it is read
     degradation: str | None = None  # preset for online degradation; default: the one the shards were made with
     latents: str | tuple[str, ...] | None = None  # cached latents (`teasr cache-latents`), one location per `shards`
+    # cached embeddings of the samples' captions (`teasr cache-captions`), one location per `shards`; null: one prompt
+    captions: str | tuple[str, ...] | None = None
     max_bad_share: Annotated[float, "[0, 1]"] = 0.01  # stop when a larger fraction of the samples is broken
 
     @property

@@ -1,10 +1,8 @@
-"""Cached latents of a shard set: the format of the sidecar shards, and how training reads them (`data.latents`).
+"""Cached latents of a shard set: the content of their sidecars, and how training reads them (`data.latents`).
 
-<out>/shard-000000.tar    {key}.latents.safetensors for every sample of the shard of the same name: hq, lq [, lq.1 ..],
-                          each [C, h, w], normalised by the codec's mean and standard deviation; LQ was up-sampled to
-                          the size of HQ first. `hq@1` .. `hq@7` are the latents of the flipped and rotated images.
-<out>/shard-000000.json   manifest, as in layout.py
-<out>/index.json          index, as in layout.py; it is written last and marks the set as complete
+A sidecar (sidecars.py) holds {key}.latents.safetensors for every sample of its shard: hq, lq [, lq.1 ..], each
+[C, h, w], normalised by the codec's mean and standard deviation; LQ was up-sampled to the size of HQ first. `hq@1` ..
+`hq@7` are the latents of the flipped and rotated images.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from teasr.data.layout import lq_field
-from teasr.data.shards import ShardSet, read_index, read_shard, url_of
+from teasr.data.shards import ShardSet
+from teasr.data.sidecars import Sidecars, open_sidecars
 from teasr.util.tensor_file import unpack
 
 MEMBER = "latents.safetensors"
@@ -31,10 +30,9 @@ def tensor_name(variant: int | None, turn: int) -> str:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The opened index of the cached latents of a shard set. `urls`: one sidecar for each shard, in the same order."""
+    """The opened cached latents of a shard set."""
 
-    location: str
-    urls: tuple[str, ...]
+    sidecars: Sidecars
     settings: dict[str, Any]
 
     @classmethod
@@ -44,62 +42,48 @@ class LatentCache:
         Locations are written like those of shard sets. Raises ValueError when a cache is missing or belongs to other
         shards, when caches come from different codecs, or when one lacks the latents that `augment` needs.
         """
-        sets = shards.locations
-        if len(locations) != len(sets):
-            raise ValueError(
-                f"data.latents names {len(locations)} folder(s) and data.shards {len(sets)}: give one for each, in the "
-                "same order"
-            )
-        opened = [cls._open_one(*pair, shards, augment) for pair in zip(locations, sets, strict=True)]
-        for other in opened[1:]:
-            if other.settings["codec_sha256"] != opened[0].settings["codec_sha256"]:
-                raise ValueError(
-                    f"the latents in {opened[0].location} and {other.location} come from different VAEs: {REMAKE} for "
-                    "one of them, with the same vae="
-                )
-        urls = sum((cache.urls for cache in opened), ())
-        return cls(" + ".join(cache.location for cache in opened), urls, opened[0].settings)
 
-    @classmethod
-    def _open_one(cls, location: str, source: str, shards: ShardSet, augment: str) -> LatentCache:
-        index = read_index(location, f"make it with `teasr cache-latents shards={source}`")
-        settings = index.get("settings", {})
-        if not {"codec_sha256", "vae", "augment"} <= set(settings) or str(settings["augment"]) not in TURNS:
-            raise ValueError(f"data.latents = {location} does not hold cached latents: {REMAKE}, or name its output")
-        made_from = {row["shard"]: row.get("source_sha256") for row in index["shards"]}
-        wanted = shards.hashes_of(source)
-        if made_from != wanted:
-            name = min(k for k in made_from.keys() | wanted.keys() if made_from.get(k) != wanted.get(k))
-            raise ValueError(
-                f"the latents in {location} were made from other shards than those in {source} ({name} differs): "
-                f"{REMAKE} with shards={source}"
-            )
-        have = settings["augment"]
-        if turns_of(augment) > turns_of(have):
-            raise ValueError(
-                f"data.augment = {augment}, but the latents in {location} were made with augment={have}: {REMAKE} with "
-                f"augment={augment}, or set data.augment={have}"
-            )
-        return cls(location, tuple(url_of(location, name) for name in wanted), settings)
+        def check(location: str, index: dict) -> None:
+            settings = index.get("settings", {})
+            if not {"codec_sha256", "vae", "augment"} <= set(settings) or str(settings["augment"]) not in TURNS:
+                raise ValueError(
+                    f"data.latents = {location} does not hold cached latents: {REMAKE}, or name its output"
+                )
+            have = settings["augment"]
+            if turns_of(augment) > turns_of(have):
+                raise ValueError(
+                    f"data.augment = {augment}, but the latents in {location} were made with augment={have}: {REMAKE} "
+                    f"with augment={augment}, or set data.augment={have}"
+                )
+
+        sidecars = open_sidecars("data.latents", locations, shards, "teasr cache-latents", check)
+        first, *others = [index["settings"] for index in sidecars.indices]
+        for location, other in zip(locations[1:], others, strict=True):
+            if other["codec_sha256"] != first["codec_sha256"]:
+                raise ValueError(
+                    f"the latents in {locations[0]} and {location} come from different VAEs: {REMAKE} for one of them, "
+                    "with the same vae="
+                )
+        return cls(sidecars, first)
 
     def check_codec(self, sha256: str) -> None:
         """Raise ValueError unless the latents come from the codec with this hash."""
         if self.settings["codec_sha256"] != sha256:
             raise ValueError(
-                f"the latents in {self.location} come from the VAE {self.settings['vae']}, not from this run's: "
-                f"{REMAKE} with vae= set to this run's backbone.model, or remove data.latents"
+                f"the latents in {self.sidecars.location} come from the VAE {self.settings['vae']}, not from this "
+                f"run's: {REMAKE} with vae= set to this run's backbone.model, or remove data.latents"
             )
 
     def read(self, shard: int) -> dict[str, bytes]:
         """Return the packed latents of every sample of a shard, by key. Raises ValueError when it cannot be read."""
-        return {raw["__key__"]: raw.get(MEMBER, b"") for raw in read_shard(self.urls[shard])}
+        return self.sidecars.read(shard, MEMBER)
 
     def pair(self, packed: bytes | None, key: str, shard: int, variant: int, turn: int) -> tuple[Tensor, Tensor]:
         """Unpack the latents (z_hq, z_lq) of one sample, [C, h, w] each, in the stored dtype.
 
         Raises ValueError when they are missing or damaged.
         """
-        name = f"{self.urls[shard]}/{key}.{MEMBER}"
+        name = f"{self.sidecars.urls[shard]}/{key}.{MEMBER}"
         if packed is None:
             raise ValueError(f"{name} is missing: {REMAKE}")
         try:

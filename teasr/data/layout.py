@@ -1,10 +1,10 @@
 """The format of a shard set, shared by the writer, the reader and the verifier.
 
 index.json              config, sources, skipped images, and the size, number of samples and hash of each shard
-shard-000000.tar        {key}.hq.png|webp|jpg  {key}.lq.png [{key}.lq.1.png ..]  {key}.json
+shard-000000.tar        {key}.hq.png|webp|jpg  {key}.lq.png [{key}.lq.1.png ..]  [{key}.txt]  {key}.json
 shard-000000.json       the shard's manifest; a tar without a manifest is incomplete
 README.md               data card: sources and licences of the photographs
-latents/                sidecar shards with the same keys (see latents.py)
+latents/, captions/     sidecar shards (see latents.py, captions.py)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FORMAT = 2
 SCALES = (1, 2, 3, 4)  # ratio of the side of HQ to that of LQ
 DEFAULT_SCALE = 4  # of sets whose index does not name a scale, because they were made before it was a setting
 INDEX = "index.json"
+CAPTION = "txt"  # member name of the caption of a sample, if it has one
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # what a shard may be called: the name becomes part of commands
 MOST = {"nsamples": 10**6, "bytes": 2**50}  # in one shard; more is a mistake that would fill the memory
 

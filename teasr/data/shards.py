@@ -178,7 +178,8 @@ class Sample:
     """One decoded pair, uint8 [H, W, 3]; LQ at its own size.
 
     `bad` holds one message for each broken sample or shard that was skipped to find this one. `latents`: the cached
-    latents of HQ and LQ, if they are read (data/latents.py).
+    latents of HQ and LQ, if they are read (data/latents.py), and `text` the embedding [T, D] of the caption
+    (data/captions.py).
     """
 
     key: str
@@ -186,6 +187,7 @@ class Sample:
     lq: np.ndarray
     bad: tuple[str, ...] = ()
     latents: tuple[Tensor, Tensor] | None = None
+    text: Tensor | None = None
 
     @property
     def scale(self) -> int:

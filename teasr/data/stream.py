@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from teasr import degradation
-from teasr.data.batch import Batch
+from teasr.data.batch import Batch, Text
+from teasr.data.captions import CaptionCache
 from teasr.data.config import DataConfig
 from teasr.data.latents import LatentCache, turns_of
 from teasr.data.shards import Sample, ShardSet, decode_near, read_shard
@@ -57,7 +58,8 @@ def slots(shards: ShardSet, seed: int, stream: int, streams: int, start: int) ->
 class Pair(NamedTuple):
     """One training sample. Images are uint8 [3, H, W], LQ up-sampled to the size of HQ.
 
-    `bad` holds messages on the samples that were skipped; z_hq and z_lq are the cached latents [C, h, w], if any.
+    `bad` holds messages on the samples that were skipped; z_hq and z_lq are the cached latents [C, h, w], and text is
+    the cached embedding [T, D] of the caption, if any.
     """
 
     x_hq: Tensor
@@ -66,10 +68,18 @@ class Pair(NamedTuple):
     bad: tuple[str, ...]
     z_hq: Tensor | None = None
     z_lq: Tensor | None = None
+    text: Tensor | None = None
 
 
-# the shard that each stream reads: its number, and its samples and packed latents or the error of reading them
-Held = dict[int, tuple[int, tuple[list[dict], dict[str, bytes]] | ValueError]]
+class Content(NamedTuple):
+    """A shard that was read: its raw samples, and what its sidecars hold by key, packed."""
+
+    raw: list[dict]
+    latents: dict[str, bytes]
+    captions: dict[str, bytes]
+
+
+Held = dict[int, tuple[int, Content | ValueError]]  # the shard that each stream reads: its number, content or error
 
 
 class PairStream(IterableDataset):
@@ -81,7 +91,7 @@ class PairStream(IterableDataset):
         self.shards, self.config, self.seed = shards, config, seed
         self.rank, self.world, self.first = rank, world, first
         self.online = online_degradation(shards, config)
-        self.latents = latent_cache(shards, config)
+        self.latents, self.captions = latent_cache(shards, config), caption_cache(shards, config)
 
     def __iter__(self) -> Iterator[Pair]:
         info = get_worker_info()
@@ -108,7 +118,8 @@ class PairStream(IterableDataset):
             sample = replace(sample, hq=hq, lq=degradation.degrade(hq, self.online, rng)[0])
         if self.config.crop_px is not None:
             sample = _cropped(sample, self.config.crop_px, np.random.default_rng(seed_of(self.seed, "crop", n)))
-        return Pair(*sample.tensors(turn), sample.key, sample.bad, *(sample.latents or (None, None)))
+        latents = sample.latents or (None, None)
+        return Pair(*sample.tensors(turn), sample.key, sample.bad, *latents, sample.text)
 
     def _read(self, slot: Slot, stream: int, turn: int, held: Held) -> Sample:
         """Read the sample of a slot; if its shard is unusable, a sample of the next usable shard."""
@@ -117,34 +128,39 @@ class PairStream(IterableDataset):
             shard = (slot.shard + offset) % len(self.shards.urls)
             url = self.shards.urls[shard]
             try:
-                raw, latents = self._hold(shard, stream if offset == 0 else -1 - stream, held)
+                content = self._hold(shard, stream if offset == 0 else -1 - stream, held)
+                raw = content.raw
                 if offset == 0 and slot.place >= len(raw):
                     raise ValueError(
                         f"shard {url} holds {len(raw)} of {self.shards.counts[shard]} samples: make it again"
                     )
                 variant = (slot.place + slot.epoch) % self.shards.variants
-                decoder = partial(self._decode, shard=shard, variant=variant, turn=turn, latents=latents)
+                decoder = partial(self._decode, content=content, shard=shard, variant=variant, turn=turn)
                 sample = decode_near(raw, slot.place % len(raw), url, decoder)
                 return replace(sample, bad=(*bad, *sample.bad))
             except ValueError as error:
                 bad.append(str(error))
         raise ValueError(f"no shard of {self.shards.location} can be used: {bad[0]}")
 
-    def _decode(self, raw: dict, shard: int, variant: int, turn: int, latents: dict[str, bytes]) -> Sample:
+    def _decode(self, raw: dict, content: Content, shard: int, variant: int, turn: int) -> Sample:
         sample = self.shards.decode(raw, variant)
-        if self.latents is None:
-            return sample
-        return replace(sample, latents=self.latents.pair(latents.get(sample.key), sample.key, shard, variant, turn))
+        if self.latents is not None:
+            packed = content.latents.get(sample.key)
+            sample = replace(sample, latents=self.latents.pair(packed, sample.key, shard, variant, turn))
+        if self.captions is not None:
+            sample = replace(sample, text=self.captions.embedding(content.captions, raw, shard))
+        return sample
 
-    def _hold(self, shard: int, place: int, held: Held) -> tuple[list[dict], dict[str, bytes]]:
-        """Return the raw samples of a shard and their packed latents, or raise the error of reading them.
+    def _hold(self, shard: int, place: int, held: Held) -> Content:
+        """Return a shard and its sidecars, or raise the error of reading them.
 
-        Both are kept, so that each shard is read only once.
+        They are kept, so that each shard is read only once.
         """
         if place not in held or held[place][0] != shard:
             held.pop(place, None)  # free the old shard before reading the next: shards are large
             try:
-                content = read_shard(self.shards.urls[shard]), self.latents.read(shard) if self.latents else {}
+                latents, captions = (cache.read(shard) if cache else {} for cache in (self.latents, self.captions))
+                content = Content(read_shard(self.shards.urls[shard]), latents, captions)
             except ValueError as error:
                 content = error
             held[place] = (shard, content)
@@ -177,6 +193,14 @@ def latent_cache(shards: ShardSet, config: DataConfig) -> LatentCache | None:
         return None
     locations = (config.latents,) if isinstance(config.latents, str) else config.latents
     return LatentCache.open(locations, shards, config.augment)
+
+
+def caption_cache(shards: ShardSet, config: DataConfig) -> CaptionCache | None:
+    """Open the embeddings of `data.captions`, or return None without. Raises ValueError when they do not fit."""
+    if config.captions is None:
+        return None
+    locations = (config.captions,) if isinstance(config.captions, str) else config.captions
+    return CaptionCache.open(locations, shards)
 
 
 def online_degradation(shards: ShardSet, config: DataConfig) -> degradation.Degradation | None:
@@ -273,7 +297,7 @@ def _samples(stream: PairStream, micro_batch: int) -> Iterator[Pair]:
 
 def _packed(pairs: list[Pair]) -> list[Pair] | Pair:
     """Stack samples along a new first dimension, unless they differ in size."""
-    sizes = {tuple(None if x is None else x.shape for x in (p.x_hq, p.z_hq, p.z_lq)) for p in pairs}
+    sizes = {tuple(None if x is None else x.shape for x in (p.x_hq, p.z_hq, p.z_lq, p.text)) for p in pairs}
     if len(sizes) > 1:
         return pairs
     columns = zip(*pairs, strict=True)
@@ -297,7 +321,7 @@ def batches(
     config, seen, broken = stream.config, 0, 0
     samples = _samples(stream, micro_batch)
     while True:
-        hq, lq, keys, bad, *latents = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
+        hq, lq, keys, bad, *latents, text = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
         if any(len({None if x is None else x.shape for x in rows}) > 1 for rows in (hq, *latents)):
             raise ValueError(
                 f"the samples from {keys[0]} on differ in size: all shards of a run must have the same crop_px"
@@ -311,4 +335,13 @@ def batches(
                 "check the set with `teasr verify` and make the broken shards again, or raise this limit"
             )
         z_hq, z_lq = (None if z[0] is None else torch.stack(z) for z in latents)
-        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq), names
+        texts = None if stream.captions is None else _batched(text, stream.captions.alike)
+        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq, texts), names
+
+
+def _batched(text: tuple[Tensor, ...], alike: bool) -> Text:
+    """Join the embeddings [T, D] of a batch, to one tensor if they are alike in the whole set.
+
+    It does not depend on the batch, because all ranks have to call the network equally often.
+    """
+    return torch.stack(text) if alike else tuple(x[None] for x in text)

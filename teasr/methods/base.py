@@ -77,6 +77,16 @@ def latents(model: Model, batch: Batch, hq: bool = True) -> tuple[Tensor | None,
     return model.encode(batch.x_hq) if hq else None, model.encode_lq(batch.x_lq)
 
 
+def with_captions(models: Mapping[str, Model], batch: Batch) -> Mapping[str, Model]:
+    """Return the models with the captions of a batch, if it has any, in the place of the backbone's prompt.
+
+    Roles on the base `prior`, which may have other text encoders, keep their prompt.
+    """
+    if batch.text is None:
+        return models
+    return {name: m.with_text(batch.text) if m.role.base == "main" else m for name, m in models.items()}
+
+
 @dataclass
 class Loss:
     """A scalar to back-propagate, the role through whose base it is back-propagated, and values to log with it."""
@@ -105,6 +115,8 @@ class Method(ABC):
     @abstractmethod
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         """Yield the losses of one micro-batch in order; each graph is freed before the next loss is requested.
+
+        The models have the captions of this batch, if it has any; for a part of it, use `with_captions`.
 
         In every update, each trained role must get a loss and each of its parameters a gradient.
         """

@@ -48,6 +48,8 @@ class ScoreDistillationConfig:
     layout: scores.Layout = "one_base"  # LoRA sets on one base, or copies of it as in public code
     # trained: VSD. null_prompt: CSD, needs a null prompt. sample: the score of the result itself, a point (SDS)
     fake: Literal["trained", "null_prompt", "sample"] = "trained"
+    # with data.captions: what the student is told; prompt: backbone.prompt, as while restoring (TSD-SR's choice)
+    student_text: Literal["caption", "prompt"] = "caption"
     lambda_vsd: Factor = 1.0
     lambda_tsm: Factor = 0.0  # target score matching
     lambda_mse: Factor = 1.0
@@ -132,6 +134,8 @@ class ScoreDistillation(WithLpips):
     def losses(self, models: Mapping[str, Model], batch: Batch, draws: Draws, progress: Progress) -> Iterator[Loss]:
         """Yield the loss of the student and, if there is a fake score, its own."""
         c, student = self.config, models["student"]
+        if c.student_text == "prompt":
+            student = student.with_text(None)
         needs_hq = c.lambda_tsm or (c.lambda_mse and c.mse_space == "latent")
         z_hq, z_lq = latents(student, batch, hq=bool(needs_hq))
         eps = draws.normal("one-step noise", z_lq) if c.student == "dual" else None

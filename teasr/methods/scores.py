@@ -88,8 +88,8 @@ class Guided:
 def guided(score: Model, z_t: Tensor, t: Tensor, guidance: float | Tensor) -> Guided:
     """Evaluate a score with classifier-free guidance, v = v_null + guidance (v_text - v_null).
 
-    v_text has the default prompt of the backbone, v_null its null prompt. guidance: a number, or one for each sample
-    [B]. With the number 1 the null prompt is not evaluated.
+    v_text has the captions of the batch, or else the prompt of the backbone, v_null its null prompt. guidance: a
+    number, or one for each sample [B]. With the number 1 the null prompt is not evaluated.
     """
     text = score.velocity(z_t, t)
     if isinstance(guidance, Tensor):

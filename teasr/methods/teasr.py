@@ -26,7 +26,7 @@ from teasr.backbones.roles import STUDENT, Role
 from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import tiles
-from teasr.methods.base import Loss, Progress, Ramp, latents, require_loss
+from teasr.methods.base import Loss, Progress, Ramp, latents, require_loss, with_captions
 from teasr.methods.pixel_losses import WithLpips, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.methods.teasr_times import Shortcut, Times
@@ -175,8 +175,8 @@ class Teasr(WithLpips):
         """Yield up to four losses. Losses with zero weight, and anything only they need, are not computed."""
         weight = self._select(self.loss_weights(progress), draws, progress)
         for part, own in self._parts(len(batch.keys), weight):
-            data = {name: weight[name] for name in PIXELS}
-            yield from self._losses(models, batch.rows(part), draws.rows(part), own, data)
+            data, rows = {name: weight[name] for name in PIXELS}, batch.rows(part)
+            yield from self._losses(with_captions(models, rows), rows, draws.rows(part), own, data)
 
     def _parts(self, n: int, weight: dict[str, float]) -> Iterator[tuple[slice, dict[str, float]]]:
         """Yield the rows of the batch and the loss weights for them: one part, or those of mode `split`.

@@ -17,7 +17,15 @@ import torch
 
 from teasr.config.strict_yaml import to_dict
 from teasr.data.shards import ShardSet, decode_near, read_shard
-from teasr.data.stream import PairStream, batches, check_scale, check_shards, check_streams, latent_cache
+from teasr.data.stream import (
+    PairStream,
+    batches,
+    caption_cache,
+    check_scale,
+    check_shards,
+    check_streams,
+    latent_cache,
+)
 from teasr.imaging.images import to_tensor
 from teasr.methods.base import Method
 from teasr.run_config import RunConfig
@@ -51,7 +59,7 @@ class Trainer:
         self.shards = ShardSet.open(*config.data.locations)
         check_scale(self.shards, config.scale, "data.shards")
         check_streams(self.shards, config.data, self.world.size)
-        latents = latent_cache(self.shards, config.data)
+        latents, captions = latent_cache(self.shards, config.data), caption_cache(self.shards, config.data)
         self.settings = engine_settings(self.train, self.world.size)
         check_zero(self.settings, self.train.deepspeed)
         preflight.precision(self.train.dtype, to_dict(config.backbone).get("dtype"))
@@ -67,6 +75,8 @@ class Trainer:
             check_swap(self.settings, base, self.method.by_block)
         if latents is not None:
             latents.check_codec(self.networks.student.codec_sha256())
+        if captions is not None:
+            self.networks.student.check_captions(captions.width, captions.sidecars.location)
         self._set_autocast()
         self.state = RunState(config, self.world, self.networks, self._say)
         self.preview = Preview.of(config.preview, self.train.save_every_updates, self.shards, config.seed)

@@ -19,7 +19,7 @@ from teasr.backbones.model import Model
 from teasr.backbones.roles import Role, places
 from teasr.config.settings import TrainConfig
 from teasr.data.batch import Batch
-from teasr.methods.base import Method, Progress
+from teasr.methods.base import Method, Progress, with_captions
 from teasr.training.engine import Departure, forget_update, set_rate
 from teasr.training.networks import Networks
 from teasr.util.distributed import World
@@ -48,7 +48,8 @@ def backpropagate(
         b = len(batch.keys)
         samples = tuple((i * b + j) * world + rank for j in range(b))
         draws = Draws(seed, progress.update, samples, batch.x_hq.device)
-        for loss in method.losses(models, batch, draws, replace(progress, micro=i, micros=len(batches))):
+        told, at = with_captions(models, batch), replace(progress, micro=i, micros=len(batches))
+        for loss in method.losses(told, batch, draws, at):
             backward(loss.role, loss.value / len(batches))
             for name, value in loss.logs.items():
                 sums.setdefault(name, []).append(value.detach())

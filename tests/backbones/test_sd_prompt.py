@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from conftest import make_shards
+from test_captions import CAPTIONS, SMALL, told  # noqa: F401 - the photographs with captions, as a fixture
 
+from teasr import cli
 from teasr.backbones.prompts import PromptConfig, cache_prompt, load_prompt
+from teasr.data.captions import TENSOR, caption_key
+from teasr.data.shards import read_shard
+from teasr.util.tensor_file import unpack
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +47,17 @@ def test_the_stored_prompt_is_what_the_pipeline_computes(model, tmp_path, prompt
     cache_prompt(PromptConfig(str(model), str(tmp_path / "p.safetensors"), prompt, device="cpu", dtype="fp32"))
     embeds, mask, story = load_prompt(tmp_path / "p.safetensors")
     assert embeds.shape == (77, 16) and torch.equal(embeds, wanted) and mask is None and story["prompt"] == prompt
+
+
+def test_the_captions_of_a_set_are_embedded_as_prompts_are(model, told, tmp_path, capsys):  # noqa: F811
+    """`teasr cache-captions`, with a suffix: bit for bit what `teasr cache-prompt` computes for the same words."""
+    shards = make_shards(told, tmp_path / "set", **SMALL)
+    command = ["cache-captions", f"shards={shards}", f"model={model}", "suffix=, sharp", "dtype=fp32", "device=cpu"]
+    assert cli.main(command) == 0 and "77 tokens of width 16" in capsys.readouterr().out
+    found = {raw["__key__"]: raw for path in (shards / "captions").glob("*.tar") for raw in read_shard(str(path))}
+    for caption in CAPTIONS.values():
+        cache_prompt(PromptConfig(str(model), str(tmp_path / "p.safetensors"), f"{caption}, sharp", "cpu", "fp32"))
+        tensors, _ = unpack(found[caption_key(caption.encode())]["text.safetensors"], caption)
+        assert torch.equal(tensors[TENSOR], load_prompt(tmp_path / "p.safetensors")[0])
+    assert cli.main([*command, "suffix="]) == 2
+    assert "holds a set of other settings (suffix: , sharp -> ): choose another out=" in capsys.readouterr().err

@@ -362,6 +362,30 @@ def test_copies_of_the_base_train_as_adapters_on_one_base(runs):
         close(rows(runs / f"{name} zero3"), rows(runs / f"{same} zero3"), relative=2e-3)
 
 
+def test_stopped_it_resumes_to_the_same_bits_and_two_ranks_train_as_one(runs, model, shards, tmp_path):
+    """Two sets and an encoder of the U-Net under ZeRO-1, and D3SR's head under ZeRO-3."""
+    common = {
+        "backbone": {"name": "sd_unet"} | settings(model), "train__learning_rate": 0.01,
+        "preview": {"pictures": 1, "steps": [1]},
+    }  # fmt: skip
+
+    def job(name, method, zero, updates):
+        zero = str(partitioning(zero, tmp_path))
+        changes = common | {"train__updates": updates, "train__deepspeed": zero, "train__save_every_updates": 2}
+        return small_recipe(shards, tmp_path / name, method=METHODS[method], **changes)
+
+    cases = {"osediff": "zero1", "d3sr": "zero3"}
+    start([job(f"{m} parts", m, zero, n) for m, zero in cases.items() for n in (2, 4)], tmp_path, 1)
+    start([job(f"{m} ranks", m, zero, 4) for m, zero in cases.items()], tmp_path, 2)
+    for method, zero in cases.items():
+        whole, parts = (
+            folder / "checkpoints/step-00000004" for folder in (runs / f"{method} {zero}", tmp_path / f"{method} parts")
+        )
+        for file in whole.glob("*.safetensors"):
+            assert file.read_bytes() == (parts / file.name).read_bytes(), file.name
+        close(rows(runs / f"{method} {zero}"), rows(tmp_path / f"{method} ranks"), relative=2e-3)
+
+
 @pytest.mark.parametrize("method", ["osediff", "tadsr", "d3sr"])
 def test_an_export_restores_as_the_run_and_diffusers_loads_its_lora(runs, model, tmp_path, method):
     run = runs / f"{method} zero1"

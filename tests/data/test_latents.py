@@ -294,7 +294,7 @@ def test_latents_that_do_not_fit_are_an_error_with_the_cure(shards, photos, vae,
     for location, source, augment, message in (
         (tmp_path / "nowhere", shards, "flip", r"holds no index.json: make it with `teasr cache-latents shards="),
         (shards, shards, "flip", "does not hold cached latents"),
-        (whole, other, "flip", r"were made from other shards than those in .*other \(shard-000000.tar differs\)"),
+        (whole, other, "flip", r"was made from other shards than those in .*other \(shard-000000.tar differs\)"),
         (whole, shards, "dihedral", "data.augment = dihedral, but the latents in .* were made with augment=flip"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import warm
 from conftest import ROOT, partitioning
+from test_pairs import BACKBONES, METHODS
 from torch.profiler import ProfilerActivity, profile
 
 from teasr import run_config as recipe
@@ -19,6 +20,8 @@ from teasr.methods.base import Progress
 from teasr.training import footprint, timing
 from teasr.training.engine import engine_settings
 from teasr.training.footprint import GIB, count
+from teasr.training.networks import Networks
+from teasr.training.update import backpropagate
 from teasr.util.meter import Meter, Work
 from teasr.util.randomness import Draws
 
@@ -80,6 +83,45 @@ def test_meta_counts_what_real_tensors_take(checkpointing, quantise):
     assert sum(counted.flops.values()) == meter.flops
     assert max(counted.peaks.values()) == pytest.approx(meter.peak, rel=0.03)
     assert max(counted.peaks.values()) == pytest.approx(allocated_at_most(run), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [
+        ("sd_unet", "score_distillation"), ("sd_unet", "d3sr"), ("sd_unet", "tadsr"), ("sd3", "teasr"),
+        ("sd3", "d3sr"), ("z_image", "teasr"), ("z_image", "tadsr"), ("qwen_image", "d3sr"), ("qwen_image", "tadsr"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_network_and_method_is_counted_as_it_runs(backbone, method):
+    """All roles of an update: FLOPs exactly, and peak memory, on the meta device and on the CPU."""
+    settings = recipe.parse(
+        {
+            "run_dir": "unused",
+            "backbone": {"name": backbone} | BACKBONES[backbone],
+            "method": {"name": method} | METHODS[method] | ({"student": "single"} if backbone == "sd_unet" else {}),
+            "data": {"shards": "unused"},
+            "train": {"updates": 5, "batch": 2, "micro_batch": 2, "learning_rate": 1e-3},
+        }
+    )
+    counted = count(settings, {"zero_optimization": {"stage": 1}}, 64)
+    built = settings.build_method()
+    networks, meter = Networks(settings, built), Meter("cpu")
+    for base in networks.bases.values():
+        base.to(torch.device("cpu"))
+        for p in base.net.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+            meter.ignore(*(x for x in (p, p.grad) if x is not None))
+        meter.ignore(*(x for group in base.memory_groups().values() for x in group))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    meter.ignore(x)
+    with meter:
+        backpropagate(built, networks.models, [Batch(x, x, ["", ""])], 0, Progress(4, 5), lambda _, v: v.backward())
+    assert sum(counted.flops.values()) == meter.flops
+    assert max(counted.peaks.values()) == pytest.approx(meter.peak, rel=0.05)
+    trained = sum(n for name, n in counted.parameters.items() if name.startswith("trained"))
+    assert trained == sum(
+        p.numel() for role in networks.trained_roles for p in networks.base(role.name).trained(role.name).values()
+    )
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])

@@ -162,6 +162,13 @@ class DiffusersModel(Backbone):
             raise ValueError("data.latents: cached latents do not belong to a random VAE; remove data.latents")
         return self.codec.sha256()
 
+    def check_captions(self, width: int, source: str) -> None:
+        if width != (own := self.network.prompt.shape[-1]):
+            raise ValueError(
+                f"data.captions = {source} has embeddings of width {width}, but {self.config.model} needs width {own}: "
+                f"run `teasr cache-captions` with model={self.config.model}"
+            )
+
     @property
     def null_text(self) -> Tensor | None:
         return self.network.null_prompt

@@ -50,7 +50,7 @@ class SdUnetConfig(DiffusersConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("quantise", "swap_blocks", "compile"):
+        for key in ("quantise", "swap_blocks", "compile", "host_checkpoints"):
             if getattr(self, key):
                 raise ValueError(
                     f"backbone.{key} = {getattr(self, key)}: the backbone sd_unet has no such mode, since its frozen "

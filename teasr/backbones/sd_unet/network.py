@@ -30,6 +30,8 @@ Prediction = Literal["epsilon", "v_prediction"]
 class BlockedUNet(UNet2DConditionModel):
     """diffusers' U-Net; its blocks, for roles that end early, are those of the way down and then the middle one."""
 
+    checkpoints = None  # the inputs of recomputed blocks stay on the device
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that a role may end after, in order."""

@@ -26,6 +26,7 @@ def card(settings: dict, licences: dict[str, str], index: dict) -> str:
         f"{samples} training pairs in {len(index['shards'])} shards, {size / 1e6:.1f} MB; "
         f"HQ crops of {settings['crop_px']} px as "
         f"{settings['hq_format']}, LQ as PNG at scale {settings.get('scale', DEFAULT_SCALE)} ({pairs}).",
+        *(["Each sample has a caption, the text file beside its photograph."] * (settings.get("captions") == "files")),
         f"Set hash {index['set_sha256']}.",
         "",
         "| photographs | licence |",

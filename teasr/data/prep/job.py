@@ -64,12 +64,14 @@ def _make(plan: Plan, engine: str, workers: int, rank: int, world: int) -> None:
 
 
 def _check_photographs(plan: Plan) -> None:
-    """Raise ValueError if a finished set in the folder was made of other photographs."""
+    """Raise ValueError if a finished set in the folder was made of other photographs or captions."""
     index = folder.finished_set(Path(plan.config.out))
     if not index or [row.get("identity") for row in index["shards"]] == [spec.identity for spec in plan.shards]:
         return
     old = Counter(source["sha256"] for source in index.get("sources", []))
     new = Counter(photo.sha256 for photo in plan.photos)
+    if old == new and plan.config.captions == "files":
+        raise ValueError(f"{plan.config.out} holds a set with other captions of these photographs: {folder.CURE}")
     raise ValueError(
         f"{plan.config.out} holds a set of other photographs ({(new - old).total()} are new, "
         f"{(old - new).total()} are gone): {folder.CURE}"

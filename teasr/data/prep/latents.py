@@ -6,12 +6,8 @@ the last digits.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -21,13 +17,7 @@ import torch
 from torch import Tensor
 
 from teasr.data.latents import MEMBER, tensor_name, turns_of
-from teasr.data.layout import FORMAT, INDEX, commit, commit_shard, read_manifest, set_hash
-from teasr.data.prep.engines import my_part
-from teasr.data.prep.folder import claimed
-from teasr.data.prep.making import add_member
-from teasr.data.shards import ShardSet, read_shard
-from teasr.util.files import Hashed, atomic_file, remove_strays, sha256_of
-from teasr.util.progress import ProgressLine
+from teasr.data.prep.sidecars import SidecarJob, make_sidecars
 from teasr.util.tensor_file import pack
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -63,70 +53,37 @@ class LatentsConfig:
             raise ValueError(f"batch = {self.batch}: must be >= 1")
 
 
-class _Set:
-    """A set of sidecar shards that is being written: its source shards, codec and output folder."""
+class _Latents(SidecarJob):
+    """The latents of a shard set that are being written, with the VAE that makes them."""
+
+    what, member, mark = "latents", MEMBER, "codec_sha256"
+    libraries = ("diffusers", "numpy", "safetensors", "torch")
 
     def __init__(self, config: LatentsConfig, codec: Codec, device: torch.device):
         self.config, self.codec, self.device = config, codec, device
-        self.source = Path(config.shards).expanduser()
-        self.shards = ShardSet.open(str(self.source))
-        self.variants = self.shards.variants
-        index = json.loads((self.source / INDEX).read_text())
-        self.rows, self.origin = index["shards"], {"shards_sha256": set_hash(index["shards"])}
-        self.out = Path(config.out).expanduser() if config.out else self.source / "latents"
-        if (self.out / INDEX).exists() and "codec_sha256" not in (self.out / INDEX).read_text():
-            raise ValueError(f"out = {self.out} holds the {INDEX} of a set without latents: choose another folder")
-        self.settings = {
-            "codec_sha256": codec.sha256(), "variants": self.variants, "augment": config.augment,
-            "dtype": config.dtype, "compute_dtype": config.compute_dtype,
-        }  # fmt: skip
+        settings = {"codec_sha256": codec.sha256(), "augment": config.augment}
+        settings |= {"dtype": config.dtype, "compute_dtype": config.compute_dtype}
+        super().__init__(config.shards, config.out, settings)
+        self.settings["variants"] = self.shards.variants
 
-    def finished(self, row: dict) -> dict | None:
-        """Return the manifest of a shard's sidecar if the sidecar is finished and up to date, else None."""
-        return read_manifest(self.out / row["shard"], self.identity(row))
+    def members(self, raw: list[dict], source: Path) -> Iterator[tuple[int, str, bytes]]:
+        samples = groupby(self._latents(raw, source), key=itemgetter(0))
+        for i, (key, fields) in enumerate(samples):
+            yield i, key, pack({name: z for _, name, z in fields}, {})
 
-    def identity(self, row: dict) -> str:
-        """Hash of everything that determines the bytes of a shard's sidecar, except library versions."""
-        text = json.dumps([FORMAT, MEMBER, row["sha256"], self.settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def manifest(self) -> dict:
+        return {"device": self.device.type}
 
-    def write(self, row: dict, line: ProgressLine, before: int) -> dict:
-        """Write one sidecar and its manifest, and return the manifest.
+    def index(self, manifests: list[dict]) -> dict:
+        return {"settings": {"vae": self.config.vae}}
 
-        `before` is the number of samples done so far. Raises ValueError naming what is broken.
-        """
-        path, source = self.out / row["shard"], self.source / row["shard"]
-        try:
-            raw = read_shard(str(source))
-        except ValueError as error:
-            raise _broken(source, error) from None
-        with atomic_file(path) as file:
-            hashed = Hashed(file)
-            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                samples = groupby(self._latents(raw, source), key=itemgetter(0))
-                for done, (key, fields) in enumerate(samples, before + 1):
-                    tensors = {name: z for _, name, z in fields}
-                    add_member(tar, f"{key}.{MEMBER}", pack(tensors, {}))
-                    line.show(done)
-            if sha256_of(source) != row["sha256"]:
-                raise _broken(source, f"{source} is not the shard that {INDEX} lists (its sha256 differs)")
-        more = {
-            "source_sha256": row["sha256"],
-            "libraries": {name: version(name) for name in ("diffusers", "numpy", "safetensors", "torch")},
-            "device": self.device.type,
-        }
-        return commit_shard(path, [record["__key__"] for record in raw], hashed, self.identity(row), **more)
-
-    def finish(self, manifests: list[dict]) -> dict:
-        """Write index.json, which marks the set as complete, delete leftovers of an earlier set; return the index."""
-        index = {
-            "format": FORMAT,
-            "settings": {"vae": self.config.vae} | self.settings | self.origin,
-            "set_sha256": set_hash(manifests),
-            "shards": manifests,
-        }
-        commit(self.out, index)
-        return index
+    def summary(self, index: dict) -> str:
+        rows = index["shards"]
+        return (
+            f"{self.out}: latents ({self.config.dtype}) of {sum(m['nsamples'] for m in rows)} samples in {len(rows)} "
+            f"shards, {sum(m['bytes'] for m in rows) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}; to train with "
+            f"them, set data.latents={self.out}"
+        )
 
     def _latents(self, raw: list[dict], source: Path) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (key, name, latent [C, h, w]) of every image in order; consecutive images of one size form a batch."""
@@ -141,11 +98,11 @@ class _Set:
         Raises ValueError naming a broken sample.
         """
         for record in raw:
-            for variant in range(self.variants):
+            for variant in range(self.shards.variants):
                 try:
                     sample = self.shards.decode(record, variant)
                 except ValueError as error:
-                    raise _broken(source, error) from None
+                    raise self.broken(source, error) from None
                 for turn in range(turns_of(self.config.augment)):
                     hq, lq = sample.tensors(turn)
                     if variant == 0:
@@ -172,50 +129,11 @@ class _Set:
         return z
 
 
-def _broken(source: Path, error: object) -> ValueError:
-    return ValueError(
-        f"{error}; finished shards of latents are kept: check the shard set with `teasr verify`, "
-        f"delete {source} and its .json, make it again with the command that made the set, then run this command again"
-    )
-
-
 def cache_latents(
     config: LatentsConfig, codec: Codec, device: torch.device, rank: int = 0, world: int = 1, overwrite: bool = False
 ) -> None:
     """Encode the shards that have no finished sidecar yet, or those in part `rank` of `world`.
 
-    `codec` is on `device`, in `config.compute_dtype`. The process that finds all sidecars finished writes the index.
-    Raises ValueError naming what cannot be used, also when another process makes this part, or when the folder holds
-    other latents or other files and `overwrite` is not given; and OSError when the disk fails. Finished sidecars are
-    kept.
+    `codec` is on `device`, in `config.compute_dtype`. Raises as `make_sidecars`.
     """
-    work = _Set(config, codec, device)
-    with claimed(work.out, work.settings | work.origin, "caching latents", rank, world, overwrite):
-        _make(work, rank, world)
-
-
-def _make(work: _Set, rank: int, world: int) -> None:
-    """Write the missing sidecars of this part, and the index if none is missing then."""
-    remove_strays(work.out)
-    done = {row["shard"]: m for row in work.rows if (m := work.finished(row))}
-    missing = [row for row in my_part(work.rows, rank, world) if row["shard"] not in done]
-    if missing:
-        (work.out / INDEX).unlink(missing_ok=True)  # it belongs to an earlier set: no reader may mix the two
-    count = sum(m["nsamples"] for m in done.values())
-    with ProgressLine("latents", count + sum(row["nsamples"] for row in missing), "samples", count) as line:
-        for row in missing:
-            done[row["shard"]] = work.write(row, line, count)
-            count += row["nsamples"]
-    done |= {row["shard"]: m for row in work.rows if row["shard"] not in done and (m := work.finished(row))}
-    if len(done) < len(work.rows):
-        print(
-            f"part {rank} of {world} is finished; {len(work.rows) - len(done)} shards of other parts are still missing"
-        )
-        return
-    index = work.finish([done[row["shard"]] for row in work.rows])
-    rows, dtype = index["shards"], work.config.dtype
-    print(
-        f"{work.out}: latents ({dtype}) of {sum(m['nsamples'] for m in rows)} samples in {len(rows)} shards, "
-        f"{sum(m['bytes'] for m in rows) / 1e6:.1f} MB, sha256 {index['set_sha256'][:12]}; to train with them, set "
-        f"data.latents={work.out}"
-    )
+    make_sidecars(_Latents(config, codec, device), rank, world, overwrite)

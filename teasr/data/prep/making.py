@@ -23,7 +23,7 @@ from PIL import Image
 
 from teasr import degradation
 from teasr.config import strict_yaml as cfg
-from teasr.data.layout import FORMAT, commit, commit_shard, lq_field, read_manifest, sample_key, set_hash
+from teasr.data.layout import CAPTION, FORMAT, commit, commit_shard, lq_field, read_manifest, sample_key, set_hash
 from teasr.data.prep import lossless
 from teasr.data.prep.card import card
 from teasr.data.prep.plan import Crop, Plan, PrepConfig, ShardSpec, scaled
@@ -75,7 +75,7 @@ def libraries() -> dict[str, str]:
 
 
 def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
-    """Members of one sample: HQ, its LQ variants, and a JSON record of how they were made."""
+    """Members of one sample: HQ, its LQ variants, its caption if asked for, and a JSON record of how they were made."""
     photo, n = crop.photo, config.crop_px
     path = Path(config.photos) / photo.name
     picture = _read_photo(path, photo.sha256, crop.scale)
@@ -111,6 +111,8 @@ def make_sample(config: PrepConfig, crop: Crop) -> dict[str, bytes]:
             lq, drawn = degradation.degrade(hq, config.preset, np.random.default_rng(seed))
             members[lq_field(variant)] = images.png_bytes(lq)
             record["degradation"].append({"seed": seed} | drawn)
+    if config.captions == "files":
+        members[CAPTION] = photo.caption.encode()
     record["crc32"] = {name: zlib.crc32(data) for name, data in members.items()}
     return members | {"json": json.dumps(record, sort_keys=True).encode()}
 

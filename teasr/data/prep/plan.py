@@ -1,6 +1,6 @@
 """Plan a shard set: its config, the crops of every photograph, and their distribution over shards.
 
-A plan is a pure function of the config and of the results of inspecting the photographs.
+A plan is a pure function of the config, of the results of inspecting the photographs, and of their captions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from teasr import degradation
 from teasr.config.limits import SEED
 from teasr.data.layout import DEFAULT_SCALE, FORMAT, SCALES, shard_name
 from teasr.data.prep import lossless
+from teasr.data.prep.caption_files import with_captions
 from teasr.data.prep.sources import Photo
 from teasr.util.seed import seed_of
 
@@ -52,6 +53,9 @@ class PrepConfig:
     min_sharpness: Annotated[float, "[0, inf)"] = 4.0
     # photographs below are skipped as flat (`Photo.contrast`, in grey levels)
     min_contrast: Annotated[float, "[0, inf)"] = 4.0
+    # files: each sample gets the text of the file beside its photograph (photo.txt for photo.jpg)
+    captions: Literal["none", "files"] = "none"
+    caption_default: str | None = None  # caption of photographs without such a file, which are an error otherwise
     shard_samples: Annotated[int, "[1, inf)"] = 2048
     seed: Annotated[int, SEED] = 0
     licences: dict[str, str] = field(default_factory=dict)  # for the data card: sub-folder (or ".") -> licence
@@ -80,6 +84,10 @@ class PrepConfig:
             raise ValueError(
                 f"candidates = {self.candidates}: layout = grid takes every place; set candidates=1, or layout=random"
             )
+        if self.caption_default is not None and self.captions == "none":
+            raise ValueError(
+                f"caption_default = {self.caption_default!r} has no effect without captions: set captions=files too"
+            )
         if self.keeps_jpeg:
             lossless.check()
 
@@ -98,6 +106,7 @@ class PrepConfig:
         names = ("degradation", "peer_exact", "crop_px", "variants", "hq_format", "keep_jpeg", "seed")
         newer = {} if self.scale == DEFAULT_SCALE else {"scale": self.scale}  # sets of older versions stay valid
         newer |= {} if self.candidates == 1 else {"candidates": self.candidates}
+        newer |= {} if self.captions == "none" else {"captions": self.captions}
         return {name: getattr(self, name) for name in names} | {"paired": self.lq is not None} | newer
 
 
@@ -133,6 +142,7 @@ class ShardSpec:
     def identity(self) -> str:
         """Hash of everything that determines the bytes of the shard, except library versions."""
         rows = [(c.photo.sha256, c.photo.lq_sha256, c.index, c.scale, c.left, c.top) for c in self.crops]
+        rows += [c.photo.caption for c in self.crops] if self.config.captions == "files" else []
         text = json.dumps([FORMAT, self.config.identity(), self.shard, self.config.shard_samples, rows], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -153,7 +163,10 @@ class Plan:
 
 
 def make_plan(config: PrepConfig, inspected: Iterable[Photo | tuple[str, str]]) -> Plan:
-    """Select photographs and place their crops. Raises ValueError when no photograph can be used."""
+    """Select photographs and place their crops.
+
+    Raises ValueError when no photograph can be used, or when one of those used lacks its caption.
+    """
     photos, skipped, seen = [], [], {}
     for row in sorted(inspected, key=lambda row: row.name if isinstance(row, Photo) else row[0]):
         reason = row[1] if isinstance(row, tuple) else _unfit(row, config, seen)
@@ -165,6 +178,8 @@ def make_plan(config: PrepConfig, inspected: Iterable[Photo | tuple[str, str]]) 
     if not photos:
         name, reason = skipped[0]
         raise ValueError(f"none of the {len(skipped)} images in {config.photos} can be used ({name}: {reason})")
+    if config.captions == "files":
+        photos = with_captions(photos, Path(config.photos), config.caption_default)
     crops, n = _arrange([_crops(photo, config) for photo in photos], config), config.shard_samples
     shards = [ShardSpec(config, i // n, tuple(crops[i : i + n])) for i in range(0, len(crops), n)]
     return Plan(config, tuple(photos), tuple(shards), tuple(skipped))

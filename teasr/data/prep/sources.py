@@ -44,6 +44,7 @@ class Photo:
     mcu_px: int  # grid on which a JPEG can be cropped losslessly; 0 if it cannot
     lq: str = ""  # in a paired set: name of the LQ image relative to the LQ folder
     lq_sha256: str = ""
+    caption: str = ""  # set when the photograph is used (caption_files.py)
 
 
 @dataclass(frozen=True)

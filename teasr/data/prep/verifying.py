@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from teasr import degradation
-from teasr.data.layout import DEFAULT_SCALE, INDEX, lq_field, parse_index, sample_key, set_hash, special_kind
+from teasr.data.layout import CAPTION, DEFAULT_SCALE, INDEX, lq_field, parse_index, sample_key, set_hash, special_kind
 from teasr.data.prep import engines
 from teasr.data.prep.making import HQ_SUFFIX, libraries
 from teasr.imaging import images
@@ -210,12 +210,13 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
         sums = dict(record["crc32"])
     except (KeyError, ValueError, TypeError, RecursionError):
         return [f"{key}.json is missing or broken"]
-    for field, px in wanted.items():
+    texts = [CAPTION] if settings.get("captions", "none") == "files" else []
+    for field in (*wanted, *texts):
         if field not in members:
             problems.append(f"{key}.{field} is missing")
         elif zlib.crc32(members[field]) != sums.get(field):
             problems.append(f"{key}.{field} is corrupted (its crc32 differs from the recorded one)")
-        else:
+        elif px := wanted.get(field):
             try:
                 pictures[field] = x = images.decode_rgb(members[field], field)
                 if x.shape[:2] != (px, px):
@@ -223,7 +224,7 @@ def check_sample(check: ShardCheck, key: str, members: dict[str, bytes], redo: b
             except ValueError as error:
                 problems.append(f"{key}.{error}")
     problems += [
-        f"{key}.{field} does not belong to this sample" for field in sorted(set(members) - set(wanted) - {"json"})
+        f"{key}.{field} does not belong to this sample" for field in sorted(set(members) - {*wanted, *texts, "json"})
     ]
     if redo and not problems and hq_field != "hq.jpg":
         try:
