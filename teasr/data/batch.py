@@ -17,6 +17,7 @@ class Batch:
     LQ is already up-sampled to the size of HQ. `keys` are the keys of the samples. z_hq and z_lq are their latents
     [B, C, h, w] if these were cached (`data.latents`); `methods.base.latents` encodes the images otherwise. `text`: the
     embeddings of their captions (`data.captions`), [B, T, D], or B times [1, T, D] where T may differ.
+    `perceptual`: factors on the perceptual losses of the samples [B] (`data.perceptual`).
     """
 
     x_hq: Tensor
@@ -25,10 +26,11 @@ class Batch:
     z_hq: Tensor | None = None
     z_lq: Tensor | None = None
     text: Text | None = None
+    perceptual: Tensor | None = None
 
     def rows(self, part: slice) -> Batch:
         """Return some of the samples."""
-        more = (None if x is None else x[part] for x in (self.z_hq, self.z_lq, self.text))
+        more = (None if x is None else x[part] for x in (self.z_hq, self.z_lq, self.text, self.perceptual))
         return Batch(self.x_hq[part], self.x_lq[part], self.keys[part], *more)
 
     @classmethod
@@ -41,6 +43,7 @@ class Batch:
         z_hq: Tensor | None = None,
         z_lq: Tensor | None = None,
         text: Text | None = None,
+        perceptual: Tensor | None = None,
     ) -> Batch:
         """Build a batch from uint8 images, cached latents of any dtype, and embeddings, which keep theirs.
 
@@ -49,4 +52,5 @@ class Batch:
         x_hq, x_lq = (x.to(device).float() / 127.5 - 1 for x in (x_hq, x_lq))
         z_hq, z_lq = (None if z is None else z.to(device).float() for z in (z_hq, z_lq))
         text = tuple(x.to(device) for x in text) if isinstance(text, tuple) else text
-        return cls(x_hq, x_lq, keys, z_hq, z_lq, text.to(device) if isinstance(text, Tensor) else text)
+        text = text.to(device) if isinstance(text, Tensor) else text
+        return cls(x_hq, x_lq, keys, z_hq, z_lq, text, None if perceptual is None else perceptual.to(device))

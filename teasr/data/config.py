@@ -22,6 +22,8 @@ class DataConfig:
     latents: str | tuple[str, ...] | None = None  # cached latents (`teasr cache-latents`), one location per `shards`
     # cached embeddings of the samples' captions (`teasr cache-captions`), one location per `shards`; null: one prompt
     captions: str | tuple[str, ...] | None = None
+    # factors on the perceptual losses (LPIPS, DISTS) of the samples, one for each of `shards`; default: 1 for all
+    perceptual: tuple[Annotated[float, "[0, inf)"], ...] | None = None
     max_bad_share: Annotated[float, "[0, 1]"] = 0.01  # stop when a larger fraction of the samples is broken
 
     @property
@@ -32,6 +34,11 @@ class DataConfig:
     def __post_init__(self):
         if not self.locations:
             raise ValueError("data.shards is an empty list: set it to the folder or URL of a shard set")
+        if self.perceptual is not None and (len(self.perceptual) != len(self.locations) or min(self.perceptual) < 0):
+            raise ValueError(
+                f"data.perceptual = {self.perceptual}: must be one number >= 0 for each of the {len(self.locations)} "
+                "location(s) of data.shards"
+            )
         if self.latents is not None and self.crop_px is not None:
             raise ValueError(
                 "data.crop_px cuts images, whose latents are those of the whole: remove one of the two keys"

@@ -5,6 +5,7 @@ The format is described in layout.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -101,6 +102,11 @@ class ShardSet:
         """SHA-256 of every shard of one of the locations, by name and in order."""
         return dict(self.parts)[location]
 
+    def part_of(self, shard: int) -> int:
+        """Number of the location that a shard belongs to."""
+        ends = itertools.accumulate(len(hashes) for _, hashes in self.parts)
+        return next(place for place, end in enumerate(ends) if shard < end)
+
     def datasets(self) -> list[dict]:
         """Describe each location for an experiment tracker: name, digest, source and profile (sizes and settings).
 
@@ -179,7 +185,7 @@ class Sample:
 
     `bad` holds one message for each broken sample or shard that was skipped to find this one. `latents`: the cached
     latents of HQ and LQ, if they are read (data/latents.py), and `text` the embedding [T, D] of the caption
-    (data/captions.py).
+    (data/captions.py). `perceptual`: factor on the perceptual losses of this sample.
     """
 
     key: str
@@ -188,6 +194,7 @@ class Sample:
     bad: tuple[str, ...] = ()
     latents: tuple[Tensor, Tensor] | None = None
     text: Tensor | None = None
+    perceptual: float = 1.0
 
     @property
     def scale(self) -> int:

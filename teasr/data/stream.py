@@ -59,7 +59,7 @@ class Pair(NamedTuple):
     """One training sample. Images are uint8 [3, H, W], LQ up-sampled to the size of HQ.
 
     `bad` holds messages on the samples that were skipped; z_hq and z_lq are the cached latents [C, h, w], and text is
-    the cached embedding [T, D] of the caption, if any.
+    the cached embedding [T, D] of the caption, if any. perceptual: factor on the perceptual losses.
     """
 
     x_hq: Tensor
@@ -69,6 +69,7 @@ class Pair(NamedTuple):
     z_hq: Tensor | None = None
     z_lq: Tensor | None = None
     text: Tensor | None = None
+    perceptual: float = 1.0
 
 
 class Content(NamedTuple):
@@ -119,7 +120,7 @@ class PairStream(IterableDataset):
         if self.config.crop_px is not None:
             sample = _cropped(sample, self.config.crop_px, np.random.default_rng(seed_of(self.seed, "crop", n)))
         latents = sample.latents or (None, None)
-        return Pair(*sample.tensors(turn), sample.key, sample.bad, *latents, sample.text)
+        return Pair(*sample.tensors(turn), sample.key, sample.bad, *latents, sample.text, sample.perceptual)
 
     def _read(self, slot: Slot, stream: int, turn: int, held: Held) -> Sample:
         """Read the sample of a slot; if its shard is unusable, a sample of the next usable shard."""
@@ -144,6 +145,8 @@ class PairStream(IterableDataset):
 
     def _decode(self, raw: dict, content: Content, shard: int, variant: int, turn: int) -> Sample:
         sample = self.shards.decode(raw, variant)
+        if self.config.perceptual is not None:
+            sample = replace(sample, perceptual=self.config.perceptual[self.shards.part_of(shard)])
         if self.latents is not None:
             packed = content.latents.get(sample.key)
             sample = replace(sample, latents=self.latents.pair(packed, sample.key, shard, variant, turn))
@@ -321,7 +324,7 @@ def batches(
     config, seen, broken = stream.config, 0, 0
     samples = _samples(stream, micro_batch)
     while True:
-        hq, lq, keys, bad, *latents, text = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
+        hq, lq, keys, bad, *latents, text, perceptual = zip(*(next(samples) for _ in range(micro_batch)), strict=True)
         if any(len({None if x is None else x.shape for x in rows}) > 1 for rows in (hq, *latents)):
             raise ValueError(
                 f"the samples from {keys[0]} on differ in size: all shards of a run must have the same crop_px"
@@ -336,7 +339,8 @@ def batches(
             )
         z_hq, z_lq = (None if z[0] is None else torch.stack(z) for z in latents)
         texts = None if stream.captions is None else _batched(text, stream.captions.alike)
-        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq, texts), names
+        factors = None if config.perceptual is None else torch.tensor(perceptual, dtype=torch.float32)
+        yield Batch.from_uint8(torch.stack(hq), torch.stack(lq), list(keys), device, z_hq, z_lq, texts, factors), names
 
 
 def _batched(text: tuple[Tensor, ...], alike: bool) -> Text:

@@ -177,8 +177,8 @@ def _indices() -> list[str]:
 
 
 def _similarities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Texture and structure similarity of features [B, C, H, W], each [B, C]."""
-    a, b = a.flatten(2), b.flatten(2)
+    """Texture and structure similarity of features [B, C, H, W], each [B, C], in fp32 or higher precision."""
+    a, b = (z.flatten(2) if z.dtype == torch.float64 else z.flatten(2).float() for z in (a, b))
     mean_a, mean_b = a.mean(2), b.mean(2)
     var_a, var_b = ((z - m[..., None]).square().mean(2) for z, m in ((a, mean_a), (b, mean_b)))
     cov = ((a - mean_a[..., None]) * (b - mean_b[..., None])).mean(2)

@@ -20,20 +20,20 @@ Source: D3SR (arXiv:2410.04224 v3), of which no code is public. docs/comparison.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from teasr.backbones.model import Model
 from teasr.backbones.roles import FIRST, Role
 from teasr.data.batch import Batch
-from teasr.diffusion import flow, losses, perceptual
+from teasr.diffusion import flow, losses
 from teasr.methods import scores
 from teasr.methods.base import Loss, Progress, Ramp, latents
-from teasr.methods.pixel_losses import Distance, WithLpips, pixel_gradient
+from teasr.methods.pixel_losses import WithMetrics, of_rows, pixel_gradient
 from teasr.methods.sampler import Sampler
 from teasr.util.randomness import Draws
 
@@ -100,31 +100,8 @@ def _as_it_is(z: Tensor) -> Tensor:
     return z
 
 
-class D3sr(WithLpips):
+class D3sr(WithMetrics):
     """A one-step student, and a discriminator that judges its results at random noise levels."""
-
-    def __init__(self, config: D3srConfig, lpips: nn.Module | None = None, dists: nn.Module | None = None):
-        """`lpips`, `dists`: the networks of the perceptual losses; `load` builds those that are needed and None."""
-        super().__init__(config, lpips)
-        self.dists = dists
-
-    def load(self) -> None:
-        super().load()
-        if self.config.uses_dists and self.dists is None:
-            self.dists = perceptual.load_dists(self.config.dists_weights == "pretrained")
-
-    @classmethod
-    def with_random_weights(cls, config: Any) -> Any:
-        return replace(super().with_random_weights(config), dists_weights="random")
-
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        if self.dists is not None:
-            self.dists.to(device)
-
-    def memory_groups(self) -> dict[str, list[Tensor]]:
-        own = {} if self.dists is None else {"DISTS": [*self.dists.parameters(), *self.dists.buffers()]}
-        return super().memory_groups() | own
 
     def roles(self) -> tuple[Role, ...]:
         c = self.config
@@ -192,22 +169,12 @@ class D3sr(WithLpips):
     def _pixel_gradient(self, student: Model, batch: Batch, z_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the gradient of L_spatial with respect to z_hat, and values to log."""
         weight = {name: getattr(self.config, f"lambda_{name}") for name in PIXELS}
-        others = {"dists": self._of_a_share(self.dists)}
-        others["ea_dists"] = self._of_a_share(partial(losses.ea_dists, self.dists))
-        _, gradient, logs = pixel_gradient(
-            student, z_hat, batch.x_hq, weight, self._of_a_share(self.lpips), others=others
-        )
+        distances = {"lpips": self.lpips, "dists": self.dists, "ea_dists": partial(losses.ea_dists, self.dists)}
+        n = max(1, round(len(batch.keys) * self.config.perceptual_share))
+        seen = {name: of_rows(distance, slice(n), batch.perceptual) for name, distance in distances.items()}
+        _, gradient, logs = pixel_gradient(student, z_hat, batch.x_hq, weight, seen.pop("lpips"), others=seen)
         logs |= {"z_hat_mean": z_hat.mean(), "z_hat_std": z_hat.flatten(1).std(1).mean()}
         return gradient, logs
-
-    def _of_a_share(self, distance: Distance) -> Distance:
-        """Return the distance of the first `perceptual_share` of the images."""
-
-        def distances(x: Tensor, y: Tensor) -> Tensor:
-            n = max(1, round(len(x) * self.config.perceptual_share))
-            return distance(x[:n], y[:n])
-
-        return distances
 
     def _adversarial_gradient(
         self, discriminator: Model, z_hat: Tensor, draws: Draws, seen: Callable[[Tensor], Tensor] = _as_it_is

@@ -16,28 +16,46 @@ from teasr.methods.base import Method
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
-class WithLpips(Method):
-    """A method that owns a frozen LPIPS network; its config has lambda_lpips, lpips_net and lpips_weights."""
+class WithMetrics(Method):
+    """A method that owns frozen LPIPS and DISTS networks for its losses.
 
-    def __init__(self, config: Any, lpips: nn.Module | None = None):
-        """`lpips`: the metric network; if None, `load` builds it when lambda_lpips > 0."""
+    Its config has lambda_lpips, lpips_net and lpips_weights and, if it can use DISTS, `uses_dists` and dists_weights.
+    """
+
+    def __init__(self, config: Any, lpips: nn.Module | None = None, dists: nn.Module | None = None):
+        """`lpips`, `dists`: the metric networks; `load` builds those that are needed and None."""
         super().__init__(config)
-        self.lpips = lpips
+        self.lpips, self.dists = lpips, dists
 
     def load(self) -> None:
         if self.config.lambda_lpips and self.lpips is None:
             self.lpips = perceptual.load_lpips(self.config.lpips_net, self.config.lpips_weights == "pretrained")
+        if getattr(self.config, "uses_dists", False) and self.dists is None:
+            self.dists = perceptual.load_dists(self.config.dists_weights == "pretrained")
 
     @classmethod
     def with_random_weights(cls, config: Any) -> Any:
-        return replace(config, lpips_weights="random")
+        dists = {"dists_weights": "random"} if hasattr(config, "dists_weights") else {}
+        return replace(config, lpips_weights="random", **dists)
 
     def to(self, device: torch.device) -> None:
-        if self.lpips is not None:
-            self.lpips.to(device)
+        for network in (self.lpips, self.dists):
+            if network is not None:
+                network.to(device)
 
     def memory_groups(self) -> dict[str, list[Tensor]]:
-        return {} if self.lpips is None else {"LPIPS": [*self.lpips.parameters(), *self.lpips.buffers()]}
+        networks = {"LPIPS": self.lpips, "DISTS": self.dists}
+        return {name: [*n.parameters(), *n.buffers()] for name, n in networks.items() if n is not None}
+
+
+def of_rows(distance: Distance | None, rows: slice, factors: Tensor | None) -> Distance:
+    """Return the distance of some of the images, times their factors (`data.perceptual`) if there are any."""
+
+    def distances(x: Tensor, y: Tensor) -> Tensor:
+        found = distance(x[rows], y[rows]).flatten()
+        return found if factors is None else found * factors[rows]
+
+    return distances
 
 
 def pixel_gradient(

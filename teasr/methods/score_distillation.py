@@ -29,7 +29,7 @@ from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import scores
 from teasr.methods.base import Loss, Progress, latents, require_loss
-from teasr.methods.pixel_losses import WithLpips, pixel_gradient
+from teasr.methods.pixel_losses import WithMetrics, of_rows, pixel_gradient
 from teasr.methods.sampler import Sampler
 from teasr.methods.scores import OneStep
 from teasr.util.randomness import Draws
@@ -98,7 +98,7 @@ class ScoreDistillationConfig:
         return self.uses_scores and self.fake == "trained"
 
 
-class ScoreDistillation(WithLpips):
+class ScoreDistillation(WithMetrics):
     """A one-step student, a frozen real score and, for VSD, a trained fake score."""
 
     def roles(self) -> tuple[Role, ...]:
@@ -162,7 +162,8 @@ class ScoreDistillation(WithLpips):
             gradient += 2 * c.lambda_mse * (z_hat - z_hq) / z_hat.numel()
         weight = {"mse": 0.0 if latent else c.lambda_mse, "lpips": c.lambda_lpips}
         if any(weight.values()):
-            _, pixels, more = pixel_gradient(student, z_hat, batch.x_hq, weight, self.lpips)
+            lpips = of_rows(self.lpips, slice(None), batch.perceptual)
+            _, pixels, more = pixel_gradient(student, z_hat, batch.x_hq, weight, lpips)
             gradient, logs = gradient + pixels, logs | more
         return gradient, logs
 

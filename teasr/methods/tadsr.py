@@ -25,7 +25,7 @@ from teasr.data.batch import Batch
 from teasr.diffusion import blur, flow, losses, sd_times
 from teasr.methods import scores
 from teasr.methods.base import Loss, Progress, latents, require_loss
-from teasr.methods.pixel_losses import WithLpips, pixel_gradient
+from teasr.methods.pixel_losses import WithMetrics, of_rows, pixel_gradient
 from teasr.methods.sampler import Dial, Restorer, Sampler, SingleStep
 from teasr.util.randomness import Draws
 
@@ -115,7 +115,7 @@ class TimedStep(SingleStep):
         return one_step(model, self.config, z_lq, model.snap(t_s))
 
 
-class Tadsr(WithLpips):
+class Tadsr(WithMetrics):
     """A one-step student that knows its time, a frozen real score and a trained fake score at a coupled time."""
 
     def roles(self) -> tuple[Role, ...]:
@@ -179,7 +179,8 @@ class Tadsr(WithLpips):
         if c.blur != "none":
             size = blur.smooth(t_s) if c.blur == "smooth" else blur.published(sd_times.index_of(t_s))
             mse = partial(blur.mse, sigma=size[0], radius=size[1])
-        _, gradient, more = pixel_gradient(student, z_hat, batch.x_hq, weight, self.lpips, mse=mse)
+        lpips = of_rows(self.lpips, slice(None), batch.perceptual)
+        _, gradient, more = pixel_gradient(student, z_hat, batch.x_hq, weight, lpips, mse=mse)
         return gradient, logs | more
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ block of the network together. The weights do not change in between, so the summ
 
     L = L_flow + l_cons L_cons + l_adv L_adv + l_rectify L_rectify + l_mse L_mse + l_lpips L_lpips.
 
-Deviations that are off by default: L_grid, and pixel losses at re-noised results (`lambda_restart`).
+Deviations that are off by default: L_dists, L_grid, and pixel losses at re-noised results (`lambda_restart`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from teasr.data.batch import Batch
 from teasr.diffusion import flow, losses
 from teasr.methods import tiles
 from teasr.methods.base import Loss, Progress, Ramp, latents, require_loss, with_captions
-from teasr.methods.pixel_losses import WithLpips, pixel_gradient
+from teasr.methods.pixel_losses import WithMetrics, of_rows, pixel_gradient
 from teasr.methods.sampler import AnyStep, Restarts, Sampler
 from teasr.methods.teasr_times import Shortcut, Times
 from teasr.util.randomness import Draws
 
-WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "grid", "restart")
-PIXELS = ("mse", "lpips", "grid")
+WEIGHTED = ("flow", "cons", "adv", "rectify", "mse", "lpips", "dists", "grid", "restart")
+PIXELS = ("mse", "lpips", "dists", "grid")
 SPLIT = (("rectify", *PIXELS, "adv"), ("cons",), ("flow",), ("restart",))  # losses by part of the batch
 Weight = Annotated[float, "[0, inf)"]
 
@@ -48,13 +48,15 @@ class TeasrConfig:
     lambda_rectify: Weight = 0.5  # weight of L_rectify
     lambda_mse: Weight = 1.0  # weight of the squared error of the one-step result
     lambda_lpips: Weight = 1.0  # weight of LPIPS of the one-step result
+    lambda_dists: Weight = 0.0  # weight of DISTS of the one-step result, on the images that LPIPS does not see
     lambda_grid: Weight = (
         0.0  # weight of L_grid: a pattern with the period of the codec's patches, which LPIPS tolerates
     )
-    lambda_restart: Weight = 0.0  # factor of lambda_mse, lambda_lpips and lambda_grid at re-noised one-step results
+    lambda_restart: Weight = 0.0  # factor of the weights of the pixel losses at re-noised one-step results
     lpips_net: Literal["vgg", "alex"] = "vgg"
     lpips_weights: Literal["pretrained", "random"] = "pretrained"  # random: same computation, for benchmarks
-    lpips_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: half the time of LPIPS, its gradient within half a percent
+    dists_weights: Literal["pretrained", "random"] = "pretrained"
+    lpips_dtype: Literal["fp32", "bf16"] = "fp32"  # and of DISTS. bf16: half the time, gradient within .5 %
     ramps: dict[str, Ramp] = field(default_factory=lambda: {"rectify": Ramp(start=1500, length=2000)})
     s_range: tuple[float, float] = (0.02, 0.98)  # s of L_rectify, t' of L_adv; near 0, 1/s diverges and +-t look alike
     # elementwise clamp of v_fake - v_real, before w(s)
@@ -84,6 +86,11 @@ class TeasrConfig:
     fake: Literal["student", "set", "copy"] = "student"
     sampler: Literal["ode", "restart"] = "ode"  # restoring in several steps: Algorithm 1, or restarts of the last jump
 
+    @property
+    def uses_dists(self) -> bool:
+        """Whether a loss needs the DISTS network."""
+        return self.lambda_dists > 0
+
     def __post_init__(self):
         for name in WEIGHTED:
             if getattr(self, f"lambda_{name}") < 0:
@@ -111,16 +118,22 @@ class TeasrConfig:
                 f"method.pixel_tile_px = {self.pixel_tile_px}: must be a multiple of {tiles.LPIPS_STRIDE} that is at "
                 "least 64, such as 256, or null"
             )
+        if self.lambda_dists and self.lambda_lpips and self.lpips_share == 1:
+            raise ValueError(
+                f"method.lambda_dists = {self.lambda_dists} acts on the images that LPIPS does not see, of which "
+                "method.lpips_share = 1 leaves none: set method.lpips_share=0.5, or one of both weights to 0"
+            )
         if self.pixel_tile_px is not None and self.lambda_lpips and self.lpips_net != "vgg":
             raise ValueError(
                 f"method.pixel_tile_px = {self.pixel_tile_px} needs LPIPS on VGG16, whose features are aligned with "
                 "the tiles: set method.lpips_net=vgg, or method.pixel_tile_px=null"
             )
-        if self.pixel_tile_px is not None and self.lambda_grid:
-            raise ValueError(
-                f"method.lambda_grid = {self.lambda_grid} needs whole pictures: set method.pixel_tile_px=null, or "
-                "method.lambda_grid=0"
-            )
+        for name in ("lambda_grid", "lambda_dists"):
+            if self.pixel_tile_px is not None and getattr(self, name):
+                raise ValueError(
+                    f"method.{name} = {getattr(self, name)} needs whole pictures: set method.pixel_tile_px=null, or "
+                    f"method.{name}=0"
+                )
         if self.lambda_restart and not (self.lambda_mse or self.lambda_lpips):
             raise ValueError("method.lambda_restart > 0 needs method.lambda_mse or method.lambda_lpips > 0")
         if abs(sum(self.cons_mix) - 1) > 1e-6 or min(self.cons_mix) < 0:
@@ -142,11 +155,11 @@ class TeasrConfig:
             raise ValueError(f"method.cons_grid = {self.cons_grid}: must be step counts >= 1, such as [2, 4, 8]")
 
 
-class Teasr(WithLpips):
+class Teasr(WithMetrics):
     """TEASR on one network, the student, which acts as generator, real score and, by default, fake score."""
 
-    def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None):
-        super().__init__(config, lpips)
+    def __init__(self, config: TeasrConfig, lpips: nn.Module | None = None, dists: nn.Module | None = None):
+        super().__init__(config, lpips, dists)
         self.cycle = 4 if config.mode == "cycle" else 1
         self.by_block = config.order == "blocks"
         self.one_backward = self.by_block and config.mode != "split"
@@ -208,7 +221,8 @@ class Teasr(WithLpips):
         student, fake = models["student"], "student" if self.config.fake == "student" else "fake"
         z0, z_lq = latents(student, batch)
         times, eps = Times.draw(self.config, draws, student), draws.normal("flow noise", z0)
-        inputs = StepInputs(student, models[fake], batch.x_hq, z0, z_lq, eps, draws, times, weight, data)
+        factors = batch.perceptual
+        inputs = StepInputs(student, models[fake], batch.x_hq, z0, z_lq, eps, draws, times, weight, data, factors)
         shortcut = Shortcut(flow.interpolate(z0, eps, times.t), times.t, times.m, times.s) if weight["cons"] else None
         if self.by_block:
             yield self._by_block(inputs, shortcut)
@@ -377,12 +391,26 @@ class Teasr(WithLpips):
         if self.config.pixel_tile_px is not None:
             return self._data_gradient_in_tiles(inputs, z_fake, self.config.pixel_tile_px)
 
-        def distance(x_hat: Tensor, x_hq: Tensor) -> Tensor:
-            with self._lpips_autocast(x_hat):
-                return self.lpips(*self._seen_by_lpips(inputs.draws, x_hat, x_hq)).to(x_hat.dtype)
+        def lpips(x_hat: Tensor, x_hq: Tensor) -> Tensor:
+            with self._autocast(x_hat):
+                return self.lpips(*self._shifted(inputs.draws, x_hat, x_hq)).to(x_hat.dtype)
 
-        others = {"grid": lambda x_hat, x_hq: losses.grid(x_hat, inputs.student.patch_px)}
-        return pixel_gradient(inputs.student, z_fake, inputs.x_hq, inputs.data, distance, others)
+        def dists(x_hat: Tensor, x_hq: Tensor) -> Tensor:
+            with self._autocast(x_hat):
+                return self.dists(x_hat, x_hq)
+
+        n = self._seen_by_lpips(len(z_fake))
+        if inputs.data["lpips"] and inputs.data["dists"] and n == len(z_fake):
+            raise ValueError(
+                f"method.lpips_share = {self.config.lpips_share} leaves none of {n} image(s) to DISTS: raise "
+                "train.micro_batch, lower this share, or set method.lambda_dists=0"
+            )
+        others = {
+            "dists": of_rows(dists, slice(n if inputs.data["lpips"] else 0, None), inputs.perceptual),
+            "grid": lambda x_hat, x_hq: losses.grid(x_hat, inputs.student.patch_px),
+        }
+        lpips = of_rows(lpips, slice(n), inputs.perceptual)
+        return pixel_gradient(inputs.student, z_fake, inputs.x_hq, inputs.data, lpips, others)
 
     def _data_gradient_in_tiles(
         self, inputs: StepInputs, z_fake: Tensor, tile_px: int
@@ -390,6 +418,8 @@ class Teasr(WithLpips):
         """Return what `_data_gradient` returns, computed in tiles."""
         student, weight = inputs.student, inputs.data
         tiles.check(student, tile_px)
+        if inputs.perceptual is not None:
+            raise ValueError("data.perceptual needs whole pictures: set method.pixel_tile_px=null, or remove this key")
         x_hat = tiles.decode(student, z_fake, tile_px)
         logs = {"checkerboard": losses.checkerboard_energy(x_hat, student.patch_px)}
         total, gradient = x_hat.new_zeros(()), torch.zeros_like(x_hat)
@@ -397,24 +427,29 @@ class Teasr(WithLpips):
             logs["mse"], at_x = losses.gradient_through(lambda x: losses.mse(x, inputs.x_hq), x_hat)
             total, gradient = total + weight["mse"] * logs["mse"], gradient + weight["mse"] * at_x
         if weight["lpips"]:
-            seen, wanted, place = self._seen_by_lpips(inputs.draws, x_hat, inputs.x_hq, gradient)
-            with self._lpips_autocast(x_hat):
+            n = self._seen_by_lpips(len(x_hat))
+            seen, wanted, place = self._shifted(inputs.draws, x_hat[:n], inputs.x_hq[:n], gradient[:n])
+            with self._autocast(x_hat):
                 logs["lpips"], at_x = tiles.lpips(self.lpips, seen, wanted, tile_px)
             total = total + weight["lpips"] * logs["lpips"]
             place += weight["lpips"] * at_x  # a view of the gradient
         return total, tiles.decoder_gradient(student, z_fake, gradient, tile_px), logs
 
-    def _lpips_autocast(self, x: Tensor) -> AbstractContextManager:
-        """The precision of LPIPS. The dry run, which computes nothing, counts it in fp32."""
+    def _autocast(self, x: Tensor) -> AbstractContextManager:
+        """The precision of LPIPS and DISTS. The dry run, which computes nothing, counts it in fp32."""
         if self.config.lpips_dtype == "fp32" or x.is_meta:
             return nullcontext()
         return torch.autocast(x.device.type, torch.bfloat16)
 
-    def _seen_by_lpips(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
-        """Yield the share of the images that LPIPS sees, without up to `lpips_shift_px` rows and columns."""
-        n, most = max(1, round(len(images[0]) * self.config.lpips_share)), self.config.lpips_shift_px + 1
+    def _seen_by_lpips(self, n: int) -> int:
+        """Return how many of n images LPIPS sees."""
+        return max(1, round(n * self.config.lpips_share))
+
+    def _shifted(self, draws: Draws, *images: Tensor) -> Iterator[Tensor]:
+        """Yield images without up to `lpips_shift_px` rows and columns."""
+        most = self.config.lpips_shift_px + 1
         top, left = (int(draws.shared_uniform(f"lpips {side}") * most) for side in ("top", "left"))
-        yield from (x[:n, :, top:, left:] for x in images)
+        yield from (x[..., top:, left:] for x in images)
 
 
 @dataclass(frozen=True)
@@ -431,6 +466,7 @@ class StepInputs:
     times: Times
     weight: dict[str, float]
     data: dict[str, float]  # weights of the pixel losses
+    perceptual: Tensor | None  # factors on LPIPS and DISTS [B]
 
     @property
     def has_one_step(self) -> bool:

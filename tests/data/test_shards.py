@@ -108,6 +108,25 @@ def test_several_sets_are_read_as_one(photos, shards, tmp_path):
         DataConfig(())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_carry_the_factor_of_their_set(photos, shards, tmp_path, workers):
+    """The sets hold crops of different photographs, which tells where a sample comes from."""
+    other = make_shards(photos, tmp_path / "other", seed=9)
+    both = (str(shards), str(other))
+    config = DataConfig(both, streams=2, workers=workers, augment="none", perceptual=(1.0, 0.25))
+    first = PairStream(ShardSet.open(both[0]), DataConfig(both[0], augment="none"), 0, 0, 1, 0)
+    own = {pair.x_hq.numpy().tobytes() for pair in islice(first, 48)}
+    stream = PairStream(ShardSet.open(*both), config, 0, 0, 1, 0)
+    found = [batch for batch, _ in islice(batches(stream, 4), 24)]
+    for batch in found:
+        for x, factor in zip(batch.x_hq, batch.perceptual, strict=True):
+            pixels = ((x + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
+            assert factor == (1.0 if pixels in own else 0.25)
+    assert len({float(f) for batch in found for f in batch.perceptual}) == 2
+    with pytest.raises(ValueError, match=r"data.perceptual = \(1.0,\): must be one number >= 0 for each of the 2"):
+        DataConfig(both, perceptual=(1.0,))
+
+
 def test_augmentation_turns_both_pictures_alike(shards):
     config = DataConfig(str(shards), augment="dihedral")
     stream = PairStream(ShardSet.open(str(shards)), config, 0, 0, 1, 0)

@@ -307,3 +307,26 @@ def test_the_restart_loss_has_the_gradient_of_the_pixel_losses_at_its_own_state(
     assert loss.logs["restart"].item() == pytest.approx(value.item(), rel=1e-9)
     for name, gradient in gradients(backbone).items():
         assert (gradient - found[name]).abs().max() < 1e-9, name  # LPIPS keeps some constants in fp32
+
+
+def test_dists_acts_on_the_images_that_lpips_does_not_see_and_samples_have_factors():
+    """Compared with autograd through decoder and both networks; a factor of 0 takes a sample out."""
+    lpips, dists = perceptual.load_lpips("alex", weights=False).double(), perceptual.load_dists(weights=False).double()
+    off = {f"lambda_{n}": 0.0 for n in ("flow", "cons", "adv", "rectify", "mse")}
+    config = TeasrConfig(**(PLAIN | off | {"lambda_lpips": 0.2, "lambda_dists": 0.3, "lpips_share": 0.5}))
+    backbone, rows, own = tiny(), batch(4), draws(4)
+    rows.perceptual = torch.tensor([1.0, 0.5, 0.0, 2.0])
+    (loss,) = run_losses(Teasr(config, lpips, dists), backbone, rows, own)
+    found, model = gradients(backbone), Model(backbone)
+    eps, one = own.normal("one-step noise", z_lq := model.encode(rows.x_lq)), torch.ones(4)
+    x = model.decode(eps - model.velocity(eps, one, Condition(z_lq, 0 * one)))
+    seen = (lpips(x[:2], rows.x_hq[:2]).flatten() * torch.tensor([1.0, 0.5])).mean()
+    others = (dists(x[2:], rows.x_hq[2:]) * torch.tensor([0.0, 2.0])).mean()
+    (0.2 * seen + 0.3 * others).backward()
+    assert loss.logs["dists"].item() == pytest.approx(others.item(), rel=1e-9)
+    for name, gradient in gradients(backbone).items():
+        assert (gradient - found[name]).abs().max() < 1e-9, name
+    with pytest.raises(ValueError, match="leaves none of 1 image"):
+        run_losses(Teasr(config, lpips, dists), backbone, batch(1), draws(1))
+    with pytest.raises(ValueError, match=r"method.lpips_share = 1 leaves none"):
+        dataclasses.replace(config, lpips_share=1.0)
