@@ -26,7 +26,7 @@ PAGE, BEGIN, END = ROOT / "docs/scaling.md", "<!-- table of bench/backbone_table
 SIZES = {512: (), 1024: ("train.micro_batch=1",)}  # px -> overrides
 FEW, MORE = 4, 6
 ALIKE = {"qwen_image": ("num_layers", 60), "z_image": ("n_layers", 30)}  # backbone -> setting and number of its blocks
-SD21, SD35, QWEN = "Stable Diffusion 2.1", "Stable Diffusion 3.5-medium", "Qwen-Image"
+SD21, SD35, QWEN = "SD 2.1", "SD 3.5-medium", "Qwen-Image"  # SD: Stable Diffusion
 GUIDED = ("backbone.null_prompt=random",)
 OSEDIFF = ("method={name: score_distillation, student: single, cfg_real: 7.5}", *GUIDED)
 TADSR = ("method={name: tadsr, cfg_real: 7.5}", *GUIDED)

@@ -20,7 +20,7 @@ ALLOWED = {  # third-party module -> the only files of the package that may impo
     "peft": {"backbones/lora.py"},
     "bitsandbytes": {"backbones/memory/quantised.py"},
     "diffusers": {
-        "backbones/prompts.py",
+        "backbones/text_encoders.py",
         "backbones/generic/codec.py",
         "backbones/generic/network.py",
         "backbones/qwen_image/transformer.py",

@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-captions")
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from teasr.backbones.prompts import DTYPES, one_prompt, pick_device
+    from teasr.backbones.prompts import DTYPES
+    from teasr.backbones.text_encoders import one_prompt, pick_device
     from teasr.commands.cache_prompt import parsed
     from teasr.data.prep import engines
     from teasr.data.prep.captions import CaptionsConfig, cache_captions

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-latents") 
 
 def _cache(options: argparse.Namespace) -> None:
     from teasr.backbones.codecs import load_codec
-    from teasr.backbones.prompts import pick_device
+    from teasr.backbones.text_encoders import pick_device
     from teasr.config import strict_yaml
     from teasr.data.prep import engines
     from teasr.data.prep.latents import DTYPES, LatentsConfig, cache_latents

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -
 
 
 def _cache(settings: list[str]) -> None:
-    from teasr.backbones.prompts import PromptConfig, cache_prompt
+    from teasr.backbones.text_encoders import PromptConfig, cache_prompt
 
     cache_prompt(parsed(PromptConfig, settings, "prompt"))
 

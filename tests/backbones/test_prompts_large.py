@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from teasr.backbones.prompts import PromptConfig, cache_prompt, load_prompt
+from teasr.backbones.prompts import load_prompt
+from teasr.backbones.text_encoders import PromptConfig, cache_prompt
 
 WORDS = "a photo, sharp"
 

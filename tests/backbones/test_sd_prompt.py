@@ -6,7 +6,8 @@ from conftest import make_shards
 from test_captions import CAPTIONS, SMALL, told  # noqa: F401 - the photographs with captions, as a fixture
 
 from teasr import cli
-from teasr.backbones.prompts import PromptConfig, cache_prompt, load_prompt
+from teasr.backbones.prompts import load_prompt
+from teasr.backbones.text_encoders import PromptConfig, cache_prompt
 from teasr.data.captions import TENSOR, caption_key
 from teasr.data.shards import read_shard
 from teasr.util.tensor_file import unpack
