@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 from unittest import mock
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that the imports do not initialise CUDA
+for name, value in {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # so that the imports do not initialise CUDA
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "NCCL_SOCKET_IFNAME": "lo",  # one machine; others may have no network at all
+    "GLOO_SOCKET_IFNAME": "lo",
+}.items():
+    os.environ.setdefault(name, value)
 
 
 class Starter:
@@ -37,6 +45,9 @@ class Starter:
                 import torchvision  # noqa: F401
 
                 import teasr.backbones.qwen_image.backbone  # imports diffusers, and that imports bitsandbytes
+                import teasr.backbones.sd3
+                import teasr.backbones.sd_unet.backbone
+                import teasr.backbones.z_image
                 import teasr.training.trainer  # noqa: F401
         except ImportError:  # each program says what it lacks
             return

@@ -42,7 +42,5 @@ if [[ -n $missing && -n $wheels ]]; then
 fi
 [[ -z $missing ]] || echo "gpu_check.sh: not installed: $missing; the steps that need them will fail" >&2
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 left=$("$python" -c "print(float('$minutes') - ($SECONDS - $began) / 60)") || exit 2
 exec "$python" "$here/gpu_check.py" --out "$out" --minutes "$left" "${rest[@]}"

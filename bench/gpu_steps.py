@@ -31,16 +31,17 @@ ENDING_S = 5  # of the limit of a step, for what it does after its own processes
 def run(step) -> dict:
     """Run one step in this process."""
     kinds = {"machine": machine, "update": update, "losses": losses, "restore": restore, "swap_check": swap_check}
-    return kinds[step.kind](step)
+    return (kinds | {"small": small})[step.kind](step)
 
 
 def update(step) -> dict:
-    """Seconds, peaks and locked host memory of whole updates of 20 B parameters with random weights."""
+    """Seconds, peaks and locked host memory of whole updates with random weights."""
     if step.memory_gib and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(
             step.memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         )
-    config = in_layout(load(step), step.layout).with_random_weights()
+    config = load(step)
+    config = (in_layout(config, step.layout) if step.layout else config).with_random_weights()
     with Watch() as watch:
         row = measure(config, engine_settings(config.train, 1), step.size_px, step.updates, counted=not step.is_tiny)
     return row | {"batch": config.train.batch, "size_px": step.size_px} | watch.result()
@@ -172,6 +173,29 @@ def swap_check(step) -> dict:
     cases = [json.loads(line) for line in lines if line.startswith("{")]
     said = {} if code == 0 else {"failed": f"exit code {code}", "said": " | ".join(lines[-3:])[-300:]}
     return {"cases": cases} | said
+
+
+def small(step) -> dict:
+    """The shipped small model on the GPU: seconds, and the largest and mean difference in levels from the CPU."""
+    import numpy as np
+
+    from teasr import Upscaler
+
+    side = 16 if step.is_tiny else 256
+    x = np.linspace(0, 255, side * side * 3).reshape(side, side, 3).astype(np.uint8)
+    x = np.clip(x + np.random.default_rng(0).normal(0, 20, x.shape), 0, 255).astype(np.uint8)
+    device, row = World.from_environment().device, {}
+    upscalers = [Upscaler.from_pretrained("small", device=name) for name in ("cpu", device)]
+    dials = {dial.name for dial in upscalers[0].descriptor.dials}
+    hows = [{"steps": 1}, {"steps": 4}] + [{"steps": 1, "strength": s} for s in (0.0, 0.5) if "strength" in dials]
+    for how in hows:
+        wanted, found = (upscaler(x, **how).astype(int) for upscaler in upscalers)
+        at = time.perf_counter()
+        upscalers[1](x, **how)
+        off = np.abs(found - wanted)
+        name = ", ".join(f"{key} {value}" for key, value in how.items())
+        row[name] = {"seconds": time.perf_counter() - at, "most_off": int(off.max()), "mean_off": float(off.mean())}
+    return row
 
 
 def restore(step) -> dict:

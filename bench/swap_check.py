@@ -4,12 +4,13 @@
     python bench/swap_check.py --kinds bf16 --rings 2
     python bench/swap_check.py --device cpu --tiny    # rehearsal
 
-One JSON line per case; a case that fails prints its error, and the others go on. `output` and `gradient` are the
-largest differences from the resident network, relative to the largest value; `noise` is what two runs of the resident
-network differ by (output, gradient). `late copies` and `late compute` repeat the comparison with one of the two streams
-held back before each copy or after each wait, so that a missing event shows. `control` leaves out the waiting and must
-differ: otherwise this check would see nothing. Seconds are of one forward pass, one pass without a graph and one
-backward pass.
+One JSON line per case; a case that fails prints its error, and the others go on. Besides swapped blocks there are
+activation checkpoints in host memory, and both together in an update of TEASR in block-major order. `output` and
+`gradient` are the largest differences from the resident network, relative to the largest value; `noise` is what two
+runs of the resident network differ by (output, gradient). `late copies` and `late compute` repeat the comparison with
+one of the two streams held back before each copy or after each wait, so that a missing event shows. `control` leaves
+out the waiting and must differ: otherwise this check would see nothing. Seconds are of one forward pass, one pass
+without a graph and one backward pass.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from torch import Tensor, nn
 from teasr.backbones.memory.swapping import Copier, HostArena
 from teasr.backbones.model import Condition, Model
 from teasr.backbones.qwen_image.backbone import QwenImage, QwenImageConfig
+from teasr.data.batch import Batch
+from teasr.methods.base import Progress
+from teasr.methods.teasr import Teasr, TeasrConfig
+from teasr.util.randomness import Draws
 
 DELAY_CYCLES = 20_000_000  # of the GPU's clock: about 10 ms, as long as a copy
 TINY = {
@@ -84,13 +89,13 @@ class Check:
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
         return row | {"ulimit_l": memlock, "device": name, "torch": torch.__version__}
 
-    def build(self, kind: str, swap: int = 0, ring: int = 2) -> QwenImage:
+    def build(self, kind: str, swap: int = 0, ring: int = 2, hosted: bool = False) -> QwenImage:
         """A network with a LoRA that has an effect."""
         tiny = self.options.tiny
         config = QwenImageConfig(
             "random", "random", dtype="bf16", quantise=None if kind == "bf16" else kind, swap_blocks=swap,
             swap_ring=ring, lora_rank=2 if tiny else 128, lora_alpha=2 if tiny else 128,
-            modulation_table=20 if tiny else 1000,
+            modulation_table=20 if tiny else 1000, host_checkpoints=hosted,
             transformer={"num_layers": self.options.blocks} | (TINY if tiny else {}),
             vae={"base_dim": 16, "num_res_blocks": 1},
         )  # fmt: skip
@@ -101,6 +106,8 @@ class Check:
                 nn.init.normal_(p, 0, 0.02, generator=torch.Generator(self.device).manual_seed(len(name)))
         if network.ring:
             network.ring.copier = Delayed(self.device)
+        if hosted:
+            network.net.transformer.checkpoints.copier = Delayed(self.device)
         return network
 
     def run(self, network: QwenImage) -> list[Tensor]:
@@ -129,8 +136,48 @@ class Check:
 
     def swapped(self, kind: str, ring: int, wanted: list[Tensor], noise: list[float]) -> dict:
         """The row of a network with all blocks swapped."""
-        network, row = self.build(kind, self.options.blocks, ring), {}
-        copier = network.ring.copier
+        network = self.build(kind, self.options.blocks, ring)
+        copier, row = network.ring.copier, self.compared(network, network.ring.copier, wanted, noise)
+        block = network.ring.blocks[0].source
+        copy = self.median(lambda: copier.wait(copier.start(network.ring.slots[0], block)), 5)
+        network.ring.held[0] = None  # its content was overwritten
+        row |= self.measure(network) | {"block_mb": block.nbytes / 1e6, "copy_gb_per_s": block.nbytes / copy / 1e9}
+        before = copier.copies
+        self.run(network)
+        return row | {"copies": copier.copies - before}
+
+    def hosted(self, kind: str, wanted: list[Tensor], noise: list[float]) -> dict:
+        """The row of a network whose activation checkpoints are in host memory between the passes."""
+        network = self.build(kind, hosted=True)
+        store = network.net.transformer.checkpoints
+        return self.compared(network, store.copier, wanted, noise) | self.measure(network)
+
+    def by_block(self, kind: str) -> dict:
+        """Gradients of an update of TEASR in block-major order, swapped and hosted, against a resident network's.
+
+        They differ by rounding, because calls without a graph have other batches.
+        """
+        orders = (("losses", {}), ("losses", {}), ("blocks", {"swap": self.options.blocks, "hosted": True}))
+        with deterministic():
+            wanted, again, found = (self.update(self.build(kind, **how), order) for order, how in orders)
+        row = {"noise": far(again, wanted), "gradient": far(found, wanted)}
+        return row | {"ok": row["gradient"] <= max(4 * row["noise"], 0.1)}
+
+    def update(self, network: QwenImage, order: str) -> Tensor:
+        """All gradients of an update, one after another."""
+        side = 32 if self.options.tiny else self.options.size
+        generator = torch.Generator(self.device).manual_seed(0)
+        x, y = (torch.rand(1, 3, side, side, device=self.device, generator=generator) * 2 - 1 for _ in range(2))
+        method = Teasr(TeasrConfig(lambda_lpips=0.0, ramps={}, order=order))
+        draws = Draws(0, 0, (0,), self.device)
+        for loss in method.losses({"student": Model(network)}, Batch(x, y, [""]), draws, Progress(4, 5)):
+            loss.value.backward()
+            del loss
+        return torch.cat([p.grad.flatten() for p in network.net.parameters() if p.requires_grad])
+
+    def compared(self, network: QwenImage, copier: Delayed, wanted: list[Tensor], noise: list[float]) -> dict:
+        """The largest differences from the resident network, also with one of the streams held back."""
+        row = {}
         with deterministic():
             for held_back in ("", "copies", "compute", "control") if self.cuda else ("",):
                 copier.held_back = held_back
@@ -145,13 +192,7 @@ class Check:
         checked = [[row["output"], row["gradient"]], *(row[name] for name in row if name.startswith("late"))]
         row["ok"] = all(found <= 4 * level for pair in checked for found, level in zip(pair, noise, strict=True))
         row["ok"] &= "control" not in row or max(row["control"]) > max(4 * max(noise), 1e-6)
-        block = network.ring.blocks[0].source
-        copy = self.median(lambda: copier.wait(copier.start(network.ring.slots[0], block)), 5)
-        network.ring.held[0] = None  # its content was overwritten
-        row |= self.measure(network) | {"block_mb": block.nbytes / 1e6, "copy_gb_per_s": block.nbytes / copy / 1e9}
-        before = copier.copies
-        self.run(network)
-        return row | {"copies": copier.copies - before}
+        return row
 
     def measure(self, network: QwenImage) -> dict:
         """Median seconds, and the peak of allocated bytes."""
@@ -192,6 +233,12 @@ def differences(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
     return [max(each[:2]), max(each[2:])]
 
 
+def far(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference relative to that of the wanted tensor; NaN counts as infinite."""
+    x = float((found - wanted).norm() / wanted.norm())
+    return x if x == x else float("inf")
+
+
 def case(name: str, work: Callable[[], dict]) -> bool:
     """Run a case and print its line; returns whether it succeeded."""
     started = time.perf_counter()
@@ -222,6 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
         good.append(case(f"resident {kind}", functools.partial(check.resident, kind, found)))
         for ring in options.rings if found else ():
             good.append(case(f"swap {kind} ring {ring}", functools.partial(check.swapped, kind, ring, *found)))
+        if found and kind == options.kinds[0]:
+            good.append(case(f"host checkpoints {kind}", functools.partial(check.hosted, kind, *found)))
+            good.append(case(f"block-major {kind}", functools.partial(check.by_block, kind)))
     return 0 if all(good) else 1
 
 

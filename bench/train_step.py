@@ -142,6 +142,10 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int, c
     start["build"] = now(world.device)
     networks.share_codec()
     networks.place_frozen(world.device)
+    if partitioning["zero_optimization"]["stage"] < 3:  # with ZeRO-3, the engine places what it partitions
+        for base in networks.trained_bases.values():
+            base.to(world.device)
+    start["place"] = now(world.device)
     meter, held = nullcontext(), {}
     if not cuda:
         meter = Meter("cpu")
@@ -155,7 +159,7 @@ def measure(config: RunConfig, partitioning: dict, size_px: int, updates: int, c
             place: start_engine(base, config.train, partitioning, world)
             for place, base in networks.trained_bases.items()
         }
-    start["place, engines"] = now(world.device)
+    start["engines"] = now(world.device)
     step = Update(method, networks, engines, config.train, config.seed, world)
     batches = [Batch(x, x, [""] * len(x))] * config.train.accumulation(1)
     phases: list[dict[str, float]] = []

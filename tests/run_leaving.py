@@ -29,8 +29,18 @@ BACKBONE = {
     },
     "vae": {"base_dim": 16, "num_res_blocks": 1},
 }  # fmt: skip
+SD3 = {  # all of its LoRA is in blocks
+    "name": "sd3", "model": "random", "prompt": "random", "lora_rank": 2, "lora_alpha": 2, "dtype": "fp32",
+    "transformer": {
+        "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
+        "caption_projection_dim": 32, "pooled_projection_dim": 20, "in_channels": 4, "out_channels": 4,
+        "pos_embed_max_size": 16, "dual_attention_layers": [0],
+    },
+    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1},
+}  # fmt: skip
 POISONED = {
     "kept": (), "leaving": (), "zero2 poisoned": (1, 3), "kept poisoned": (1, 3), "leaving poisoned": (1, 3),
+    "sd3 kept": (1,), "sd3 leaving": (1,),
 }  # fmt: skip
 
 
@@ -41,7 +51,7 @@ def settings(folder: Path, case: str, ranks: int) -> dict:
     (folder / "zero.json").write_text(json.dumps(zero))
     return {
         "run_dir": "unused",
-        "backbone": BACKBONE,
+        "backbone": SD3 if "sd3" in case else BACKBONE,
         "method": {"name": "teasr", "order": "blocks", "lambda_lpips": 0.0, "ramps": {}},
         "data": {"shards": "unused"},
         "train": {

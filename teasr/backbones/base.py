@@ -251,6 +251,11 @@ class Backbone(ABC):
         return 0
 
     @property
+    def locked_bytes(self) -> int:
+        """Host memory that this process has locked for frozen weights and activation checkpoints so far."""
+        return 0
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Host memory that activation checkpoints have needed so far."""
         return 0

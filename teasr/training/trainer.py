@@ -177,6 +177,8 @@ class Trainer:
     def _headline(self) -> str:
         """One line that describes the run."""
         device = self.world.device.type if self.world.device.type == "cpu" else torch.cuda.get_device_name()
+        if kept := self.networks.student.locked_bytes:
+            device += f", {kept / 2**30:.2f} GiB of host memory locked for frozen weights"
         return (
             f"training {self.config.method_name} on {self.config.backbone_name}: {self.world.size} rank(s), "
             f"{Path(self.train.deepspeed).stem}, {device}, batch {self.train.batch} = "

@@ -264,11 +264,12 @@ def test_host_memory_is_locked_at_its_exact_size(monkeypatch):
     a, b = arena.empty((5, 70, 300), torch.bfloat16), arena.empty((9,), torch.float32)
     assert a.shape == (5, 70, 300) and a.dtype == torch.bfloat16 and b.shape == (9,)
     assert sorted(locked.values()) == [4096, 212_992] and all(start % 4096 == 0 for start in locked)
+    assert HostArena.locked_bytes == 4096 + 212_992
     a.fill_(1)
     b.fill_(2)
     assert (a == 1).all() and (b == 2).all()
     del arena
-    assert not locked
+    assert not locked and HostArena.locked_bytes == 0
     monkeypatch.setattr(swapping, "_register", lambda region: 304)
     monkeypatch.setattr(swapping, "_clear_error", lambda device: None)
     if not torch.cuda.is_available():

@@ -24,6 +24,7 @@ def test_no_bit_changes_and_few_gradients_are_there_at_once(tmp_path, ranks):
     for poisoned in ("", " poisoned"):
         for item in ("weights", "logs"):
             assert found[f"leaving{poisoned}"][item] == found[f"kept{poisoned}"][item]
+    assert found["sd3 leaving"]["weights"] == found["sd3 kept"]["weights"]
     assert found["leaving poisoned"]["weights"] == found["zero2 poisoned"]["weights"]
     assert [skipped for skipped, *_ in found["leaving poisoned"]["logs"]] == [0, 1, 0, 1, 0]
     assert found["leaving"]["alive"] < 0.4 * found["kept"]["alive"]

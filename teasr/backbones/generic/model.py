@@ -28,7 +28,7 @@ from teasr.backbones.generic.random_weights import fill
 from teasr.backbones.lora import inject_peft_lora, lora_settings, replace_linears
 from teasr.backbones.memory.checkpoints import HostCheckpoints
 from teasr.backbones.memory.quantised import KINDS, FullLinear
-from teasr.backbones.memory.swapping import Ring, spaced
+from teasr.backbones.memory.swapping import HostArena, Ring, spaced
 from teasr.backbones.memory.sweeps import Sweeps
 from teasr.backbones.prompts import DTYPES, cannot_load, load_part, load_prompt
 from teasr.backbones.roles import DEFAULT_SET, FIRST, STUDENT, Role, blocks_seen
@@ -250,6 +250,10 @@ class DiffusersModel(Backbone):
     def copied_bytes(self) -> int:
         checkpoints = self.net.transformer.checkpoints
         return (self.ring.copier.bytes if self.ring else 0) + (checkpoints.copied_bytes if checkpoints else 0)
+
+    @property
+    def locked_bytes(self) -> int:
+        return HostArena.locked_bytes
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class HostArena:
     allocated and then registered with CUDA. It is unregistered when the arena is deleted. For other devices the arena
     gives ordinary memory.
     """
+
+    locked_bytes: ClassVar[int] = 0  # by all arenas of this process
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -62,6 +65,7 @@ class HostArena:
         error = _register(region)
         if not error:
             self._regions.append(region)
+            HostArena.locked_bytes += size
             return region
         del whole, region
         _clear_error(self.device)
@@ -71,13 +75,15 @@ class HostArena:
             stacklevel=2,
         )
         try:
-            return torch.empty(n, dtype=torch.uint8, pin_memory=True)
+            pinned = torch.empty(n, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as failed:
             raise ValueError(
                 f"{n / 1e9:.2f} GB of host memory could not be locked ({str(failed).splitlines()[0]}): raise the limit "
                 "(`ulimit -l unlimited`, in Docker --ulimit memlock=-1), free host memory, lower backbone.swap_blocks "
                 "or set backbone.quantise"
             ) from None
+        HostArena.locked_bytes += 1 << (n - 1).bit_length()
+        return pinned
 
 
 def _register(region: Tensor) -> int:
@@ -99,6 +105,7 @@ def _unregister(regions: list[Tensor], device: torch.device) -> None:
         torch.cuda.synchronize(device)
     for region in regions:
         torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
+        HostArena.locked_bytes -= region.nbytes
     regions.clear()
 
 

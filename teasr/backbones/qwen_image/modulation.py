@@ -47,6 +47,8 @@ class ModulationTable:
         self.arena = HostArena(device)
         self.image = self.arena.empty((2 * size + 1, blocks, 6 * width), dtype)
         self.text = self.arena.empty((size + 1, blocks, 6 * width), dtype)
+        # values on their way from the device: PyTorch would allocate such memory, unlocked, for each block again
+        self.arriving = self.arena.empty((2 * size + 1, 6 * width), dtype)
 
     @property
     def times(self) -> Tensor:
@@ -61,9 +63,9 @@ class ModulationTable:
     @torch.no_grad()
     def take(self, i: int, block: nn.Module, temb: Tensor) -> None:
         """Compute the values of block `i` from the embeddings [2 size + 1, D] of all `times`, and drop its layers."""
-        y = F.silu(temb)
-        self.image[:, i].copy_(base(block.img_mod[1], y))
-        self.text[:, i].copy_(base(block.txt_mod[1], y[self.size :]))
+        temb = F.silu(temb)
+        for table, layer, y in ((self.image, block.img_mod[1], temb), (self.text, block.txt_mod[1], temb[self.size :])):
+            table[:, i].copy_(self.arriving[: len(y)].copy_(base(layer, y)))
         replace_linears(block.img_mod, Tabulated)
         replace_linears(block.txt_mod, Tabulated)
 
