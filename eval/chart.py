@@ -14,30 +14,21 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from teasr.evaluation.names import BASELINES
+from teasr.evaluation.names import BASELINES, dial_of
 from teasr.evaluation.registry import METRICS
-from teasr.evaluation.report_chart import COLORS, digits, ticks
+from teasr.evaluation.report_chart import HEIGHT, LEFT, WIDTH
+from teasr.evaluation.report_plane import Lines, Point, colored, plane
 from teasr.util import command_line
 from teasr.util.files import write_atomic
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 420, 60, 130, 16, 46  # in px
+TITLE, ROW = 20, 17  # height of the title and of a line of the legend, in px
 STYLE = (
-    "text{font:12px sans-serif;fill:#222}.grid{stroke:#ddd}.halo{paint-order:stroke;stroke:#fff;stroke-width:3px}"
-    "polyline{fill:none;stroke-width:2}"
+    "svg{color-scheme:light dark;background:light-dark(#fff,#16181c)}"
+    "text{font:12px sans-serif;fill:light-dark(#222,#ddd)}.grid{stroke:light-dark(#ddd,#444)}"
+    ".halo{paint-order:stroke;stroke:light-dark(#fff,#16181c);stroke-width:4px}"
 )
-Place = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A name, and places with their labels: one place is drawn as a point, several as a curve."""
-
-    name: str
-    places: list[Place]
-    labels: list[str]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,93 +45,51 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _draw(options: argparse.Namespace) -> None:
     metrics = (options.x, options.y)
-    lines = curves(json.loads(options.curves.read_text()), metrics) if options.curves else []
-    lines += points(json.loads(options.points.read_text()), metrics) if options.points else []
+    lines = curves(json.loads(options.curves.read_text()), metrics) if options.curves else {}
+    lines |= points(json.loads(options.points.read_text()), metrics) if options.points else {}
     if not lines:
         raise ValueError("nothing to draw: give --curves, --points or both")
     write_atomic(options.out, chart(lines, metrics).encode())
     print(options.out)
 
 
-def curves(result: dict, metrics: tuple[str, str]) -> list[Line]:
-    """Return a curve for each row of an ablation with strengths."""
-    found = []
+def curves(result: dict, metrics: tuple[str, str]) -> Lines:
+    """Return a line for each row of an ablation with strengths."""
+    lines: Lines = {}
     for name, methods in result["rows"].items():
-        at = {m.split(" at ")[1]: row for m, row in methods.items() if " at " in m}
-        if at:
-            found.append(Line(name, [tuple(row[m]["mean"] for m in metrics) for row in at.values()], list(at)))
-    return found
+        for method, row in methods.items():
+            if dial := dial_of(method):
+                place = (row[m]["mean"] for m in metrics)
+                lines.setdefault(name, []).append(Point(dial[1], f"{dial[1]:g}", method, *place))
+    return lines
 
 
-def points(result: dict, metrics: tuple[str, str]) -> list[Line]:
+def points(result: dict, metrics: tuple[str, str]) -> Lines:
     """Return a point for each row of a comparison with equal updates, and for the baseline."""
-    found = []
+    lines: Lines = {}
     for row in result["rows"]:
         if row.get("equal", "updates") == "updates":
             several = row["method"] not in BASELINES and not re.fullmatch("1 step.*", row["steps"])
             name = f"{row['method']}, {row['steps']}" if several else row["method"]
-            found.append(Line(name, [tuple(statistics.mean(row["scores"][m]) for m in metrics)], [""]))
-    return found
+            lines[name] = [Point(0, name, name, *(statistics.mean(row["scores"][m]) for m in metrics))]
+    return lines
 
 
-def chart(lines: list[Line], metrics: tuple[str, str]) -> str:
-    """Return the chart as SVG, with the labels of a curve's ends; what is better lies to the right and upwards."""
-    x, y = (_Axis([place[i] for line in lines for place in line.places], metrics[i], i) for i in (0, 1))
-    parts = [_grid(x, 0, metrics[0]), _grid(y, 1, metrics[1])]
-    for i, line in enumerate(lines):
-        curve, at = len(line.places) > 1, [(x(a), y(b)) for a, b in line.places]
-        color = COLORS[i % len(COLORS)] if curve else "#222"
-        if curve:
-            parts.append(f'<polyline stroke="{color}" points="{" ".join(f"{a},{b}" for a, b in at)}"/>')
-        parts += [f'<circle cx="{a}" cy="{b}" r="{3 if curve else 5}" fill="{color}"/>' for a, b in at]
-        for (a, b), label in ((at[0], line.labels[0]), (at[-1], line.labels[-1])) if curve else ():
-            parts.append(f'<text class="halo" x="{a + 6}" y="{b - 5}" style="font-size:10px">{label}</text>')
-        a, b = at[-1]
-        parts.append(
-            f'<text class="halo" x="{a + 8}" y="{b + 10}" style="fill:{color}">{html.escape(line.name)}</text>'
-        )
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-    title = f"{METRICS[metrics[1]].label} over {METRICS[metrics[0]].label}"
+def chart(lines: Lines, metrics: tuple[str, str]) -> str:
+    """Return the chart with its title and legend as an SVG file, light or dark like the page around it."""
+    right, upwards = (f"{METRICS[m].label} ({METRICS[m].better} is better)" for m in metrics)
+    title = f"{upwards} against {right}"
+    height = TITLE + HEIGHT + ROW * len(lines) + 6
+    legend = []
+    for i, (name, color) in enumerate(colored(lines)):
+        y = TITLE + HEIGHT + ROW * i + 6
+        legend.append(f'<rect x="{LEFT}" y="{y}" width="10" height="10" rx="2" fill="{color}"/>')
+        legend.append(f'<text x="{LEFT + 16}" y="{y + 9}">{html.escape(name)}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}"><style>{STYLE}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{2 * WIDTH}" role="img" '
+        f'aria-label="{title}"><style>{STYLE}</style><text x="4" y="14">{title}'
+        f'</text><g transform="translate(0 {TITLE})">{plane(lines, *metrics)}</g>{"".join(legend)}</svg>\n'
     )
-
-
-class _Axis:
-    """Maps the values of a metric to px, such that better values lie to the right (0) or upwards (1)."""
-
-    def __init__(self, values: list[float], metric: str, direction: int):
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low or abs(high) or 1)
-        self.low, self.high = low - margin, high + margin
-        self.turned = not METRICS[metric].higher
-        self.ends = ((LEFT, WIDTH - RIGHT), (HEIGHT - BOTTOM, TOP))[direction]
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        a, b = reversed(self.ends) if self.turned else self.ends
-        return round(a + (b - a) * share, 1)
-
-
-def _grid(axis: _Axis, direction: int, metric: str) -> str:
-    """Return the lines, the numbers and the name of an axis."""
-    at, parts = ticks(axis.low, axis.high), []
-    for value in at:
-        p, text = axis(value), f"{value:.{digits(at)}f}"
-        if direction == 0:
-            parts.append(f'<line class="grid" x1="{p}" x2="{p}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text x="{p}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
-        else:
-            parts.append(f'<line class="grid" y1="{p}" y2="{p}" x1="{LEFT}" x2="{WIDTH - RIGHT}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{p + 4}" text-anchor="end">{text}</text>')
-    label = f"{METRICS[metric].label}, {METRICS[metric].better} is better"
-    place = (
-        f'x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}"'
-        if direction == 0
-        else f'transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
-    )
-    return f'{"".join(parts)}<text {place} text-anchor="middle">{label}</text>'
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 try:
-    from teasr import Upscaler
+    from teasr import Upscaler, assets
     from teasr.imaging import color
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -35,21 +35,30 @@ class TeasrLoad:
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         """Return the inputs and their widgets."""
-        where = "name of a folder in ComfyUI/models/teasr, path of a run or an export, owner/name on the hub, or small"
+        names = list(dict.fromkeys((assets.DEFAULT.name, *_own_models())))
         return {
             "required": {
-                "model": ("STRING", {"default": "small", "tooltip": where}),
-                "dtype": (DTYPES, {"tooltip": "precision of the weights; fp8 and nf4 are for large models"}),
+                "model": (names, {"tooltip": "small, which comes with teasr, or a folder in ComfyUI/models/teasr"}),
+                "dtype": (list(DTYPES), {"tooltip": "precision of the weights; fp8 and nf4 are for large models"}),
                 "offload": (
                     "BOOLEAN",
                     {"default": False, "tooltip": "keep the weights of a large model in host memory"},
                 ),
-            }
+            },
+            "optional": {
+                "path": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "in place of model: path of a run or an export, or owner/name (hub)",
+                    },
+                ),
+            },
         }
 
-    def load(self, model: str, dtype: str, offload: bool) -> tuple[Upscaler]:
+    def load(self, model: str, dtype: str, offload: bool, path: str = "") -> tuple[Upscaler]:
         """Return the model. Raises ValueError naming what is missing, damaged or not possible on this machine."""
-        found = _in_models_folder(model) or model
+        found = path.strip() or _own_models().get(model, model)
         return (Upscaler.from_pretrained(found, dtype=None if dtype == DTYPES[0] else dtype, offload=offload),)
 
 
@@ -82,7 +91,7 @@ class TeasrUpscale:
                     {"default": 0, "min": 0, "max": 8192, "step": 64,
                      "tooltip": "side of the tiles of large images, in px of the result; 0: what fits in memory"},
                 ),
-                "color_fix": (tuple(color.KINDS), {"tooltip": "restores the colours of the source"}),
+                "color_fix": (list(color.KINDS), {"tooltip": "restores the colours of the source"}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
             },
             "optional": {  # comes last, so that workflows made without it keep their values
@@ -160,9 +169,16 @@ def _reporter(index: int, count: int) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _in_models_folder(name: str) -> Path | None:
-    """Return ComfyUI/models/teasr/NAME if there is such a folder."""
+def _own_models() -> dict[str, Path]:
+    """Return the folders in ComfyUI/models/teasr, and in those that extra_model_paths.yaml names `teasr`, by name."""
     import folder_paths
 
-    folder = Path(folder_paths.models_dir, "teasr", name)
-    return folder if name and folder.is_dir() else None
+    folder_paths.add_model_folder_path("teasr", str(Path(folder_paths.models_dir, "teasr")))
+    places = [Path(place) for place in folder_paths.get_folder_paths("teasr")]
+    return {
+        folder.name: folder
+        for place in reversed(places)  # the first place that has a name wins
+        if place.is_dir()
+        for folder in sorted(place.iterdir())
+        if folder.is_dir()
+    }

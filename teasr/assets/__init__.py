@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "small"  # the model used for restoration when none is specified
 MODELS = {  # name of a shipped model -> what it is
-    "small": "super-resolution x4 in 1 to 30 steps, 1.4 M parameters; for --model and --from",
+    "small": "super-resolution x4 in 1 to 30 steps, 4.1 M parameters; for --model and --from",
     "small-prior": "the prior from which `small` was trained, for backbone.base; it restores nothing",
 }
 NOTE = (

@@ -45,9 +45,9 @@ def chart(metric: str, found: list[Result]) -> str:
     axes = Axes(values, sorted({s for _, points in lines for s, _ in points}))
     parts, right = [axes.drawn()], WIDTH - RIGHT
     if base is not None:
-        y = axes.y(base)
+        y, (x, anchor) = axes.y(base), _clear_end(base, [points for _, points in lines])
         parts.append(f'<line class="base" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="halo" x="{right}" y="{y - 5}" text-anchor="end">{baseline}</text>')
+        parts.append(f'<text class="halo" x="{x}" y="{y - 5}" text-anchor="{anchor}">{baseline}</text>')
     colored = [(name, points, COLORS[i % len(COLORS)]) for i, (name, points) in enumerate(lines)]
     parts += [_curve(axes, name, points, color) for name, points, color in colored]
     keys = (f'<span><i style="background:{color}"></i>{html.escape(name)}</span>' for name, _, color in colored)
@@ -57,6 +57,12 @@ def chart(metric: str, found: list[Result]) -> str:
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} over the number of steps">'
         f"{''.join(parts)}</svg><p class=legend>{''.join(keys)}</p></figure>"
     )
+
+
+def _clear_end(base: float, lines: list[Points]) -> tuple[int, str]:
+    """Return where the label of the baseline stands and its anchor: at the end that is further from the curves."""
+    first, last = (min(abs(points[end][1]["mean"] - base) for points in lines) for end in (0, -1))
+    return (LEFT, "start") if first > last else (WIDTH - RIGHT, "end")
 
 
 def _points(result: Result, metric: str) -> Points:

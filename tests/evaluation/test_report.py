@@ -135,6 +135,17 @@ def test_ticks_are_round_numbers_with_the_digits_that_tell_them_apart():
     assert [digits(x) for x in ([21, 22], [0.02, 0.04], [1.25, 1.5], [1e4, 2e4])] == [0, 2, 2, 0]
 
 
+def test_the_label_of_the_baseline_stands_clear_of_the_curve(tmp_path):
+    from teasr.evaluation.report import Result
+    from teasr.evaluation.report_chart import chart
+
+    for values, anchor in (((24.0, 23.5), "start"), ((23.5, 24.0), "end")):
+        methods = {"bicubic": 23.5, "1 step": values[0], "4 steps": values[1]}
+        scores = {"methods": {name: {"psnr": {"mean": value}} for name, value in methods.items()}}
+        figure = chart("psnr", [Result("mine", tmp_path, scores, {})])
+        assert re.findall('text-anchor="([a-z]*)">bicubic<', figure) == [anchor]
+
+
 def test_every_metric_is_explained():
     from teasr.evaluation.registry import MEANINGS, METRICS
 
