@@ -66,6 +66,8 @@ ROWS = {
         "MSE and EA-DISTS": ["method.lambda_adv=0"],
         "with discriminator": [],
         "with discriminator without noise": ["method.t_range=[0,0]"],
+        "with discriminator of 1 block": ["method.disc_blocks=1"],
+        "with discriminator of 4 blocks": ["method.disc_blocks=4"],
         "CNN of pictures": PIXEL_CNN,
         "CNN of pictures without noise": [*PIXEL_CNN, "method.t_range=[0,0]"],
     },
