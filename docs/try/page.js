@@ -28,8 +28,9 @@ function start() {
   worker.onmessage = ({ data }) => {
     if (data.error) return show(false), say(`This failed: ${data.error}`, "error");
     if (data.pixels) return finish(data);
-    $("progress").value = data.of ? data.done / data.of : 0;
-    say(data.of ? `restoring: part ${data.done} of ${data.of}` : `${data.state} …`);
+    if (data.done) $("progress").value = data.done / data.of;
+    else $("progress").removeAttribute("value");
+    say(data.done ? `restoring: part ${data.done} of ${data.of}` : `${data.state} …`);
   };
   show(true);
   worker.postMessage(message);

@@ -40,14 +40,16 @@ async function restore({ pixels, width, height, seed }) {
   const overlap = Math.max(unit, Math.floor(tile / 8 / unit) * unit);
   const rows = spans(height, tile, overlap, unit), columns = spans(width, tile, overlap, unit);
   const out = new Uint8ClampedArray(4 * width * height * scale * scale);
+  const of = rows.length * columns.length;
   let done = 0;
+  postMessage({ state: "restoring", done, of });
   for (const [r, [top, high]] of rows.entries())
     for (const [c, [left, broad]] of columns.entries()) {
       const planes = await restoredTile(model, about, pixels, width, left, top, broad, high, seed);
       const above = r && (rows[r - 1][0] + rows[r - 1][1] - top) * scale;
       const before = c && (columns[c - 1][0] + columns[c - 1][1] - left) * scale;
       paste(out, width * scale, planes, left * scale, top * scale, broad * scale, high * scale, before, above);
-      postMessage({ state: "restoring", done: ++done, of: rows.length * columns.length });
+      postMessage({ state: "restoring", done: ++done, of });
     }
   const seconds = (performance.now() - began) / 1000;
   const made = { pixels: out, width: width * scale, height: height * scale, seconds };

@@ -35,6 +35,11 @@ PIXELS = """() => {
   const canvas = document.getElementById("after");
   return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
 }"""
+TOLD = """() => {
+  const status = document.getElementById("status");
+  window.told = [];
+  new MutationObserver(() => told.push(status.textContent)).observe(status, { childList: true });
+}"""
 NOISE = """async ([seed, ...shape]) => [...(await import("./noise.js")).noise(seed, ...shape)]"""
 
 
@@ -91,7 +96,9 @@ def test_a_dropped_picture_of_several_tiles_is_restored_like_by_pytorch(page):
     upscaler = Upscaler.from_pretrained("small", device="cpu")
     side = upscaler.backbone.tile_px // upscaler.scale
     picture = np.ascontiguousarray(skimage.data.coffee()[100 : 100 + side + 7, 200 : 200 + side // 2 + 3])
+    page.evaluate(TOLD)
     made = restored(page, picture)
+    assert {"loading the model …", "restoring …"} <= set(page.evaluate("told")), "a first part can take long"
     noise = noise_of_the_page(page, onnx_export.noise_shape(upscaler, *picture.shape[:2]))
     image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
