@@ -14,6 +14,7 @@ from test_training import start
 
 from teasr import Upscaler
 from teasr.backbones import lora_file
+from teasr.backbones.qwen_image.transformer import pack
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,11 @@ def test_diffusers_reads_it_and_would_apply_it_to_all_tokens(run, model, export,
     export([str(run), "--out", str(tmp_path)])
     stock = QwenImageTransformer2DModel.from_pretrained(model / "transformer")
     ours = backbone(model, lora=str(tmp_path), modulation_table=None).net.transformer
-    x, text, t = torch.randn(1, 24, 64), torch.randn(1, 5, 48), torch.tensor([0.5])
+    z, text, t = torch.randn(1, 16, 8, 12), torch.randn(1, 5, 48), torch.tensor([0.5])
+    x = pack(z)
     with torch.no_grad():
         before = stock(x, text, None, t, [[(1, 4, 6)]], return_dict=False)[0]
-        assert torch.equal(ours(x, t, text, (4, 6)), before)
+        assert torch.equal(pack(ours(z, t, text)), before)
         stock.load_lora_adapter(tmp_path, weight_name=lora_file.NAME, prefix="transformer")
         names = [n for n, _ in stock.named_parameters() if "lora_" in n]
         assert len(names) == len(load_file(tmp_path / lora_file.NAME))
