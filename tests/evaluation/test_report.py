@@ -83,7 +83,7 @@ def test_the_page_in_a_browser(results, browser, tmp_path):  # noqa: F811
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
     page.goto((tmp_path / "report.html").as_uri())
-    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 6
+    assert page.locator("tbody tr").count() == 4 and page.locator("svg polyline").count() == 7
     assert "Peak signal-to-noise ratio" in page.locator("thead th").nth(1).get_attribute("title")
     made = page.locator("section > dl").inner_text()
     assert all(word in made for word in ("benchmark.py", "commit", "hardware", "UTC", "mlflow ui --backend-store-uri"))
