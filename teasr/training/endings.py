@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+
 import torch
 
 # parts of the error messages of PyTorch
@@ -16,7 +20,8 @@ def explained(error: Exception, ranks: int, saved: int) -> Exception | None:
     `ranks`: number of ranks. `saved`: the update from which the run resumes.
     """
     text, resume = _one_line(error), f"run the same command to resume from update {saved}"
-    if LOADER in text and isinstance(error, RuntimeError):
+    # the pipe to the process may break before PyTorch notes its end; broken connections of ranks are RuntimeErrors
+    if (LOADER in text and isinstance(error, RuntimeError)) or isinstance(error, ConnectionError | EOFError):
         return ChildProcessError(
             f"a process that reads the training data has died ({text}): most often it was killed for lack of memory "
             f"(see dmesg), then lower data.workers; {resume}"
@@ -26,6 +31,17 @@ def explained(error: Exception, ranks: int, saved: int) -> Exception | None:
     if ranks > 1 and any(name in text for name in LOST):
         return ConnectionError(f"another rank is gone ({text}): the reason is in its own log; {resume}")
     return out_of_memory(error, resume)
+
+
+def ignore_children() -> None:
+    """Ignore the end of child processes from now on, so that closing a run is not interrupted.
+
+    PyTorch's handler raises an error about a dead loader process in whatever code runs when the signal arrives.
+    """
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
+        for _ in range(2):  # the first call may run the old handler for a signal that has arrived
+            with contextlib.suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def out_of_memory(error: Exception, then: str = "then run the same command again") -> OSError | None:

@@ -13,7 +13,7 @@ from teasr.tracking.history import keep_history
 from teasr.tracking.run_files import BAD_FILE, SKIPPED_FILE
 from teasr.tracking.system_metrics import Machine
 from teasr.tracking.tracker import Tracker
-from teasr.training.endings import explained
+from teasr.training.endings import explained, ignore_children
 from teasr.util.files import write_atomic
 from teasr.util.progress import ProgressLine
 
@@ -38,6 +38,8 @@ class Recording:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Close everything with the final status of the run. Raises OSError that explains a library's exception."""
+        if isinstance(error, Exception):
+            ignore_children()
         self.line.close()
         if self.tracker:
             failed = isinstance(error, Exception)

@@ -156,6 +156,7 @@ def test_errors_of_libraries_are_told_in_one_line():
         next(iter(DataLoader(Broken(), batch_size=None, num_workers=1)))
     assert "Traceback" in str(caught.value)
     assert str(explained(caught.value, 1, 0)) == "no shard of x can be used"
+    assert "a process that reads the training data has died" in str(explained(ConnectionResetError(104, "reset"), 1, 0))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert "the memory is not sufficient (" in str(explained(caught.value, 1, 4))
