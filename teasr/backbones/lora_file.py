@@ -138,21 +138,24 @@ def card(tensors: dict[str, Tensor], ours: dict) -> str:
     """Return the text of the model card."""
     count = sum(x.numel() for x in tensors.values())
     base, rank = ours["base_model"], ours["lora_rank"]
+    tag, steps, example = (
+        ("one-step", "one step", 1) if ours.get("steps") == "1" else ("any-step", "1 to 30 sampling steps", 4)
+    )
     return f"""---
 base_model: {base}
 library_name: teasr
 pipeline_tag: image-to-image
-tags: [super-resolution, image-restoration, lora, {ours.get("backbone", "qwen_image").replace("_", "-")}, any-step]
+tags: [super-resolution, image-restoration, lora, {ours.get("backbone", "qwen_image").replace("_", "-")}, {tag}]
 ---
 
 # TEASR LoRA for {base}
 
-Restores images (x4 real-world super-resolution) in 1 to 30 sampling steps: rank {rank}, \
+Restores images (x4 real-world super-resolution) in {steps}: rank {rank}, \
 {count / 1e6:,.1f} M parameters in {next(iter(tensors.values())).dtype}.
 
 {BRANCH_WARNINGS[ours.get("branches", "dual")]}
 {_other_software(tensors)}
-Restore images: `teasr upscale photos/ -o restored/ --model FOLDER --steps 4`. \
+Restore images: `teasr upscale photos/ -o restored/ --model FOLDER --steps {example}`. \
 Continue training: set `backbone.lora=FOLDER` in the config.
 
 | | |

@@ -148,7 +148,8 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
         other = "ema" if options.weights == "weights" else "weights"
         raise ValueError(f"{folder} contains no {file.name}: use --weights {other}")
     settings = run_config.load(folder / "config.yaml")
-    lora = settings.with_random_weights().build_backbone(settings.build_method().roles()[:1]).lora_metadata()
+    method = settings.build_method()
+    lora = settings.with_random_weights().build_backbone(method.roles()[:1]).lora_metadata()
     if lora is None:
         model, *_ = pretrained.load(folder, options.weights, "cpu")
         state = read_json(folder / "state.json")  # a shipped model or an export has none
@@ -160,6 +161,7 @@ def export(options: argparse.Namespace, folder: Path) -> Path:
     peft, metadata = lora
     metadata |= {"base_model": settings.backbone.model, "prompt": settings.backbone.prompt}
     metadata["backbone"] = settings.backbone_name
+    metadata["steps"] = "1" if method.sampler().step_counts == (1,) else "any"
     metadata |= {
         "weights": options.weights,
         "updates": state["update"],

@@ -46,6 +46,7 @@ def test_a_trained_lora_loads_back_bit_for_bit(run, model, export, tmp_path, cap
     assert export([str(run), "--out", str(tmp_path / "half"), "--dtype", "bf16", "--weights", "weights"]) == 0
     assert (tmp_path / "half" / lora_file.NAME).stat().st_size < 0.7 * (tmp_path / lora_file.NAME).stat().st_size
     card = (tmp_path / "README.md").read_text()
+    assert "in 1 to 30 sampling steps" in card and "any-step]" in card and "--steps 4" in card
     assert "condition tokens only" in card and "after 2 updates" in card and f"base_model: {model}" in card
 
 

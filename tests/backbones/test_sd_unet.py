@@ -396,7 +396,8 @@ def test_an_export_restores_as_the_run_and_diffusers_loads_its_lora(runs, model,
     assert np.abs(exported(picture, tile_px=64).astype(float) - wanted).mean() < 20
     if method == "tadsr":
         assert not np.array_equal(exported(picture, dials={"strength": 0.1}), wanted)
-    assert "instead of noise" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert all(part in card for part in ("instead of noise", "in one step", "one-step]", "--steps 1"))
     stock, x = UNet2DConditionModel.from_pretrained(model, subfolder="unet"), torch.randn(1, 4, 4, 4)
     stock.load_lora_adapter(tmp_path / "out", weight_name=lora_file.NAME, prefix="unet", use_safetensors=True)
     net, index = exported.backbone.net, torch.tensor([500])
