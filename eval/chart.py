@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw the chart; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, help="ablation.json of eval/ablate.py with --strengths")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows of --curves to draw (default: all)")
     parser.add_argument("--points", type=Path, help="comparison.json of eval/compare.py")
     parser.add_argument("--x", choices=tuple(METRICS), default="psnr", help="metric to the right (default: psnr)")
     parser.add_argument("--y", choices=tuple(METRICS), default="dists", help="metric upwards (default: dists)")
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _draw(options: argparse.Namespace) -> None:
     metrics = (options.x, options.y)
     lines = curves(json.loads(options.curves.read_text()), metrics) if options.curves else {}
+    if missing := sorted(set(options.rows or ()) - lines.keys()):
+        raise ValueError(f"--rows {missing[0]!r} is no row of --curves: choose from {', '.join(lines)}")
+    lines = {name: line for name, line in lines.items() if options.rows is None or name in options.rows}
     lines |= points(json.loads(options.points.read_text()), metrics) if options.points else {}
     if not lines:
         raise ValueError("nothing to draw: give --curves, --points or both")

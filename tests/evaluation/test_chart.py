@@ -39,4 +39,6 @@ def test_a_dial_is_a_curve_and_methods_are_points(chart, tmp_path, capsys):
     assert faithful == one, "22 dB and DISTS 0.3, the mean over seeds"
     assert four[0] < real[0] < one[0], "a higher PSNR lies to the right"
     assert one[1] < real[1] < four[1], "a lower DISTS lies lower"
+    assert chart.main([*files, "--rows", "blur", "--out", str(tmp_path / "none.svg")]) == 2
+    assert "'blur' is no row of --curves: choose from full" in capsys.readouterr().err
     assert chart.main(["--out", str(tmp_path / "none.svg")]) == 2 and "--points" in capsys.readouterr().err
