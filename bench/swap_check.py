@@ -153,7 +153,7 @@ class Check:
         return self.compared(network, store.copier, wanted, noise) | self.measure(network)
 
     def by_block(self, kind: str) -> dict:
-        """Gradients of an update of TEASR in block-major order, swapped and hosted, against a resident network's.
+        """Gradients of an update of TEASR by blocks, with swap and host checkpoints, against a resident network's.
 
         They differ by rounding, because calls without a graph have other batches.
         """

@@ -15,7 +15,7 @@ from teasr.training.footprint import count
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_bit_changes_and_few_gradients_are_there_at_once(tmp_path, ranks):
-    """Nor after updates that were skipped, after which DeepSpeed alone would add an older gradient to the next one."""
+    """After skipped updates the bits are the same too; DeepSpeed alone would add an older gradient to the next one."""
     launcher, env = launcher_of(ranks)
     command = [*launcher, str(ROOT / "tests/run_leaving.py"), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
