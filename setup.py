@@ -35,7 +35,7 @@ EXTRAS = {
         "webdataset",
     ],
 }
-FOR_TESTS = ["playwright", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"]
+FOR_TESTS = ["playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools", "wheel"]
 # Everything that the tests use. They pass without `metrics`, whose licence each user has to choose.
 EXTRAS["dev"] = FOR_TESTS + sorted({p for name, extra in EXTRAS.items() if name != "metrics" for p in extra})
 

@@ -45,7 +45,7 @@ def run(line: str, place: Path) -> str:
     words = [str(place / "home" / word[2:]) if word.startswith("~/") else word for word in words]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env |= {"HOME": str(place / "home")}
-    done = warm.run([*PROGRAMS[name], *words], cwd=place, env=env, capture_output=True, text=True, timeout=1800)
+    done = warm.run([*PROGRAMS[name], *words], cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 

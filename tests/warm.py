@@ -13,6 +13,7 @@ answers to standard output.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import runpy
@@ -46,6 +47,7 @@ class _Parent:
         self.process: subprocess.Popen | None = None
         self.codes: dict[int, int] = {}
         self.started = self.ended = None
+        self.dead = False
         self.lock = threading.Lock()
 
     def fork(self, request: dict) -> int:
@@ -56,7 +58,8 @@ class _Parent:
             self.started.clear()
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            assert self.started.wait(1800), "the warm parent does not answer"
+            self.started.wait()
+            assert not self.dead, "the warm parent has died"
             return self.pid
 
     def _start(self) -> None:
@@ -71,11 +74,14 @@ class _Parent:
             answer = json.loads(line)
             if "pid" in answer:
                 self.pid = answer["pid"]
+                self.codes.pop(self.pid, None)  # of an earlier process with this number
                 self.started.set()
             else:
                 with self.ended:
                     self.codes[answer["ended"]] = answer["code"]
                     self.ended.notify_all()
+        self.dead = True
+        self.started.set()
 
 
 _PARENT = _Parent()
@@ -102,11 +108,17 @@ class _Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        until = time.monotonic() + (timeout or 1e9)
-        with _PARENT.ended:
-            while self.pid not in _PARENT.codes:
-                if not _PARENT.ended.wait(min(3600, until - time.monotonic())) and time.monotonic() >= until:
+        """Wait for the end. When the test runs out of time meanwhile, the child shows where it is, and is ended."""
+        try:
+            with _PARENT.ended:
+                if not _PARENT.ended.wait_for(lambda: self.pid in _PARENT.codes, timeout):
                     raise subprocess.TimeoutExpired("a forked program", timeout)
+        except BaseException:
+            self.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            self.kill()
+            print(self.stdout.read()[-5000:], self.stderr.read()[-5000:], file=sys.stderr)
+            raise
         return self.poll()
 
     def communicate(self, timeout: float | None = None):
@@ -146,7 +158,7 @@ def run(command: list, capture_output=False, timeout=None, check=False, **how) -
     process = Popen(command, **(how | pipes))
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         process.kill()
         raise
     if not capture_output and isinstance(process, _Forked):  # print the output as if the streams had been inherited
@@ -230,6 +242,7 @@ def child(request: dict) -> None:
     for number, handle in enumerate((null, out, err)):
         os.dup2(handle, number)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # show where each thread is
     os.environ.clear()
     os.environ.update(request["env"])
     if request["ranks"] is None:
@@ -256,6 +269,7 @@ def launch(request: dict) -> None:
                 os.kill(pid, number)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, stop)
     code = 0
     while pids:
         pid, status = os.wait()

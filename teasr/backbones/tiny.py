@@ -43,6 +43,8 @@ class TinyConfig:
     Qwen-Image has in the paper.
     base: the prior to start from: a folder (of a run, a checkpoint or `teasr export`), the name of a shipped prior,
     or `random` for explicitly random weights.
+    codec: a prior, named as for `base`, whose codec is used instead of fitting a new one, so that the latents of both
+    models are the same.
     train: `full` trains the base (both branches) and the LoRA of the condition branch; `lora` freezes the base.
     """
 
@@ -55,6 +57,7 @@ class TinyConfig:
     lora_alpha: Annotated[int, "[1, inf)"] = 16
     train: Literal["full", "lora"] = "full"
     base: str | None = None
+    codec: str | None = None
     decoupled_timestep: bool = True  # false: both branches share the sum of both time embeddings (Table 3, row 1)
     output_skip: bool = True  # start at the LQ image; false: at the prior's mean
     conditional: bool = True
@@ -78,6 +81,8 @@ class TinyConfig:
                 "backbone.train = lora freezes the base, but backbone.base is not set: set it to the folder of a "
                 "prior, or to random for an experiment without a prior"
             )
+        if self.codec is not None and self.base not in (None, "random"):
+            raise ValueError("backbone.base brings its own codec: leave backbone.codec out")
         if not self.conditional and (
             self.train == "lora" or self.base not in (None, "random") or self.pair is not None
         ):
@@ -353,6 +358,17 @@ def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C
     return y * (t - (1 - t) * sigma2) / n - start + (sigma2 / n).sqrt() * out
 
 
+def load_codec(source: str, codec: PCACodec) -> None:
+    """Load the codec of a prior, given by its folder or as the name of a shipped prior. Raises ValueError."""
+    try:
+        codec.load_state_dict(load_file(find_weights(source)[0] / "fixed.safetensors"))
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"backbone.codec = {source} cannot be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "
+            "model with the same backbone.latent_channels, or the name of a prior that ships with teasr"
+        ) from None
+
+
 def load_prior(source: str, net: TinyDiT, codec: PCACodec) -> None:
     """Load a prior's weights and codec from its folder or from a shipped prior of this name.
 
@@ -394,6 +410,8 @@ class Tiny(Backbone):
                 nn.init.xavier_uniform_(net.proj_out.weight)
             elif config.base is not None:
                 load_prior(config.base, net, self.codec)
+            if config.codec is not None:
+                load_codec(config.codec, self.codec)
             if seen := blocks_seen(roles):  # later blocks and the output layer are not used
                 net.blocks, net.norm_out, net.proj_out = net.blocks[:seen], None, None
             for name, p in net.named_parameters():
@@ -443,7 +461,7 @@ class Tiny(Backbone):
 
     @classmethod
     def with_random_weights(cls, config: TinyConfig) -> TinyConfig:
-        return replace(config, base=config.base and "random")
+        return replace(config, base=config.base and "random", codec=None)
 
     def to(self, device: torch.device, each: Callable[[nn.Module], Any] = lambda part: None) -> None:
         super().to(device, each)

@@ -174,7 +174,7 @@ def test_the_preset_runs_on_random_weights(shards, tmp_path):
     preset = ["launch/train.py", "--config", "launch/presets/qwen_teasr.yaml", "--random-init", "tracking.mlflow=false"]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env = clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = warm.run([*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    done = warm.run([*launcher, *preset, *changes], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     _, first, _ = rows(tmp_path / "run")  # the preview before the first update has a row too
     assert first["lpips"] > 0 and len(list((tmp_path / "run/previews").iterdir())) == 2
@@ -396,7 +396,7 @@ def test_two_ranks_compute_the_same_and_no_rank_holds_all_weights(tmp_path):
             str(tmp_path / "recipe.json"), str(tmp_path / "large"),
         ],
         env=clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=1800,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("[{"))

@@ -189,6 +189,23 @@ def test_lora_needs_a_prior_and_starts_from_one(tmp_path):
         Tiny(TinyConfig(**(SMALL | {"width": 40}), base=str(tmp_path / "prior")))
 
 
+def test_a_prior_of_another_size_can_share_the_codec_of_a_prior(tmp_path):
+    """Other pairs do not change it, so the latents of both are the same."""
+    prior = saved_prior(tmp_path / "prior")
+    settings = SMALL | {"width": 64, "codec": str(tmp_path / "prior"), "conditional": False}
+    larger = Tiny(TinyConfig(**settings))
+    larger.fit((-hq, lq) for hq, lq in pairs())
+    assert all(torch.equal(getattr(larger.codec, n), getattr(prior.codec, n)) for n in ("mean", "basis", "scale"))
+    assert torch.equal(larger.net.spread, prior.net.spread)
+    larger.share_codec(prior)
+    with pytest.raises(ValueError, match=r"backbone\.codec = .*nowhere cannot be loaded"):
+        Tiny(TinyConfig(**(settings | {"codec": str(tmp_path / "nowhere")})))
+    with pytest.raises(ValueError, match=r"backbone\.codec = .*prior cannot be loaded"):
+        Tiny(TinyConfig(**(settings | {"latent_channels": 8})))
+    with pytest.raises(ValueError, match="brings its own codec"):
+        TinyConfig(**(SMALL | {"codec": "a", "base": "b"}))
+
+
 def test_a_prior_is_blind_to_the_condition_and_its_model_is_refused_as_a_base(tmp_path):
     prior = make(conditional=False)
     z_t, t, z_lq = inputs()

@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 def benchmark(*arguments, **environment):
     done = warm.run(
         [sys.executable, BENCHMARK, *map(str, arguments)],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800,
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -144,7 +144,7 @@ def test_a_model_on_one_rank_and_on_two(untrained, folders, tmp_path):
         BENCHMARK,
     ]
     command += [*map(str, common), "--steps", "1", "2", "--out", str(tmp_path / "two")]
-    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("scores.json", "scores_by_picture.csv", "comparison.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -35,7 +35,7 @@ def results(untrained, folders, tmp_path_factory):  # noqa: F811
 
 def report(*arguments):
     command = [sys.executable, str(ROOT / "eval/report.py"), *map(str, arguments)]
-    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -61,7 +61,7 @@ def test_the_first_picture_does_not_wait_for_what_it_does_not_need():
         "import sys, numpy as np; from teasr import Upscaler; "
         "Upscaler.from_pretrained()(np.zeros((32, 32, 3), np.uint8)); print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not {"peft", "transformers", "diffusers", "torch._dynamo", "mlflow", "deepspeed"} & set(done.stdout.split())
 
@@ -130,7 +130,7 @@ def test_scores_of_a_shipped_model_do_not_land_beside_it(shards, tmp_path, model
         "--metrics",
         "psnr",
     ]
-    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs/small/eval" / shards.name / "scores.json").is_file()
     assert {p.name for p in assets.HERE.rglob("*") if p.suffix in (".json", ".db")} == {"MANIFEST.json"}

@@ -147,7 +147,7 @@ def test_deepspeed_holds_what_the_rules_say(zero, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(settings.to_dict()))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = [sys.executable, str(ROOT / "tests/run_metered.py"), str(tmp_path / "recipe.json")]
-    done = warm.run(command, env=clean, capture_output=True, text=True, timeout=1800)
+    done = warm.run(command, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     print(zero, int(done.stdout.split()[-1]) / counted.parameters["trained"], wanted / counted.parameters["trained"])
     assert int(done.stdout.split()[-1]) == pytest.approx(wanted, rel=0.1)

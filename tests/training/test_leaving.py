@@ -18,7 +18,7 @@ def test_no_bit_changes_and_few_gradients_are_there_at_once(tmp_path, ranks):
     """After skipped updates the bits are the same too; DeepSpeed alone would add an older gradient to the next one."""
     launcher, env = launcher_of(ranks)
     command = [*launcher, str(ROOT / "tests/run_leaving.py"), str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {x["case"]: x for x in (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))}
     for poisoned in ("", " poisoned"):

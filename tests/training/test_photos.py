@@ -16,7 +16,7 @@ from teasr.util import checkpoint_folder
 
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "teasr.cli", "train", *map(str, arguments)]
-    return warm.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800)
+    return warm.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

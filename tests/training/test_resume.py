@@ -48,11 +48,9 @@ def tell(process: subprocess.Popen, number: int) -> None:
         psutil.wait_procs(family, timeout=10)
 
 
-def wait_for(process: subprocess.Popen, condition, seconds: float = 1800) -> None:
-    until = time.monotonic() + seconds
+def wait_for(process: subprocess.Popen, condition) -> None:
     while not condition():
         assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < until
         time.sleep(0.002)
 
 
@@ -63,7 +61,7 @@ def updates(run: Path) -> int:
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=1800)
+    out, _ = process.communicate()
     assert process.returncode == 0, out[-3000:]
     return out
 
@@ -121,7 +119,7 @@ def test_told_to_stop_it_finishes_the_update_saves_and_says_so(shards, tmp_path,
     wait_for(process, lambda: updates(run) >= 3)
     for _ in range(2):
         tell(process, signal.SIGTERM)
-    out, _ = process.communicate(timeout=1800)
+    out, _ = process.communicate()
     if ranks == 1:
         assert process.returncode == 0
     done = updates(run)

@@ -13,7 +13,7 @@ import torch
 from conftest import small_recipe
 from test_resume import begin, last, same, updates, wait_for
 from test_training import rows, start
-from torch.utils.data import DataLoader, Dataset
+from torch._utils import ExceptionWrapper
 
 from teasr.training.endings import explained, out_of_memory
 from teasr.util.lock import FolderLock, locked
@@ -121,9 +121,12 @@ def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, capsys):
     with locked(FolderLock(tmp_path, "training"), print, every_s=0.1):
         assert "in use" in capsys.readouterr().out
     elsewhere(tmp_path)
-    threading.Timer(0.3, os.utime, [tmp_path / ".lock"]).start()
-    again = locked(FolderLock(tmp_path, "training"), print, every_s=0.1)
-    with pytest.raises(ValueError, match="on host elsewhere"), again:
+
+    def say(text: str) -> None:  # the other machine refreshes its lock after the first look at it
+        print(text)
+        threading.Timer(0.3, os.utime, [tmp_path / ".lock"]).start()
+
+    with pytest.raises(ValueError, match="on host elsewhere"), locked(FolderLock(tmp_path, "t"), say, every_s=0.1):
         pass
     assert capsys.readouterr().out.count("waiting to see whether it has died") == 1
 
@@ -134,26 +137,20 @@ def test_a_killed_loader_process_is_one_clear_line(shards, tmp_path):
     wait_for(process, lambda: updates(tmp_path / "run") >= 4)
     loader = psutil.Process(process.pid).children()[0]
     loader.send_signal(signal.SIGKILL)
-    out, _ = process.communicate(timeout=1800)
+    out, _ = process.communicate()
     assert process.returncode == 2 and "Traceback" not in out
     told = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "a process that reads the training data has died" in told[0]
     assert f"run the same command to resume from update {int(last(tmp_path / 'run').name[5:])}" in told[0]
 
 
-class Broken(Dataset):
-    """A data set whose samples cannot be read."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, i: int):
-        raise ValueError("no shard of x can be used")
-
-
 def test_errors_of_libraries_are_told_in_one_line():
-    with pytest.raises(ValueError) as caught:  # torch's message holds the traceback of the other process
-        next(iter(DataLoader(Broken(), batch_size=None, num_workers=1)))
+    try:
+        raise ValueError("no shard of x can be used")
+    except ValueError:
+        passed_on = ExceptionWrapper(where="in DataLoader worker process 0")  # as torch hands it to the main process
+    with pytest.raises(ValueError) as caught:
+        passed_on.reraise()
     assert "Traceback" in str(caught.value)
     assert str(explained(caught.value, 1, 0)) == "no shard of x can be used"
     assert "a process that reads the training data has died" in str(explained(ConnectionResetError(104, "reset"), 1, 0))
