@@ -2,15 +2,15 @@
 
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml            # on a GPU of 80 GB; no weights needed
     python bench/train_step.py --config launch/presets/qwen_teasr_24gb.yaml --layouts teasr
-    python bench/train_step.py --config launch/presets/small_teasr.yaml --size 64 --layouts teasr joint vsd  # any CPU
+    python bench/train_step.py train.dtype=fp32 backbone.train=lora --config launch/presets/small_teasr.yaml --size 64
     python bench/train_step.py --config launch/presets/qwen_teasr.yaml --predict  # counts only, no GPU
 
-Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies
-of the network, two copies, and one base). Each runs in its own process, one after another, at any image size.
-`predicted` is the total of the dry run without its allowance for CUDA. On a GPU, `allocated` and `reserved` are those
-of PyTorch; on a CPU, `allocated` is counted by meter.Meter in a separate update. FLOP/s is the FLOP count of the dry
-run divided by the measured time; `of matmul` divides it by the rate of one large matrix product in the network's dtype
-on the same device.
+Layouts: teasr; joint (all its losses in one graph); vsd, vsd2 and vsd1 (OSEDiff with TEASR's student on three copies of
+the network, two copies, and one base; the last two need backbone.train=lora). Each runs in its own process, one after
+another, at any image size. `predicted` is the total of the dry run without its allowance for CUDA. On a GPU,
+`allocated` and `reserved` are those of PyTorch; on a CPU, `allocated` is counted by meter.Meter in a separate update.
+FLOP/s is the FLOP count of the dry run divided by the measured time; `of matmul` divides it by the rate of one large
+matrix product in the network's dtype on the same device.
 """
 
 from __future__ import annotations

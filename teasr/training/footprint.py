@@ -118,7 +118,9 @@ def count(config: RunConfig, settings: dict, size_px: int, ranks: int = 1) -> Fo
     _add_trained(result, sum(trained.values()), zero, ranks, trained[FIRST] if config.train.ema else 0)
     # gradients are not partitioned until all losses are done (coalesce_grad_reduction), unless they leave before
     _put(result.gpu, "gradients of trained weights", most * 4)
-    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000)) * len(networks.trained_bases)
+    bucket = 4 * int(zero.get("reduce_bucket_size", 500_000_000))
+    if zero["stage"] == 3:  # which every engine keeps; those of ZeRO-1/2 have one after another
+        bucket *= len(networks.trained_bases)
     if zero["stage"] == 3 or leaving:
         _put(result.gpu, "reduction bucket", bucket)
     _run(result, config, method, networks, accumulation)

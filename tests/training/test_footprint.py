@@ -228,6 +228,7 @@ def test_layouts_of_score_distillation_differ_by_copies_of_the_base():
     assert one.flops == two.flops == three.flops and set(one.flops) == {"generator", "fake"}
     for item in ("trained weights", "gradients of trained weights", "fp32 master weights and Adam's moments"):
         assert one.gpu[item] == two.gpu[item] == three.gpu[item]
+    assert one.step == two.step == three.step  # two engines, which step one after another
 
 
 def test_a_discriminator_with_its_head_is_counted():
