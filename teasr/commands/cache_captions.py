@@ -29,41 +29,30 @@ Train with them by data.captions=data/train/captions. Exit code 2: an error that
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the options; prog: how the program was called."""
-    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="settings listed above, such as shards=data/train model=Qwen/Qwen-Image",
+    return command_line.settings_parser(
+        prog,
+        SUMMARY,
+        EXAMPLES,
+        "shards=data/train model=Qwen/Qwen-Image",
+        "embeddings of other shards, models or settings",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace embeddings of other shards, models or settings in out=, or write into a folder of other files",
-    )
-    return parser
 
 
 def main(arguments: list[str] | None = None, prog: str = "teasr cache-captions") -> int:
     """Write all missing sidecars, then the index; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
     command_line.quiet_libraries()  # errors are reported in one line
-    return command_line.run(
-        "embedding captions",
-        lambda: _cache(options),
-        stopped="finished shards are kept; run the same command to resume",
-        kept="; finished shards are kept; fix the problem and run the same command again",
-    )
+    return command_line.run_by_shard("embedding captions", lambda: _cache(options))
 
 
 def _cache(options: argparse.Namespace) -> None:
     from teasr.backbones.prompts import DTYPES
     from teasr.backbones.text_encoders import one_prompt, pick_device
-    from teasr.commands.cache_prompt import parsed
+    from teasr.config import strict_yaml
     from teasr.data.prep import engines
     from teasr.data.prep.captions import CaptionsConfig, cache_captions
 
-    config = parsed(CaptionsConfig, options.settings, "suffix")
+    config = strict_yaml.load_with_text(CaptionsConfig, options.settings, "suffix")
     part = engines.split_from_environment()
     embed = one_prompt(config.model, pick_device(config.device), DTYPES[config.dtype])
     cache_captions(config, embed, *part, options.overwrite)

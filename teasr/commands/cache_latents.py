@@ -31,31 +31,16 @@ Train with them by data.latents=data/train/latents. Exit code 2: an error that t
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the options; prog: how the program was called."""
-    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="settings listed above, such as shards=data/train vae=Qwen/Qwen-Image",
+    return command_line.settings_parser(
+        prog, SUMMARY, EXAMPLES, "shards=data/train vae=Qwen/Qwen-Image", "latents of other shards, weights or settings"
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace latents of other shards, weights or settings in out=, or write into a folder of other files",
-    )
-    return parser
 
 
 def main(arguments: list[str] | None = None, prog: str = "teasr cache-latents") -> int:
     """Write all missing sidecars, then the index; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
     command_line.quiet_libraries()  # errors are reported in one line
-    return command_line.run(
-        "encoding with a VAE",
-        lambda: _cache(options),
-        stopped="finished shards are kept; run the same command to resume",
-        kept="; finished shards are kept; fix the problem and run the same command again",
-    )
+    return command_line.run_by_shard("encoding with a VAE", lambda: _cache(options))
 
 
 def _cache(options: argparse.Namespace) -> None:

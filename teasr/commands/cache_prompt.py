@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeVar
 
 from teasr.util import command_line
 
-T = TypeVar("T")
 SUMMARY = "compute the text embedding of the prompt once, into one file that training and inference read"
 EXAMPLES = """examples:
   {prog} model=Qwen/Qwen-Image out=data/train/prompt.safetensors prompt=""
@@ -28,14 +26,7 @@ Exit code 2: an error that the message explains.
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the options; prog: how the program was called."""
-    parser = command_line.parser(prog, SUMMARY, EXAMPLES)
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="settings listed above, such as model=Qwen/Qwen-Image out=prompt.safetensors",
-    )
-    return parser
+    return command_line.settings_parser(prog, SUMMARY, EXAMPLES, "model=Qwen/Qwen-Image out=prompt.safetensors")
 
 
 def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -> int:
@@ -47,19 +38,6 @@ def main(arguments: list[str] | None = None, prog: str = "teasr cache-prompt") -
 
 def _cache(settings: list[str]) -> None:
     from teasr.backbones.text_encoders import PromptConfig, cache_prompt
-
-    cache_prompt(parsed(PromptConfig, settings, "prompt"))
-
-
-def parsed(cls: type[T], settings: list[str], text: str) -> T:
-    """Build a config from `key=value` settings, of which the one named `text` is plain text.
-
-    It is not parsed as YAML, which would turn an empty text into null. Raises ValueError that names the wrong key.
-    """
     from teasr.config import strict_yaml
 
-    texts = [setting.removeprefix(f"{text}=") for setting in settings if setting.startswith(f"{text}=")]
-    others = [setting for setting in settings if not setting.startswith(f"{text}=")]
-    data = strict_yaml.override({}, others) | ({text: texts[-1]} if texts else {})
-    with strict_yaml.named(None):
-        return strict_yaml.build(cls, data)
+    cache_prompt(strict_yaml.load_with_text(PromptConfig, settings, "prompt"))

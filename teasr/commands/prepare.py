@@ -54,12 +54,7 @@ def main(arguments: list[str] | None = None, prog: str = "teasr prepare") -> int
     """Scan the photographs, write all missing shards, then the index; returns the exit code."""
     options = parser(prog).parse_intermixed_args(arguments)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core; set before numpy is imported
-    return command_line.run(
-        "preparing shards",
-        lambda: _prepare(options),
-        stopped="finished shards are kept; run the same command to resume",
-        kept="; finished shards are kept; fix the problem and run the same command again",
-    )
+    return command_line.run_by_shard("preparing shards", lambda: _prepare(options))
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -43,6 +43,17 @@ def load(cls: type[T], path: Path | None, assignments: Sequence[str]) -> T:
         return build(cls, data)
 
 
+def load_with_text(cls: type[T], assignments: Sequence[str], text: str) -> T:
+    """Build the dataclass `cls` from `key=value` assignments, of which the one named `text` is plain text.
+
+    It is not parsed as YAML, which would turn an empty text into null. Raises ValueError that names the wrong key.
+    """
+    texts = [a.removeprefix(f"{text}=") for a in assignments if a.startswith(f"{text}=")]
+    data = override({}, [a for a in assignments if not a.startswith(f"{text}=")])
+    with named(None):
+        return build(cls, data | ({text: texts[-1]} if texts else {}))
+
+
 def override(data: dict, assignments: Sequence[str]) -> dict:
     """Apply `a.b=value` assignments (the value in YAML) to a copy of nested mappings.
 

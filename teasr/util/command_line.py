@@ -32,6 +32,34 @@ def parser(prog: str, summary: str, examples: str) -> argparse.ArgumentParser:
     )
 
 
+def settings_parser(
+    prog: str, summary: str, examples: str, such_as: str, replaces: str = ""
+) -> argparse.ArgumentParser:
+    """Return a parser of settings `key=value`, which `examples` explains; such_as: an example of two.
+
+    replaces: what of another origin --overwrite replaces; without it there is no such option.
+    """
+    made = parser(prog, summary, examples)
+    made.add_argument("settings", nargs="*", metavar="key=value", help=f"settings listed above, such as {such_as}")
+    if replaces:
+        made.add_argument(
+            "--overwrite",
+            action="store_true",
+            help=f"replace {replaces} in out=, or write into a folder of other files",
+        )
+    return made
+
+
+def run_by_shard(purpose: str, act: Callable[[], int | None]) -> int:
+    """Call `act`, which makes one shard after another and resumes, and return its exit code as `run` does."""
+    return run(
+        purpose,
+        act,
+        stopped="finished shards are kept; run the same command to resume",
+        kept="; finished shards are kept; fix the problem and run the same command again",
+    )
+
+
 def run(purpose: str, act: Callable[[], int | None], stopped: str | None = None, kept: str = "") -> int:
     """Call `act` and return its exit code: 2 for an error, which is printed in one line, 130 for Ctrl-C.
 
