@@ -5,12 +5,12 @@ Running the same command again resumes. The tables are written again after every
     python eval/compare.py --data runs/small/shards/val --updates 2000 --seeds 0 1 2 --out runs/comparison
     python eval/compare.py --data .. --updates 20 --seeds 0 --metrics psnr data.shards=runs/demo/shards/train   # a try
 
-First every method trains a few updates in turn, several rounds, for the median seconds of an update (seconds.json);
-on a machine that others use, `--clock cpu` counts the seconds of the processor. `updates` trains all for the same
-number of updates; `time` gives each the updates that take as long as TEASR's. All presets have the same prior, data,
-batch and rate, and the same student except D3SR's and TADSR's, which start from the LQ latent. comparison.md and
-comparison.json hold means and standard deviations over seeds. TEASR is scored at 1, 2 and 4 steps, of which the
-others have one; TADSR at its default strength.
+First every method trains a few updates in turn, several rounds, for the median seconds of an update (seconds.json); on
+a machine that others use, `--clock cpu` counts the seconds of the processor. `updates` trains all for the same number
+of updates; `time` gives each the updates that take as long as TEASR's. All presets have the same prior, data and batch,
+the same rate except TADSR's, and the same student except D3SR's and TADSR's, which start from the LQ latent.
+comparison.md and comparison.json hold means and standard deviations over seeds. TEASR is scored at 1, 2 and 4 steps, of
+which the others have one; TADSR at its default strength.
 """
 
 from __future__ import annotations
