@@ -1,9 +1,11 @@
 """Draw methods in the plane of two metrics: the dial of TADSR as a curve, other methods and step counts as points.
 
     python eval/chart.py --curves runs/dial/ablation.json --points runs/comparison/comparison.json --out docs/dial.svg
+    python eval/chart.py --models small=runs/small/eval/val/scores.json --out dial.svg
 
 --curves: results of `eval/ablate.py --strengths ..`, a curve for each row; --points: those of `eval/compare.py`, the
-rows with equal updates. Every place is the mean over seeds.
+rows with equal updates; --models: scores of `teasr benchmark`, a curve for the steps and one for the strengths. Places
+of --curves and --points are means over seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from teasr.evaluation.names import BASELINES, dial_of
 from teasr.evaluation.registry import METRICS
 from teasr.evaluation.report_chart import HEIGHT, LEFT, WIDTH
-from teasr.evaluation.report_plane import Lines, Point, colored, plane
+from teasr.evaluation.report_plane import Lines, Point, colored, lines_of, plane
 from teasr.util import command_line
 from teasr.util.files import write_atomic
 
@@ -37,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--curves", type=Path, help="ablation.json of eval/ablate.py with --strengths")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows of --curves to draw (default: all)")
     parser.add_argument("--points", type=Path, help="comparison.json of eval/compare.py")
+    parser.add_argument(
+        "--models", nargs="+", type=_named, default=[], metavar="NAME=FILE", help="scores.json of teasr benchmark"
+    )
     parser.add_argument("--x", choices=tuple(METRICS), default="psnr", help="metric to the right (default: psnr)")
     parser.add_argument("--y", choices=tuple(METRICS), default="dists", help="metric upwards (default: dists)")
     parser.add_argument("--out", type=Path, required=True, help="SVG file to write")
@@ -51,10 +56,18 @@ def _draw(options: argparse.Namespace) -> None:
         raise ValueError(f"--rows {missing[0]!r} is no row of --curves: choose from {', '.join(lines)}")
     lines = {name: line for name, line in lines.items() if options.rows is None or name in options.rows}
     lines |= points(json.loads(options.points.read_text()), metrics) if options.points else {}
+    lines |= lines_of({name: json.loads(path.read_text())["methods"] for name, path in options.models}, *metrics)
     if not lines:
-        raise ValueError("nothing to draw: give --curves, --points or both")
+        raise ValueError("nothing to draw: give --curves, --points or --models")
     write_atomic(options.out, chart(lines, metrics).encode())
     print(options.out)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+    return name, Path(path)
 
 
 def curves(result: dict, metrics: tuple[str, str]) -> Lines:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from teasr.evaluation.names import BASELINES, dial_of, step_name, steps_of
 from teasr.evaluation.registry import METRICS
 from teasr.evaluation.report import cell
 from teasr.evaluation.report_chart import BOTTOM, COLORS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, digits, ticks
@@ -25,6 +27,30 @@ class Point:
 
 
 Lines = dict[str, list[Point]]  # points by the name of their line in the legend
+
+
+def lines_of(results: Mapping[str, Mapping], x: str, y: str) -> Lines:
+    """Return the points of the results that have both metrics; results: the `methods` of scores.json by name.
+
+    The numbers of steps of a result are one line, and so are the values of its dial; the baseline, which all results
+    share, comes once.
+    """
+    lines: Lines = {}
+    for result, methods in results.items():
+        for method, row in methods.items():
+            if x not in row or y not in row:
+                continue
+            name, order, label = f"{result}, {method}", 0.0, method
+            if method in BASELINES:
+                name = method
+            elif dial := dial_of(method):
+                name = f"{result}, strength of {step_name(dial[0])}"
+                order, label = dial[1], f"{dial[1]:g}"
+            elif steps := steps_of(method):
+                name, order, label = f"{result}, steps", steps, f"{steps}"
+            if not (method in BASELINES and name in lines):
+                lines.setdefault(name, []).append(Point(order, label, method, row[x]["mean"], row[y]["mean"]))
+    return lines
 
 
 def plane(lines: Lines, x: str, y: str) -> str:

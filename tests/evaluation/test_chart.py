@@ -42,3 +42,16 @@ def test_a_dial_is_a_curve_and_methods_are_points(chart, tmp_path, capsys):
     assert chart.main([*files, "--rows", "blur", "--out", str(tmp_path / "none.svg")]) == 2
     assert "'blur' is no row of --curves: choose from full" in capsys.readouterr().err
     assert chart.main(["--out", str(tmp_path / "none.svg")]) == 2 and "--points" in capsys.readouterr().err
+
+
+def test_a_model_has_a_curve_for_steps_and_one_for_the_dial(chart, tmp_path):
+    methods = {"bicubic": scores(20, 0.4), "1 step": scores(21, 0.3), "2 steps": scores(20.5, 0.2)}
+    methods |= {"1 step at 0": scores(22, 0.35), "1 step at 1": scores(21.5, 0.32)}
+    (tmp_path / "scores.json").write_text(json.dumps({"methods": methods}))
+    made = tmp_path / "chart.svg"
+    assert chart.main(["--models", f"mine={tmp_path / 'scores.json'}", "--out", str(made)]) == 0
+    text = made.read_text()
+    assert text.count("<polyline") == 2
+    assert all(f">{name}</text>" in text for name in ("mine, steps", "mine, strength of 1 step", "bicubic"))
+    with pytest.raises(SystemExit):
+        chart.main(["--models", "scores.json", "--out", str(made)])
