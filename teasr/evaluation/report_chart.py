@@ -9,7 +9,10 @@ from teasr.evaluation.names import steps_of
 from teasr.evaluation.registry import METRICS
 from teasr.evaluation.report import Result, baseline_of, header
 
-COLORS = ("#4477cc", "#d1603d", "#2a9d6f", "#8e4ec6", "#b58900", "#c2185b")  # readable on white and on black
+COLORS = (  # readable on white and on black
+    *("#4477cc", "#d1603d", "#2a9d6f", "#8e4ec6", "#b58900", "#c2185b"),
+    *("#00909e", "#7a8a00", "#9a6a4f", "#d06fb0", "#7f7f7f", "#5f6fb0", "#4f8f3a"),
+)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 54, 14, 12, 38  # in px
 TICKS, LABEL_PX = 5, 20  # most ticks of the y axis; least distance of two labels of the x axis
 Points = list[tuple[int, dict[str, float]]]  # number of steps, and mean, low and high

@@ -55,3 +55,8 @@ def test_a_model_has_a_curve_for_steps_and_one_for_the_dial(chart, tmp_path):
     assert all(f">{name}</text>" in text for name in ("mine, steps", "mine, strength of 1 step", "bicubic"))
     with pytest.raises(SystemExit):
         chart.main(["--models", "scores.json", "--out", str(made)])
+
+
+def test_a_dozen_lines_have_a_colour_each(chart):
+    colors = [color for _, color in chart.colored({str(i): [] for i in range(12)})]
+    assert len(set(colors)) == 12
