@@ -74,10 +74,9 @@ def curves(result: dict, metrics: tuple[str, str]) -> Lines:
     """Return a line for each row of an ablation with strengths."""
     lines: Lines = {}
     for name, methods in result["rows"].items():
-        for method, row in methods.items():
-            if dial := dial_of(method):
-                place = (row[m]["mean"] for m in metrics)
-                lines.setdefault(name, []).append(Point(dial[1], f"{dial[1]:g}", method, *place))
+        found = lines_of({name: {method: row for method, row in methods.items() if dial_of(method)}}, *metrics)
+        if line := [point for part in found.values() for point in part]:
+            lines[name] = line
     return lines
 
 

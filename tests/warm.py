@@ -80,7 +80,9 @@ class _Parent:
                 with self.ended:
                     self.codes[answer["ended"]] = answer["code"]
                     self.ended.notify_all()
-        self.dead = True
+        with self.ended:
+            self.dead = True
+            self.ended.notify_all()
         self.started.set()
 
 
@@ -108,11 +110,12 @@ class _Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end. When the test runs out of time meanwhile, the child shows where it is, and is ended."""
+        """Wait until the child ends. If the test runs out of time before, print where the child is, and kill it."""
         try:
             with _PARENT.ended:
-                if not _PARENT.ended.wait_for(lambda: self.pid in _PARENT.codes, timeout):
+                if not _PARENT.ended.wait_for(lambda: self.pid in _PARENT.codes or _PARENT.dead, timeout):
                     raise subprocess.TimeoutExpired("a forked program", timeout)
+                assert self.pid in _PARENT.codes, "the warm parent has died"
         except BaseException:
             self.send_signal(signal.SIGUSR1)
             time.sleep(1)
@@ -211,6 +214,7 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         pid = os.fork()
         if pid == 0:
+            answers.close()  # the test session sees the end of the parent when no process has this pipe
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
             child(json.loads(line))
         answer(pid=pid)

@@ -11,7 +11,8 @@ D width, H heads, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,7 @@ class TinyConfig:
                 "prior, or to random for an experiment without a prior"
             )
         if self.codec is not None and self.base not in (None, "random"):
-            raise ValueError("backbone.base brings its own codec: leave backbone.codec out")
+            raise ValueError("a prior (backbone.base) has its own codec: remove backbone.codec")
         if not self.conditional and (
             self.train == "lora" or self.base not in (None, "random") or self.pair is not None
         ):
@@ -358,15 +359,25 @@ def precondition(out: Tensor, z_t: Tensor, t_cur: Tensor, start: Tensor, sigma_C
     return y * (t - (1 - t) * sigma2) / n - start + (sigma2 / n).sqrt() * out
 
 
-def load_codec(source: str, codec: PCACodec) -> None:
-    """Load the codec of a prior, given by its folder or as the name of a shipped prior. Raises ValueError."""
+@contextmanager
+def loading(setting: str, source: str, cure: str) -> Iterator[None]:
+    """Context manager that turns an error of reading weights into a ValueError that names the setting and the cure."""
     try:
-        codec.load_state_dict(load_file(find_weights(source)[0] / "fixed.safetensors"))
+        yield
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"backbone.codec = {source} cannot be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "
-            "model with the same backbone.latent_channels, or the name of a prior that ships with teasr"
+            f"backbone.{setting} = {source} cannot be loaded ({' '.join(str(error).split())[:200]}): {cure}, or the "
+            "name of a prior that ships with teasr"
         ) from None
+
+
+def load_codec(source: str, codec: PCACodec) -> None:
+    """Load the codec of the prior `source`, a folder or the name of a shipped prior.
+
+    Raises ValueError if it is missing, damaged or of another size.
+    """
+    with loading("codec", source, "give the folder of a model with the same backbone.latent_channels"):
+        codec.load_state_dict(load_file(find_weights(source)[0] / "fixed.safetensors"))
 
 
 def load_prior(source: str, net: TinyDiT, codec: PCACodec) -> None:
@@ -374,15 +385,10 @@ def load_prior(source: str, net: TinyDiT, codec: PCACodec) -> None:
 
     Raises ValueError if they are missing, damaged or of different sizes.
     """
-    try:
+    with loading("base", source, "give the folder of a prior of this size"):
         folder, file = find_weights(source)
         codec.load_state_dict(load_file(folder / "fixed.safetensors"))
         found = net.load_state_dict(load_file(file), strict=False)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"backbone.base = {source} cannot be loaded ({' '.join(str(error).split())[:200]}): give the folder of a "
-            "prior of this size, or the name of a prior that ships with teasr"
-        ) from None
     missing = [key for key in found.missing_keys if key not in ("residual", "spread") and not key.endswith(".pair")]
     wrong = [*found.unexpected_keys, *missing]
     if wrong:

@@ -35,7 +35,7 @@ def parser(prog: str, summary: str, examples: str) -> argparse.ArgumentParser:
 def settings_parser(
     prog: str, summary: str, examples: str, such_as: str, replaces: str = ""
 ) -> argparse.ArgumentParser:
-    """Return a parser of settings `key=value`, which `examples` explains; such_as: an example of two.
+    """Return a parser of settings `key=value`, which `examples` explains; such_as: two settings, for the help.
 
     replaces: what of another origin --overwrite replaces; without it there is no such option.
     """
@@ -51,7 +51,7 @@ def settings_parser(
 
 
 def run_by_shard(purpose: str, act: Callable[[], int | None]) -> int:
-    """Call `act`, which makes one shard after another and resumes, and return its exit code as `run` does."""
+    """Call `act` as `run` does. It writes one shard after another, and skips finished ones when it is called again."""
     return run(
         purpose,
         act,

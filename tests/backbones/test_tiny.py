@@ -190,7 +190,7 @@ def test_lora_needs_a_prior_and_starts_from_one(tmp_path):
 
 
 def test_a_prior_of_another_size_can_share_the_codec_of_a_prior(tmp_path):
-    """Other pairs do not change it, so the latents of both are the same."""
+    """Fitting to other pairs of images leaves this codec unchanged, so both models have the same latents."""
     prior = saved_prior(tmp_path / "prior")
     settings = SMALL | {"width": 64, "codec": str(tmp_path / "prior"), "conditional": False}
     larger = Tiny(TinyConfig(**settings))
@@ -202,7 +202,7 @@ def test_a_prior_of_another_size_can_share_the_codec_of_a_prior(tmp_path):
         Tiny(TinyConfig(**(settings | {"codec": str(tmp_path / "nowhere")})))
     with pytest.raises(ValueError, match=r"backbone\.codec = .*prior cannot be loaded"):
         Tiny(TinyConfig(**(settings | {"latent_channels": 8})))
-    with pytest.raises(ValueError, match="brings its own codec"):
+    with pytest.raises(ValueError, match=r"has its own codec: remove backbone\.codec"):
         TinyConfig(**(SMALL | {"codec": "a", "base": "b"}))
 
 
